@@ -1,0 +1,32 @@
+# The two commands: `make train` and `make test`. Both begin with `make setup`, which does nothing when .venv is current.
+PYTHON ?= python3
+EXTRAS ?=
+export UV_PYTHON_DOWNLOADS = never
+
+.PHONY: setup train test lint format clean
+setup: .venv/.stamp
+
+# Pinned versions come from requirements.lock; EXTRAS=cuda or EXTRAS=tpu adds an accelerator's plugin.
+.venv/.stamp: requirements.lock pyproject.toml
+	@echo "setting up .venv ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv --clear .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements requirements.lock
+	@if [ -n "$(EXTRAS)" ]; then .venv/bin/uv pip install --quiet --python .venv/bin/python \
+	    --requirements pyproject.toml --extra "$(EXTRAS)" --constraints requirements.lock; fi
+	@touch $@
+
+train: setup
+	@.venv/bin/python train.py
+
+test: setup lint
+	@.venv/bin/python -m pytest
+
+lint: setup
+	@.venv/bin/ruff check --quiet . && .venv/bin/ruff format --quiet --check .
+
+format: setup
+	@.venv/bin/ruff check --quiet --fix . ; .venv/bin/ruff format --quiet .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,24 @@
+"""What a run may set of its checkpoints. No JAX here: a mistake is told before anything slow is imported."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep, when to go on from it. Raises ValueError for values out of range."""
+
+    dir: str | None = None  # where checkpoints go; null: <run.dir>/checkpoints
+    every: int = 0  # steps between saves; 0: off
+    every_minutes: float = 0.0  # minutes between saves; 0: off
+    keep: int = 2  # how many of the newest are kept
+    keep_best: int = 1  # how many of the best by eval/loss are kept besides
+    resume: str = "auto"  # auto: go on if there is a checkpoint | never: start anew | require: fail if there is none
+    verify: bool = True  # compare the digest of every file before restoring; false: names and sizes only
+    asynchronous: bool = True  # write while training goes on; false: wait for the disk
+
+    def __post_init__(self):
+        for name, least in (("every", 0), ("every_minutes", 0), ("keep", 1), ("keep_best", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least {least}")
+        if self.resume not in ("auto", "never", "require"):
+            raise ValueError(f"checkpoint.resume={self.resume} is unknown; choose auto, never or require")

@@ -1,0 +1,96 @@
+"""Text from a run: python -m inference RUN_DIR "prompt" ["prompt 2" ...]. Options: python -m inference --help.
+
+Prompts with their continuations go to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's mistake.
+"""
+
+import sys
+
+from inference.options import BEST, MISTAKE, NEWEST, parse
+
+if __name__ == "__main__":
+    OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
+
+import argparse
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from checkpoint.store import CheckpointStore, Restored
+from config import Config, load_run, requirements
+from data.tokenizer import load_tokenizer
+from inference.generate import check, generate
+from model.transformer import Description, describe
+from parallel.mesh import make_mesh, resolve
+from parallel.runtime import start
+from parallel.sharding import parameter_shardings
+from training.rundir import RunDirectory
+from training.state import is_vocabulary
+
+
+def main(options: argparse.Namespace) -> int:
+    """Generates what was asked for; returns the exit code."""
+    try:
+        texts = run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    print("\n\n".join(texts))
+    return 0
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Each prompt with its continuation. Raises ValueError or OSError for what the user can mend."""
+    directory = RunDirectory(options.run)
+    config = load_run(directory.path)
+    sample = replace(config.sample, **options.sample)
+    tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
+    prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in options.prompts]
+    check(config.model, prompts, sample.tokens)
+
+    alone = {"coordinator": None, "processes": 1, "process_id": -1}
+    start(replace(config.runtime, platform=options.platform, cpu_devices=options.devices, **alone))
+    of_model = [requirement for requirement in requirements(config) if requirement.name.startswith("model.")]
+    mesh = make_mesh(resolve(options.mesh, jax.device_count(), of_model))
+    store = CheckpointStore(Path(config.checkpoint.dir or directory.path / "checkpoints"), config.checkpoint)
+    with closing(store), jax.set_mesh(mesh):
+        description = describe(config.model)
+        restored = restore(store, options.step, abstract_params(config, description, mesh))
+        print(f"{directory.path}: step {restored.step}", file=sys.stderr)
+        params, dtype = restored.state["params"], jnp.dtype(config.train.compute_dtype)
+        new = generate(description, params, prompts, sample, eos_id=tokenizer.eos_id, dtype=dtype)
+    return [tokenizer.decode(prompt + ids) for prompt, ids in zip(prompts, new, strict=True)]
+
+
+def abstract_params(config: Config, description: Description, mesh: Mesh) -> dict:
+    """The part of a training state that generation needs, with its layout on the mesh."""
+    shardings = parameter_shardings(mesh, description.shapes, description.axes)
+    dtype = jnp.dtype(config.train.param_dtype)
+    leaf = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+    return {"params": jax.tree.map(leaf, description.shapes, shardings)}
+
+
+def restore(store: CheckpointStore, step: str | int, abstract: dict) -> Restored:
+    """The newest intact checkpoint, or that of the step asked for and no other; ValueError if it is not there."""
+    before = None
+    if step != NEWEST:
+        wanted = store.best() if step == BEST else step
+        if wanted is None:
+            raise ValueError(f"no checkpoint in {store.directory} has an evaluation, so none is best; use --step last")
+        if wanted not in store.steps():
+            there = ", ".join(map(str, store.steps())) or "none"
+            raise ValueError(f"{store.directory} holds no checkpoint of step {wanted}; there are: {there}")
+        before = wanted + 1
+    restored = store.restore(abstract, before=before, resize=is_vocabulary, part=True)
+    if restored is None:
+        raise ValueError(f"{store.directory} holds no checkpoint")
+    if before is not None and restored.step != wanted:
+        raise ValueError(f"the checkpoint of step {wanted} in {store.directory} is damaged")
+    return restored
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS))

@@ -1,0 +1,153 @@
+"""Text from a model: `prefill` reads prompts into a cache, `decode` adds a token, `generate` compiles the loop of both.
+
+All are pure functions. They run wherever the parameters lie: on one device, or sharded over the mesh in context.
+"""
+
+import contextlib
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.config import SampleConfig
+from inference.sampling import sample as draw
+from model.config import ModelConfig
+from model.kv_cache import LayerCache, make_cache
+from model.transformer import Description, Transformer
+from parallel.sharding import shard, splits
+
+SMALLEST_BUCKET = 16  # tokens that a batch of prompts is padded to at least: shorter ones share a compiled program
+
+
+def prefill(
+    model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, cache: LayerCache, dtype=jnp.float32
+) -> tuple[jax.Array, LayerCache]:
+    """Reads right-padded prompts: float32 logits_BV after the last token of each, and the cache that holds them.
+
+    What padding leaves in the cache lies behind a row's last token, where the causal mask hides it until `decode`
+    overwrites it.
+    """
+    x_BTD, cache = model(tokens_BT, cache=cache, dtype=dtype)
+    last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
+    return model.logits(last_B1D)[:, 0], cache
+
+
+def decode(
+    model: Transformer, tokens_B: jax.Array, positions_B: jax.Array, cache: LayerCache, dtype=jnp.float32
+) -> tuple[jax.Array, LayerCache]:
+    """Reads one more token a row, at its position: float32 logits_BV of the next one, and the cache."""
+    x_B1D, cache = model(tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache, dtype=dtype)
+    return model.logits(x_B1D)[:, 0], cache
+
+
+def generate(
+    description: Description,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    sample: SampleConfig,
+    *,
+    eos_id: int | None = None,
+    dtype=jnp.float32,
+) -> list[list[int]]:
+    """Up to `sample.tokens` new tokens for each prompt; a row that draws `eos_id` ends before it.
+
+    `sample.prompts` is not looked at. A row depends on its prompt and the seed alone, not on the rest of the batch; a
+    prompt that is given twice is continued in two ways. An empty prompt starts at `eos_id`. All processes of a mesh
+    make the same call and get the same answer.
+    Raises ValueError where the model cannot generate, or not from these prompts, or not so much.
+    """
+    prompts = [list(prompt) or ([] if eos_id is None else [eos_id]) for prompt in prompts]
+    check(description.config, prompts, sample.tokens)
+    if not prompts or sample.tokens == 0:
+        return [[] for _ in prompts]
+    rows = -(-len(prompts) // splits("batch")) * splits("batch")
+    prompts_BT = np.zeros((rows, _bucket(description.config, max(map(len, prompts)))), np.int32)
+    lengths_B = np.ones(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        prompts_BT[row, : len(prompt)] = prompt
+        lengths_B[row] = len(prompt)
+    # an accelerator rounds float32 matmuls to fewer bits unless it is told that float32 means float32
+    exact = jax.default_matmul_precision("float32")
+    with exact if jnp.dtype(dtype) == jnp.float32 else contextlib.nullcontext():
+        out_BT, counts_B = _generate(
+            description.bind(params), prompts_BT, lengths_B, np.arange(rows) < len(prompts),
+            _row_seeds(prompts, rows), np.uint32(sample.seed % 2**32), np.int32(-1 if eos_id is None else eos_id),
+            tokens=sample.tokens, dtype=jnp.dtype(dtype),
+            temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p,
+        )  # fmt: skip
+    rows_and_counts = zip(np.asarray(out_BT).tolist(), np.asarray(counts_B).tolist(), strict=True)
+    return [row[:count] for row, count in rows_and_counts][: len(prompts)]
+
+
+def check(config: ModelConfig, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+    """Raises the ValueError of a request that the model cannot serve."""
+    if not config.causal:
+        raise ValueError("model.causal=false: an encoder does not generate text")
+    if not all(prompts):
+        raise ValueError("an empty prompt needs an end-of-document token to start from")
+    if strange := [token for prompt in prompts for token in prompt if not 0 <= token < config.vocab_size]:
+        raise ValueError(f"token {strange[0]} of a prompt is outside of the vocabulary, 0 to {config.vocab_size - 1}")
+    longest = max(map(len, prompts), default=0)
+    if config.positions == "learned" and longest + tokens > config.max_positions:
+        raise ValueError(
+            f"{longest} prompt tokens + {tokens} new ones = {longest + tokens} are more than the model's "
+            f"{config.max_positions} learned positions; ask for {max(0, config.max_positions - longest)} at most"
+        )
+
+
+def _bucket(config: ModelConfig, length: int) -> int:
+    """The padded length of prompts: a power of two that the mesh divides, within the learned positions."""
+    size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    size = -(-size // splits("residual")) * splits("residual")
+    return min(size, config.max_positions) if config.positions == "learned" else size
+
+
+def _row_seeds(prompts: list[list[int]], rows: int) -> np.ndarray:
+    """uint32 (B, 2): what tells a row's random numbers from another's, its prompt and how often that came before."""
+    seeds_B2, seen = np.zeros((rows, 2), np.uint32), Counter()
+    for row, prompt in enumerate(prompts):
+        digest = zlib.crc32(np.asarray(prompt, "<i4").tobytes())
+        seeds_B2[row] = digest, seen[digest]
+        seen[digest] += 1
+    return seeds_B2
+
+
+@partial(jax.jit, static_argnames=("tokens", "dtype", "temperature", "top_k", "top_p"))
+def _generate(
+    model: Transformer, prompts_BT, lengths_B, live_B, seeds_B2, seed, eos_id,
+    *, tokens: int, dtype, temperature: float, top_k: int, top_p: float,
+):  # fmt: skip
+    """The whole loop, one program: new tokens (B, tokens) and how many of each row count."""
+    B, T = prompts_BT.shape
+    rows = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1]))
+    keys_B = rows(seeds_B2)
+
+    def choose(logits_BV, positions_B):
+        keys = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+        return draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def note(out_BT, counts_B, live_B, tokens_B, step):
+        live_B = live_B & (tokens_B != eos_id)
+        return out_BT.at[:, step].set(tokens_B), counts_B + live_B, live_B
+
+    def unfinished(carry):
+        step, _, _, _, (_, _, live_B) = carry
+        return (step < tokens) & live_B.any()
+
+    def advance(carry):
+        step, tokens_B, positions_B, cache, noted = carry
+        logits_BV, cache = decode(model, tokens_B, positions_B, cache, dtype)
+        tokens_B = choose(logits_BV, positions_B + 1)
+        return step + 1, tokens_B, positions_B + 1, cache, note(*noted, tokens_B, step)
+
+    cache = make_cache(model.config, B, T + tokens, dtype)
+    cache = jax.tree.map(lambda x: shard(x, None, "batch", None, "kv_heads", "head_dim"), cache)
+    logits_BV, cache = prefill(model, prompts_BT, lengths_B, cache, dtype)
+    tokens_B = choose(logits_BV, lengths_B)
+    noted = note(jnp.zeros((B, tokens), jnp.int32), jnp.zeros(B, jnp.int32), live_B, tokens_B, 0)
+    *_, (out_BT, counts_B, _) = jax.lax.while_loop(unfinished, advance, (1, tokens_B, lengths_B, cache, noted))
+    return shard(out_BT, None, None), shard(counts_B, None)  # whole, so that every process can read them

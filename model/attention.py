@@ -1,0 +1,141 @@
+"""The one attention function, and the block half that projects into and out of it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from model import parametrization
+from model.config import ModelConfig
+from model.kv_cache import LayerCache
+from model.layers import Norm, rotate
+from parallel.sharding import param, shard, splits, use
+
+QUERY_CHUNK = 1024  # queries whose scores exist at once
+MASKED = -1e30  # finite: a row's maximum must not be -inf - -inf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenInfo:
+    """What every layer knows of the tokens besides their vectors."""
+
+    positions_BT: jax.Array  # int32; B may be 1
+    segments_BT: jax.Array | None = None  # int32 document of each token: attention stays inside it
+    angles: tuple[jax.Array, jax.Array] | None = None  # of rotary positions
+    dropout_keys_B: jax.Array | None = None
+
+
+def visible(q: TokenInfo, k: TokenInfo, *, causal: bool, window: jax.Array | None) -> jax.Array:
+    """Which key each query sees: bool (B, T, S), B may be 1.
+
+    `window` is an int32 scalar, the number of newest tokens that a query sees (0: all), or None.
+    """
+    distance_BTS = q.positions_BT[:, :, None] - k.positions_BT[:, None, :]
+    seen_BTS = distance_BTS >= 0 if causal else jnp.ones_like(distance_BTS, bool)
+    if window is not None:
+        seen_BTS &= (jnp.abs(distance_BTS) < window) | (window == 0)
+    if q.segments_BT is not None and k.segments_BT is not None:
+        seen_BTS &= q.segments_BT[:, :, None] == k.segments_BT[:, None, :]
+    return seen_BTS
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_info: TokenInfo,
+    k_info: TokenInfo,
+    *,
+    causal: bool,
+    window: jax.Array | None,
+    scale: float,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """Softmax attention with grouped heads; returns (B, T, N, H). Scores and softmax are float32.
+
+    Long sequences go through in chunks of queries, recomputed in the backward pass, so that the scores of all
+    queries never exist at once.
+    """
+    B, T, N, H = q_BTNH.shape
+    if k_BSKH.shape[2] % splits("kv_heads"):  # fewer kv heads than tensor shards: a copy for each query head
+        k_BSKH, v_BSKH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+        k_BSKH, v_BSKH = (shard(x, "batch", "tokens", "heads", "head_dim") for x in (k_BSKH, v_BSKH))
+    K = k_BSKH.shape[2]
+
+    def attend(q_BTNH: jax.Array, info: TokenInfo) -> jax.Array:
+        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, H)
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
+        seen_BTS = visible(info, k_info, causal=causal, window=window)
+        weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, MASKED), axis=-1)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH).reshape(q_BTNH.shape)
+
+    if T <= 2 * QUERY_CHUNK or T % QUERY_CHUNK:
+        return attend(q_BTNH, q_info)
+
+    def chunks(x: jax.Array) -> jax.Array:  # (B, T, ...) to (chunks, B, T / chunks, ...)
+        return jnp.moveaxis(x.reshape(x.shape[0], T // QUERY_CHUNK, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+
+    # only what `visible` reads travels with the chunks
+    info = TokenInfo(q_info.positions_BT, q_info.segments_BT)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: attend(*chunk)), (chunks(q_BTNH), jax.tree.map(chunks, info)))
+    return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention over x_BTD."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        c, keys = config, jax.random.split(key, 4)
+        self.config = config
+        shape, axes = (c.width, c.heads, c.head_dim), ("width", "heads", "head_dim")
+        kv_shape, kv_axes = (c.width, c.kv_heads, c.head_dim), ("width", "kv_heads", "head_dim")
+        into = parametrization.matrix(c, c.width)
+        out = parametrization.matrix(c, c.heads * c.head_dim, residual=True)
+        self.query = param(keys[0], shape, axes, into, inputs=1)
+        self.key = param(keys[1], kv_shape, kv_axes, into, inputs=1)
+        self.value = param(keys[2], kv_shape, kv_axes, into, inputs=1)
+        self.out = param(keys[3], (*shape[1:], c.width), (*axes[1:], "width"), out, inputs=2)
+        zeros, biased = parametrization.zeros, c.bias in ("qkv", "all")
+        self.query_bias = param(key, shape[1:], axes[1:], zeros) if biased else None
+        self.key_bias = param(key, kv_shape[1:], kv_axes[1:], zeros) if biased else None
+        self.value_bias = param(key, kv_shape[1:], kv_axes[1:], zeros) if biased else None
+        self.out_bias = param(key, (c.width,), ("norm",), zeros) if c.bias == "all" else None
+        self.query_norm = Norm(c, key, c.head_dim, dim="head_dim", kind="rms") if c.qk_norm else None
+        self.key_norm = Norm(c, key, c.head_dim, dim="head_dim", kind="rms") if c.qk_norm else None
+
+    def _heads(self, x_BTD, matrix, bias, norm, angles, heads: str) -> jax.Array:
+        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, use(matrix, x_BTD.dtype))
+        if bias is not None:
+            y_BTNH = y_BTNH + use(bias, x_BTD.dtype)
+        y_BTNH = shard(y_BTNH, "batch", "tokens", heads, "head_dim")
+        if norm is not None:
+            y_BTNH = norm(y_BTNH)
+        return y_BTNH if angles is None else rotate(y_BTNH, angles)
+
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """y_BTD, and the cache with this call's keys and values written at their positions."""
+        c = self.config
+        q_BTNH = self._heads(x_BTD, self.query, self.query_bias, self.query_norm, info.angles, "heads")
+        k_BSKH = self._heads(x_BTD, self.key, self.key_bias, self.key_norm, info.angles, "kv_heads")
+        v_BSKH = self._heads(x_BTD, self.value, self.value_bias, None, None, "kv_heads")
+        k_info = info
+        if cache is not None:
+            cache = cache.write(info.positions_BT, k_BSKH, v_BSKH)
+            k_BSKH, v_BSKH = cache.k_BSKH.astype(x_BTD.dtype), cache.v_BSKH.astype(x_BTD.dtype)
+            # slot s holds position s, and the causal mask hides slots that are not written yet
+            k_info = TokenInfo(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None])
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        out_BTNH = attention(
+            q_BTNH, k_BSKH, v_BSKH, info, k_info,
+            causal=c.causal, window=window, scale=scale, softcap=c.attention_softcap,
+        )  # fmt: skip
+        out_BTNH = checkpoint_name(shard(out_BTNH, "batch", "tokens", "heads", "head_dim"), "attention")
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, use(self.out, x_BTD.dtype))
+        return (y_BTD if self.out_bias is None else y_BTD + use(self.out_bias, x_BTD.dtype)), cache

@@ -1,0 +1,158 @@
+"""ModelConfig: one decoder stack, options rather than copies; and the counts that follow from it.
+
+Shape letters, as name suffixes in the whole project: B batch, T tokens (query), S tokens (key), D model width,
+F ffn width, N query heads, K kv heads, G query heads for each kv head, H head width, V vocabulary, L layers, E experts,
+C expert capacity, P pipeline stages, M microbatches.
+"""
+
+from dataclasses import dataclass, field
+
+NORMS = ("rms", "layer")
+NORM_POSITIONS = ("pre", "post", "both")
+POSITIONS = ("rotary", "learned", "none")
+ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
+BIASES = ("none", "qkv", "all")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+PARAMETRIZATIONS = ("standard",)
+GATED = ("swiglu", "geglu")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises the ValueError of a config field that must be one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value} is not one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretches rotary positions beyond the length that a model was trained on."""
+
+    kind: str = "none"  # none | linear | llama3 (by wavelength) | yarn (arXiv 2309.00071)
+    factor: float = 1.0  # new length over the original one
+    original_length: int = 8192  # tokens of the original training
+    low_frequency: float = 1.0  # llama3: longer waves than original_length / this are divided by factor
+    high_frequency: float = 4.0  # llama3: shorter waves than original_length / this are kept
+    beta_fast: float = 32.0  # yarn: dims that turn more often than this within original_length are kept
+    beta_slow: float = 1.0  # yarn: dims that turn less often than this are divided by factor
+
+    def __post_init__(self):
+        one_of("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
+        if self.factor < 1:
+            raise ValueError(f"model.rope_scaling.factor={self.factor} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer: sizes first, then the options in the order of the forward pass."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 4  # fewer than heads: grouped-query attention; 1: multi-query
+    head_dim: int = 32
+    ffn: int = 512
+    vocab_size: int | None = None  # None: the tokenizer's
+    tied_embeddings: bool = True  # one table for input and output
+    dropout: float = 0.0  # of embeddings and of each block's two outputs
+    parametrization: str = "standard"  # how initial scales and learning rates follow the sizes
+
+    positions: str = "rotary"  # rotary | learned | none
+    max_positions: int = 2048  # rows of the learned table
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    embedding_scale: bool = False  # multiply embeddings by sqrt(width) (Gemma)
+
+    norm: str = "rms"  # rms | layer
+    norm_position: str = "pre"  # pre | post | both (around each half of a block)
+    norm_eps: float = 1e-6
+    bias: str = "none"  # none | qkv | all (norms included)
+
+    causal: bool = True  # False: full attention, an encoder
+    qk_norm: bool = False  # RMS norm of queries and keys, head by head
+    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # c * tanh(scores / c); 0 off
+    window: int = 0  # tokens that a local layer sees, its own included; 0 off
+    window_pattern: str = "L"  # repeated over the layers: L local, G global
+
+    activation: str = "swiglu"  # swiglu | geglu | gelu (tanh form) | relu2
+    logit_softcap: float = 0.0  # c * tanh(logits / c); 0 off
+    vocab_multiple: int = 128  # the tables are padded to a multiple of this
+    scan_layers: bool = True  # one compiled layer, scanned; False unrolls
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_positions", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be 1 or more")
+        if self.vocab_size is not None and self.vocab_size < 2:
+            raise ValueError(f"model.vocab_size={self.vocab_size} must be 2 or more")
+        if self.heads % self.kv_heads:
+            choices = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
+            raise ValueError(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; use {choices}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout} must be at least 0 and below 1")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
+        one_of("model.parametrization", self.parametrization, PARAMETRIZATIONS)
+        one_of("model.positions", self.positions, POSITIONS)
+        one_of("model.norm", self.norm, NORMS)
+        one_of("model.norm_position", self.norm_position, NORM_POSITIONS)
+        one_of("model.bias", self.bias, BIASES)
+        one_of("model.activation", self.activation, ACTIVATIONS)
+        if not self.window_pattern or set(self.window_pattern) - set("LG"):
+            raise ValueError(f"model.window_pattern={self.window_pattern} may only hold L (local) and G (global)")
+
+    def windows(self) -> tuple[int, ...]:
+        """The attention window of each layer in tokens; 0 sees everything."""
+        pattern = self.window_pattern
+        return tuple(self.window if pattern[i % len(pattern)] == "L" else 0 for i in range(self.layers))
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Scalars of the model. Padding of the vocabulary is not counted."""
+
+    embedding: int  # token and position tables
+    layers: int
+    head: int  # final norm, and the output table when it is not tied
+
+    @property
+    def total(self) -> int:
+        """All parameters: what model names quote."""
+        return self.embedding + self.layers + self.head
+
+
+def parameter_count(config: ModelConfig) -> ParameterCount:
+    """Counts by arithmetic, without building the model."""
+    c, d = config, config.width
+    norm = d * (2 if c.norm == "layer" and c.bias == "all" else 1)
+    attention = d * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    if c.bias in ("qkv", "all"):
+        attention += c.head_dim * (c.heads + 2 * c.kv_heads)
+    attention += d * (c.bias == "all") + 2 * c.head_dim * c.qk_norm
+    matrices = 3 if c.activation in GATED else 2
+    ffn = matrices * d * c.ffn + (c.bias == "all") * ((matrices - 1) * c.ffn + d)
+    norms = (4 if c.norm_position == "both" else 2) * norm
+    embedding = c.vocab_size * d + (c.max_positions * d if c.positions == "learned" else 0)
+    head = norm * (c.norm_position != "post") + (0 if c.tied_embeddings else c.vocab_size * d)
+    return ParameterCount(embedding, c.layers * (attention + ffn + norms), head)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, *, full_attention: bool = False) -> float:
+    """Model FLOPs of forward and backward for one token of a sequence of `seq_len` (recomputation not counted).
+
+    6 for each parameter that multiplies the token (2 forward, 4 backward; the output table counts, a lookup and
+    vectors do not), plus attention scores and values: 12 L N H S, where S is the number of keys that a token sees on
+    average: those of the mask that the model really has, causal or not, with its windows. With `full_attention` every
+    token is counted as seeing all of them, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT do.
+    """
+    c = config
+    matrices = 3 if c.activation in GATED else 2
+    layer = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + matrices * c.width * c.ffn
+    weights = c.layers * layer + c.vocab_size * c.width
+    keys = 0.0
+    for window in c.windows():
+        reach = min(window, seq_len) if window else seq_len
+        # the first `reach` tokens see 1, 2, ... keys, their own included; the others `reach`
+        back = (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+        keys += seq_len if full_attention else back if c.causal else 2 * back - 1
+    return 6.0 * weights + 12.0 * c.heads * c.head_dim * keys

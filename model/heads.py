@@ -1,0 +1,39 @@
+"""Between tokens and vectors: the embedding table and the output head, which may be the same table."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model import parametrization
+from model.config import ModelConfig
+from parallel.sharding import param, shard, splits, use
+
+NO_TOKEN = -1e30  # logit of the padding rows
+
+
+class TokenTable(nnx.Module):
+    """A (V, D) table, rows padded so that hardware and mesh divide them; padding rows are zero and stay so."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.vocab_size, self.softcap = config.vocab_size, config.logit_softcap
+        multiple = math.lcm(config.vocab_multiple, splits("vocab"))
+        rows = -(-config.vocab_size // multiple) * multiple
+        init = parametrization.table(config, config.vocab_size)
+        self.table = param(key, (rows, config.width), ("vocab", "width"), init)
+
+    def embed(self, tokens_BT: jax.Array, dtype) -> jax.Array:
+        """The tokens' rows, x_BTD."""
+        x_BTD = jnp.take(use(self.table, dtype), tokens_BT, axis=0)
+        return shard(x_BTD, "batch", "residual", "width")
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits_BTV, V with padding (which no softmax sees: its logits are -1e30)."""
+        table_VD = use(self.table, x_BTD.dtype)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+        logits_BTV = shard(logits_BTV, "batch", "tokens", "vocab")
+        if self.softcap:
+            logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
+        padding_V = jnp.arange(table_VD.shape[0]) >= self.vocab_size
+        return jnp.where(padding_V, NO_TOKEN, logits_BTV)

@@ -1,0 +1,133 @@
+"""Norms, the feed-forward block, rotary positions, dropout."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model import parametrization
+from model.config import GATED, ModelConfig, RopeScaling
+from parallel.sharding import param, shard, use
+
+
+class Norm(nnx.Module):
+    """RMS or layer norm over the last dim, computed in float32.
+
+    `dim` names that dim ("norm" for model width, "head_dim" for a head) and `size` is its size.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array, size: int, *, dim: str = "norm", kind: str | None = None):
+        self.kind, self.eps = kind or config.norm, config.norm_eps
+        self.scale = param(key, (size,), (dim,), parametrization.ones)
+        biased = self.kind == "layer" and config.bias == "all"
+        self.bias = param(key, (size,), (dim,), parametrization.zeros) if biased else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Any (..., size) to the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = y * use(self.scale, jnp.float32)
+        if self.bias is not None:
+            y = y + use(self.bias, jnp.float32)
+        return y.astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU, GeGLU (three matrices), GELU or squared ReLU (two)."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        gate, up, down = jax.random.split(key, 3)
+        d, f = config.width, config.ffn
+        self.activation = config.activation
+        into, out = parametrization.matrix(config, d), parametrization.matrix(config, f, residual=True)
+        self.gate = param(gate, (d, f), ("width", "ffn"), into, inputs=1) if config.activation in GATED else None
+        self.up = param(up, (d, f), ("width", "ffn"), into, inputs=1)
+        self.down = param(down, (f, d), ("ffn", "width"), out, inputs=1)
+        biased, zeros = config.bias == "all", parametrization.zeros
+        self.gate_bias = param(key, (f,), ("ffn",), zeros) if biased and self.gate is not None else None
+        self.up_bias = param(key, (f,), ("ffn",), zeros) if biased else None
+        self.down_bias = param(key, (d,), ("norm",), zeros) if biased else None
+
+    def _project(self, x_BTD: jax.Array, matrix: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, use(matrix, x_BTD.dtype))
+        if bias is not None:
+            y_BTF = y_BTF + use(bias, x_BTD.dtype)
+        return shard(y_BTF, "batch", "tokens", "ffn")
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """x_BTD to y_BTD."""
+        h_BTF = self._project(x_BTD, self.up, self.up_bias)
+        if self.gate is not None:
+            g_BTF = self._project(x_BTD, self.gate, self.gate_bias)
+            h_BTF = h_BTF * (jax.nn.silu(g_BTF) if self.activation == "swiglu" else jax.nn.gelu(g_BTF))
+        else:
+            h_BTF = jax.nn.gelu(h_BTF) if self.activation == "gelu" else jnp.square(jax.nn.relu(h_BTF))
+        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, use(self.down, x_BTD.dtype))
+        return y_BTD if self.down_bias is None else y_BTD + use(self.down_bias, x_BTD.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- rotary positions
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[jax.Array, float]:
+    """Radians a token of each pair of dims, (H/2,) float32, and the factor for sines and cosines.
+
+    Scalings: linear (arXiv 2306.15595); Llama 3 by wavelength (Llama 3.1 model card); YaRN (arXiv 2309.00071,
+    equations 19-22).
+    """
+    half = head_dim // 2
+    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    slowed, length = frequency / scaling.factor, scaling.original_length
+    if scaling.kind == "linear":
+        return slowed, 1.0
+    if scaling.kind == "llama3":
+        turns = length * frequency / (2 * math.pi)
+        kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+        kept = jnp.clip(kept, 0, 1)
+        return kept * frequency + (1 - kept) * slowed, 1.0
+    if scaling.kind == "yarn":
+
+        def pair_that_turns(times: float) -> float:
+            return half * math.log(length / (times * 2 * math.pi)) / math.log(theta)
+
+        first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+        last = min(math.ceil(pair_that_turns(scaling.beta_slow)), head_dim - 1)
+        ramp = jnp.clip((jnp.arange(half) - first) / max(last - first, 1e-3), 0, 1)
+        return (1 - ramp) * frequency + ramp * slowed, 0.1 * math.log(scaling.factor) + 1
+    return frequency, 1.0
+
+
+def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, each (B, T, 1, H/2) float32, for token positions (B may be 1)."""
+    frequency, factor = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair (i, i + H/2) of dims of every head by the position's angle, in float32."""
+    cos, sin = angles
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- dropout
+
+
+def dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array | None, site: int | jax.Array) -> jax.Array:
+    """Zeroes a share `rate` of the entries and scales up the rest; the identity without keys.
+
+    There is one key a sequence, so that a mask depends on the sequence, the step and the site alone: not on the mesh,
+    nor on how the batch was cut into microbatches.
+    """
+    if keys_B is None or rate == 0:
+        return x_BTD
+
+    def keep(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x_BTD.shape[1:])
+
+    mask_BTD = shard(jax.vmap(keep)(keys_B), "batch", "residual", "width")
+    return jnp.where(mask_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

@@ -1,0 +1,25 @@
+"""Eight simulated CPU devices for every test, a private compile cache, and the mesh helpers that tests share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import pytest
+
+DEVICES = 8
+CACHE = Path(tempfile.gettempdir()) / f"isomesh-test-cache-{os.getuid()}"
+
+CACHE.mkdir(mode=0o700, exist_ok=True)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment():
+    """What subprocesses of tests inherit: no W&B network, one shared compile cache."""
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ["ISOMESH_TEST_CACHE"] = str(CACHE)

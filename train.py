@@ -1,0 +1,271 @@
+"""Trains a transformer: python train.py [key=value ...]. Keys: python train.py --help. Exit codes: README.
+
+One loop, in the order in which things happen: mesh, run directory, data, model, restore, compile, loop, end.
+"""
+
+import sys
+
+from config import Config, command_line, differences, identity, load_run, mesh_sizes, to_yaml
+
+if __name__ == "__main__":
+    JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
+
+import logging
+import math
+import secrets
+import shlex
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoint.store import CheckpointStore, Restored
+from data.loader import Loader, heldout_batches
+from data.shards import prepare
+from inference.generate import generate
+from model.config import flops_per_token, parameter_count
+from model.transformer import describe
+from parallel.agreement import agreed
+from parallel.mesh import make_mesh
+from parallel.runtime import StopSignal, exit_now, start, transfer_guard
+from parallel.sharding import local_rows, put_batch, replicated
+from training.console import Console, bytes_text, duration, human
+from training.hardware import peak_flops
+from training.metrics import MetricsFile, Sinks, TensorBoardSink, Throughput, WandbSink
+from training.optimizer import learning_rate, make_optimizer
+from training.reporting import Reporter
+from training.rundir import RunDirectory
+from training.state import TrainState, abstract_state, init_state, is_vocabulary
+from training.step import make_eval_step, make_train_step
+
+log = logging.getLogger("isomesh.train")
+DONE, MISTAKE, FAULT, PREEMPTED = 0, 2, 3, 75
+EXPECTED_MFU = 0.35  # for the duration in the header, before anything was measured
+
+
+def main(jobs: list[Config]) -> int:
+    """Runs each job (several in a multirun); returns the exit code of the first that did not end well."""
+    for config in jobs:
+        try:
+            start(config.runtime)
+            code = train(config)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = MISTAKE
+        if code != DONE:
+            return code
+    return DONE
+
+
+def train(config: Config) -> int:
+    """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
+    began, t = time.perf_counter(), config.train
+
+    # ------------------------------------------------------------------------------------------------------------ mesh
+    sizes = mesh_sizes(config, jax.device_count())
+    mesh, primary = make_mesh(sizes), jax.process_index() == 0
+
+    # --------------------------------------------------------------------------------------------------- run directory
+    run = RunDirectory(Path(config.run.dir))
+    config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
+    if primary:
+        run.write_config(to_yaml(config))
+    with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh):
+        # -------------------------------------------------------------------------------------------------------- data
+        dataset = prepare(config.data, config.tokenizer, console.preparation)
+        tokenizer = dataset.tokenizer
+        shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
+        shape["eos_id"] = tokenizer.eos_id if config.data.segments else None
+        rows = local_rows(mesh, t.batch_size)
+        loader = Loader(dataset.train, seed=config.seed, **shape)
+        heldout = lambda: heldout_batches(dataset.heldout, limit=t.eval_batches * t.batch_size, rows=rows, **shape)
+        put = lambda batch: put_batch(mesh, batch, t.batch_size)
+        if t.eval_every:
+            heldout()  # a held-out text that is too short is told now
+        if primary:
+            tokenizer.save(run.tokenizer)
+
+        # ------------------------------------------------------------------------------------------------------- model
+        description = describe(config.model)
+        optimizer = make_optimizer(config.optimizer, description.inputs)
+        abstract = abstract_state(mesh, description, optimizer, jnp.dtype(t.param_dtype))
+        schedule = learning_rate(config.optimizer, t.steps)
+
+        # ----------------------------------------------------------------------------------------------------- restore
+        store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
+        ours = {"identity": identity(config), "data": dataset.digest}
+        restored = restore(config, store, abstract, ours)
+        if restored is None:
+            state, first = init_state(abstract, description, optimizer, config.seed), 0
+            progress = {"best": None, "since_best": 0}  # of eval/loss
+        else:
+            state, first, progress = TrainState(**restored.state), restored.step, restored.record["progress"]
+
+        # ----------------------------------------------------------------------------------------------------- compile
+        compiling = time.perf_counter()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        step = make_train_step(description, optimizer, schedule, t, config.optimizer.clip_norm)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        step = step.lower(abstract, put(loader.batch(first, rows))).compile()
+        compile_s = time.perf_counter() - compiling
+        evaluate_batch = jax.jit(make_eval_step(description, t), out_shardings=replicated(mesh))
+        token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
+
+        flops, peak = flops_per_token(config.model, t.seq_len), peak_flops(t.compute_dtype, list(mesh.devices.flat))
+        memory, count = step.memory_analysis(), parameter_count(config.model)
+        seconds = max(t.steps - first, 0) * t.batch_size * t.seq_len * flops / (peak.flops * mesh.size * EXPECTED_MFU)
+        expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
+        console.header(
+            {
+                "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings",
+                "mesh": " ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "one device",
+                "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}",
+                "data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}",
+                "a step": f"{human(t.batch_size * t.seq_len)} tokens ({t.batch_size} x {t.seq_len}), {t.compute_dtype}",
+                "FLOPs a token": f"{human(flops)}, attention as the mask has it",
+                "peak a device": f"{human(peak.flops)}FLOP/s, {peak.name}",
+                "memory a device": f"{bytes_text(memory.argument_size_in_bytes + memory.temp_size_in_bytes)}, "
+                f"{bytes_text(memory.temp_size_in_bytes)} of them temporary",
+                "steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs",
+                "expected": f"{expected} at {EXPECTED_MFU:.0%} of the peak",
+                "run": str(run.path),
+            }
+        )
+        console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
+        if restored is not None:
+            console.note(f"resumed after step {first} from {store.directory}")
+
+        sinks = [MetricsFile(run.metrics), *([TensorBoardSink(run.path / "tb")] if config.metrics.tensorboard else [])]
+        sinks.append(WandbSink(**asdict(config.wandb), run_id=config.run.id, config=asdict(config), directory=run.path))
+        sinks = Sinks(sinks, primary)
+        sinks.resume(first)
+        sinks.start()
+        meter = Throughput(flops, peak.flops, mesh.size)
+        reporter = Reporter(t, first, meter, sinks, console, loader.epoch)
+
+        def save(number: int, metric: float | None = None) -> bool:
+            return store.save(number, vars(state), {**ours, "progress": progress}, metric=metric)
+
+        def evaluate(number: int) -> tuple[float, bool]:
+            sums = [evaluate_batch(state.params, put(batch), token_bytes_V) for batch in heldout()]
+            nats, tokens, size = (sum(float(s[name]) for s in sums) for name in ("nats", "tokens", "bytes"))
+            loss, best = nats / tokens, progress["best"] is None or nats / tokens < progress["best"]
+            progress.update({"best": loss, "since_best": 0} if best else {"since_best": progress["since_best"] + 1})
+            reporter.evaluated(number, loss, nats / math.log(2) / size, best)
+            return loss, best
+
+        # -------------------------------------------------------------------------------------------------------- loop
+        code, number, saved = DONE, first, first
+        meter.start(first, first * t.batch_size * t.seq_len)
+        try:
+            with StopSignal() as stop:
+                for number in range(first + 1, t.steps + 1):
+                    with meter.data_wait():
+                        batch = put(loader.batch(number - 1, rows))
+                    with transfer_guard(config.runtime):
+                        state, metrics = step(state, batch)
+                    bad = reporter.push(number, metrics)
+                    last, due = number == t.steps, store.due(number, time.monotonic())
+                    stopping = stop.requested(number)
+                    evaluating = t.eval_every > 0 and (last or number % t.eval_every == 0)
+                    if due or stopping or last or evaluating:
+                        bad = bad or reporter.settle()
+                    if bad is not None:
+                        code = FAULT
+                        break
+                    with meter.pause():
+                        loss, best = evaluate(number) if evaluating else (None, False)
+                        keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
+                        if due or stopping or last or keep_best:
+                            save(number, loss)
+                            saved = number
+                    if stopping and not last:
+                        console.warn(f"{stop.reason}: stopping after step {number}")
+                        code = PREEMPTED
+                        break
+                    if t.patience and progress["since_best"] >= t.patience:
+                        console.note(f"no better eval/loss in {t.patience} evaluations: stopping after step {number}")
+                        break
+            if code == FAULT:  # the step that was not finite left the state as it was before it
+                number = int(state.step)
+                state = replace(state, halted=jax.device_put(np.False_, replicated(mesh)))
+            if saved != number:
+                save(number)
+        except Exception as error:
+            log.exception("a fault after step %d", number)
+            console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
+            code = FAULT
+            if jax.process_count() > 1:  # the others may be gone, and a clean exit would wait for them
+                exit_now(code)
+
+        # --------------------------------------------------------------------------------------------------------- end
+        if code == DONE and config.sample.tokens and config.model.causal:
+            prompts = [tokenizer.encode(prompt).tolist() for prompt in config.sample.prompts]
+            texts = generate(description, state.params, prompts, config.sample, eos_id=tokenizer.eos_id)
+            texts = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(config.sample.prompts, texts, strict=True)]
+            console.samples(texts)
+            sinks.log_samples(number, texts)
+            if primary:
+                run.write_samples(number, texts)
+        if not store.wait():
+            console.warn(f"the last checkpoint was not written; {store.directory} goes up to {store.steps()[-1:]}")
+            code = FAULT if code == PREEMPTED else code
+        store.close()
+        sinks.close()
+        paths = {"metrics": run.metrics, "checkpoints": store.directory, "config": run.config, "log": run.log}
+        console.finish(paths, going_on(config, code), {DONE: "done", PREEMPTED: "preempted"}.get(code, "stopped"))
+        return code
+
+
+def claim(config: Config, run: RunDirectory) -> str:
+    """Decides whether this run may use its directory, and returns the run's W&B id.
+
+    1. An empty directory is taken.
+    2. That of the same run (same seed, model, data, optimizer; mesh and length may differ) is gone on with.
+    3. Anything else is refused, so that no two runs mix.
+    """
+    if run.holds_results():
+        theirs = load_run(run.path)
+        if found := differences(identity(config), identity(theirs)):
+            raise ValueError(f"{run.path} holds another run: {'; '.join(found[:4])}; choose another run.dir")
+        if config.checkpoint.resume == "never":
+            raise ValueError(f"{run.path} holds this run already and checkpoint.resume=never; choose another run.dir")
+        return config.run.id or theirs.run.id or secrets.token_hex(4)
+    return config.run.id or secrets.token_hex(4)
+
+
+def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: dict) -> Restored | None:
+    """Decides where a run begins.
+
+    1. From the newest intact checkpoint, on whatever mesh it was written; damaged ones are named and passed over.
+    2. If all are damaged, or belong to another run: an error, never a silent fresh start.
+    3. If there is none: afresh, unless checkpoint.resume=require.
+    """
+    if config.checkpoint.resume == "never":
+        if store.steps():
+            raise ValueError(f"{store.directory} holds checkpoints and checkpoint.resume=never; choose another one")
+        return None
+    restored = store.restore(vars(abstract), resize=is_vocabulary)
+    if restored is None:
+        if config.checkpoint.resume == "require":
+            raise ValueError(f"checkpoint.resume=require, but {store.directory} holds no checkpoint")
+        return None
+    if found := differences(ours, {key: restored.record[key] for key in ours}):
+        raise ValueError(f"{store.directory} holds checkpoints of another run: {'; '.join(found[:4])}")
+    return restored
+
+
+def going_on(config: Config, code: int) -> dict[str, str]:
+    """The commands that a user may want next."""
+    command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    if code != DONE:
+        return {"go on": command}
+    extend = shlex.join([*command.split(), f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
+    return {"extend": extend, "generate": f'python -m inference {config.run.dir} "def "'}
+
+
+if __name__ == "__main__":
+    sys.exit(main(JOBS))

@@ -1,0 +1,76 @@
+"""What a run may set of the training itself. No JAX here: a mistake is told before anything slow is imported."""
+
+import math
+from dataclasses import dataclass
+
+from model.config import one_of
+
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots", "attention")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, in which precision."""
+
+    steps: int = 1000
+    batch_size: int = 32  # sequences a step, over the whole mesh
+    seq_len: int = 256  # tokens of a sequence
+    grad_accumulation: int = 1  # microbatches that a step is cut into
+    compute_dtype: str = "float32"  # float32 | bfloat16: of matmuls and activations
+    param_dtype: str = "float32"  # float32 | bfloat16: of parameters and moments
+    remat: str = "none"  # none | full | dots (keep weight matmuls) | attention (keep its outputs)
+    loss_chunk: int = 1024  # tokens of a sequence whose logits exist at once; 0: all
+    z_loss: float = 0.0  # weight of the squared log-normaliser
+    nonfinite: str = "stop"  # stop | skip: what to do when the loss or a gradient is not finite
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8  # of batch_size, the same ones each time
+    patience: int = 0  # evaluations without a new best after which to stop; 0 off
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
+        for name in ("loss_chunk", "z_loss", "log_every", "eval_every", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
+        one_of("train.compute_dtype", self.compute_dtype, DTYPES)
+        one_of("train.param_dtype", self.param_dtype, DTYPES)
+        one_of("train.remat", self.remat, REMATS)
+        one_of("train.nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.batch_size % self.grad_accumulation:
+            cut = f"train.grad_accumulation={self.grad_accumulation}"
+            raise ValueError(f"train.batch_size={self.batch_size} does not divide by {cut}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What turns gradients into updates."""
+
+    name: str = "adamw"  # adamw | adafactor | lion | muon (AdamW for what is not a matrix) | sgd
+    lr: float = 1e-3  # peak learning rate
+    weight_decay: float = 0.1  # decoupled, times the learning rate; matrices and tables only
+    beta1: float = 0.9  # adamw, lion: decay of the first moment
+    beta2: float = 0.95  # adamw, lion: decay of the second
+    eps: float = 1e-8
+    momentum: float = 0.95  # muon, sgd (Nesterov)
+    clip_norm: float = 1.0  # global norm that gradients are scaled down to; 0 off
+    schedule: str = "cosine"  # cosine | linear | wsd (warm-up, stable, decay) | constant
+    warmup_steps: int = 50  # linear from 0
+    decay_fraction: float = 0.2  # wsd: share of the run that decays, linearly
+    final_lr: float = 0.1  # share of the peak that a decay ends at
+
+    def __post_init__(self):
+        one_of("optimizer.name", self.name, OPTIMIZERS)
+        one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("lr", "weight_decay", "clip_norm", "warmup_steps", "final_lr"):
+            if not getattr(self, name) >= 0 or math.isinf(getattr(self, name)):
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"optimizer.decay_fraction={self.decay_fraction} must be above 0 and at most 1")

@@ -1,0 +1,336 @@
+"""What a run measures and where it is written: throughput and MFU, metrics.jsonl, W&B, TensorBoard."""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+log = logging.getLogger("isomesh.metrics")
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    mode: str = "offline"  # offline (upload later with `wandb sync`) | online | disabled
+    project: str = "isomesh"  # W&B project
+    entity: str | None = None  # W&B user or team; None: the account's default
+    name: str | None = None  # display name; None: W&B invents one
+    group: str | None = None  # groups the runs of a sweep or of several seeds
+    tags: tuple[str, ...] = ()  # labels to filter by
+
+    def __post_init__(self):
+        if self.mode not in WANDB_MODES:
+            raise ValueError(f"wandb.mode={self.mode} is unknown; choose one of {', '.join(WANDB_MODES)}")
+        if not self.project:
+            raise ValueError("wandb.project is empty; name a project, or set wandb.mode=disabled")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    tensorboard: bool = False  # also write TensorBoard event files (needs the extra `tensorboard`)
+
+    def __post_init__(self):
+        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise ValueError(NO_TENSORBOARD)
+
+
+NO_TENSORBOARD = "tensorboardX is not installed; install the extra `tensorboard`, or set metrics.tensorboard=false"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Throughput
+
+
+class Throughput:
+    """Turns (step, tokens, clock) into the `perf/` metrics of the interval since the last report.
+
+    Steps are taken to run whenever nothing else was announced: compilation by `compiled`, evaluation, checkpoints and
+    generation by `pause`. Work that the device still has queued counts where it is waited for, so wait for the last
+    step before pausing.
+
+    flops_per_token: model FLOPs of a training token, forward and backward, without what remat computes again.
+    peak_flops: FLOP/s of one device; NaN where none is known, and MFU is then left out.
+    """
+
+    def __init__(self, flops_per_token: float, peak_flops: float, devices: int, clock=time.perf_counter):
+        self.flops_per_token, self.peak_flops, self.devices, self.clock = flops_per_token, peak_flops, devices, clock
+        self.began = clock()
+        self.productive_s = 0.0
+        self.start(0, 0)
+
+    def start(self, step: int, tokens: int) -> None:
+        """Begins the first interval after `step` steps and `tokens` tokens; what came before was start-up."""
+        self.step, self.tokens = step, tokens
+        self.interval_began = self.clock()
+        self.paused_s = self.waited_s = 0.0
+
+    def compiled(self, seconds: float) -> None:
+        """Tells that `seconds` of this interval were spent compiling."""
+        self.paused_s += seconds
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Within it no step runs: evaluation, a blocking checkpoint, samples."""
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.paused_s += self.clock() - began
+
+    @contextlib.contextmanager
+    def data_wait(self):
+        """Within it the loop waits for its next batch; the wait stays part of the step's time."""
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.waited_s += self.clock() - began
+
+    def report(self, step: int, tokens: int) -> dict[str, float]:
+        """The interval's metrics, and the start of the next; step and tokens are totals. Empty without a new step.
+
+        tokens_per_s counts the whole mesh; step_ms and data_wait_ms are means per step; goodput is the share of wall
+        time since construction in which steps ran.
+        """
+        now = self.clock()
+        steps, new_tokens = step - self.step, tokens - self.tokens
+        stepping_s = now - self.interval_began - self.paused_s
+        if steps <= 0 or stepping_s <= 0:
+            return {}
+        self.productive_s += stepping_s
+        tokens_per_s = new_tokens / stepping_s
+        flops_per_device = tokens_per_s * self.flops_per_token / self.devices
+        metrics = {
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/step_ms": 1e3 * stepping_s / steps,
+            "perf/model_tflops_per_device": flops_per_device / 1e12,
+            "perf/data_wait_ms": 1e3 * self.waited_s / steps,
+            "perf/goodput": self.productive_s / (now - self.began),
+        }
+        if math.isfinite(self.peak_flops):
+            metrics["perf/mfu"] = flops_per_device / self.peak_flops
+        self.step, self.tokens, self.interval_began = step, tokens, now
+        self.paused_s = self.waited_s = 0.0
+        return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sinks: none of them may stop a run that trains
+
+
+class Sink:
+    """Where metrics go. Constructing a sink touches nothing; `start`, or else the first use, opens it."""
+
+    def start(self) -> None: ...
+    def resume(self, step: int) -> None: ...
+    def log(self, step: int, metrics: dict) -> None: ...
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sinks(Sink):
+    """Hands everything to each sink in turn; on any but the primary process to none."""
+
+    def __init__(self, sinks: list[Sink], primary: bool):
+        self.sinks = sinks if primary else []
+
+    def start(self) -> None:
+        for sink in self.sinks:
+            sink.start()
+
+    def resume(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.resume(step)
+
+    def log(self, step: int, metrics: dict) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        for sink in self.sinks:
+            sink.log_samples(step, rows)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class MetricsFile(Sink):
+    """metrics.jsonl: one JSON object a line, `step` first.
+
+    Floats have their full precision (repr); NaN and the infinities, which JSON lacks, are the strings "NaN",
+    "Infinity", "-Infinity". Every line is handed to the system at once: a killed run loses at most the one being
+    written. `read_metrics` reads it back.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._file = None
+        self._failed = False
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Appends one line; values are Python or NumPy numbers, strings, booleans."""
+        record = {"step": int(step), **{key: _plain(value) for key, value in metrics.items()}}
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            if self._file is None:
+                # Unbuffered: a line that a full disk refused must not come back with the next.
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            # What an earlier failure tore off must not swallow this line.
+            data = ("\n" + line if self._failed else line).encode()
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.warning("cannot write %s (%s); training goes on", self.path, error.strerror)
+            self._failed = True
+
+    def resume(self, step: int) -> None:
+        """Drops, atomically, every line after `step` and a torn one, so that no step is there twice.
+
+        Raises OSError if the file cannot be rewritten: two histories in one file would be worse.
+        """
+        self.close()
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+        if kept == lines:
+            return
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """The lines of a metrics.jsonl as dicts, with NaN and infinities as floats again; a torn line is left out."""
+    records = (_parse(line) for line in Path(path).read_bytes().splitlines(keepends=True))
+    return [record for record in records if record is not None]
+
+
+NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(value):
+    """A NumPy or Python scalar as what JSON can hold without loss."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _parse(line: bytes) -> dict | None:
+    """One line as a dict, or None for a line cut short by a kill or a full disk."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
+        return None
+    return {key: NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
+
+
+class WandbSink(Sink):
+    """The same keys in Weights & Biases, under a run id that stays the same across restarts.
+
+    mode: offline (files under directory/wandb, uploaded later by `wandb sync`), online, or disabled, which does not
+    even import wandb. Whatever fails in W&B is one warning, and the run trains on without it.
+    """
+
+    def __init__(self, mode, project, entity, run_id, name, group, tags, config: dict, directory):
+        self.mode, self.directory = mode, Path(directory)
+        self._options = {"mode": mode, "project": project, "entity": entity, "id": run_id, "resume": "allow"}
+        self._options |= {"name": name, "group": group, "tags": list(tags), "config": config, "dir": str(directory)}
+        self._run = None
+
+    def start(self) -> None:
+        if self.mode == "disabled" or self._run is not None:
+            return
+        with self._guard():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            import wandb
+
+            # The console belongs to the run: W&B neither prints nor captures.
+            self._run = wandb.init(**self._options, settings=wandb.Settings(silent=True, console="off"))
+
+    def log(self, step: int, metrics: dict) -> None:
+        self.start()
+        with self._guard():
+            if self._run is not None:
+                values = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+                self._run.log({"step": step, **values}, step=step)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """Logs (prompt, continuation) pairs as the table `samples`."""
+        self.start()
+        with self._guard():
+            if self._run is not None:
+                import wandb
+
+                table = wandb.Table(columns=["step", "prompt", "continuation"], data=[[step, *row] for row in rows])
+                self._run.log({"samples": table}, step=step)
+
+    def finish(self) -> None:
+        """Flushes and ends the W&B run; it can be resumed under the same id."""
+        with self._guard():
+            run, self._run = self._run, None
+            if run is not None:
+                run.finish()
+
+    close = finish  # the name that all sinks share
+
+    @contextlib.contextmanager
+    def _guard(self):
+        try:
+            yield
+        except Exception as error:
+            self._run, self.mode = None, "disabled"
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            log.warning("W&B failed (%s); the run goes on without it", lines[0])
+
+
+class TensorBoardSink(Sink):
+    """The same keys as TensorBoard event files. Raises ValueError when tensorboardX is not installed."""
+
+    def __init__(self, directory: str | os.PathLike):
+        if importlib.util.find_spec("tensorboardX") is None:
+            raise ValueError(NO_TENSORBOARD)
+        self.directory = Path(directory)
+        self._writer = None
+
+    def log(self, step: int, metrics: dict) -> None:
+        for key, value in metrics.items():
+            if not isinstance(value, str):
+                self._open(step).add_scalar(key, float(value), step)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        for number, (prompt, continuation) in enumerate(rows):
+            self._open(step).add_text(f"samples/{number}", f"**{prompt}**{continuation}", step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self, step: int):
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            # An earlier life of the run may have gone further than its last checkpoint: this one begins here.
+            self._writer = SummaryWriter(str(self.directory), purge_step=step)
+        return self._writer

@@ -1,0 +1,88 @@
+"""Optimizers from optax, learning-rate schedules, and which parameters decay.
+
+An optimizer here gives a direction; the training step scales it by the schedule's learning rate, so that a skipped
+step and a resumed run have the learning rate of their step.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from training.config import OptimizerConfig
+
+MUON_RMS = 0.2  # root mean square of a Muon update, that of a typical AdamW one: one lr serves both (arXiv 2502.16982)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """The schedule: step (int scalar, 0 first) to learning rate (float32), for a run of `steps` steps."""
+    warmup, low = config.warmup_steps, config.final_lr
+    start = max(warmup, round(steps * (1 - config.decay_fraction))) if config.schedule == "wsd" else warmup
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
+        done = jnp.clip((step - start) / max(steps - start, 1), 0, 1)  # share of the decay that is behind
+        shape = {
+            "constant": lambda: 1.0,
+            "linear": lambda: 1 - (1 - low) * done,
+            "wsd": lambda: 1 - (1 - low) * done,
+            "cosine": lambda: low + (1 - low) * (1 + jnp.cos(jnp.pi * done)) / 2,
+        }[config.schedule]()
+        return jnp.asarray(config.lr * rise * shape, jnp.float32)
+
+    return schedule
+
+
+def decays(params: dict) -> dict:
+    """True for matrices and tables, False for norm scales and biases, by the parameter's own name."""
+
+    def one(path, _):
+        name = path[-1].key
+        return name != "scale" and not name.endswith("bias")
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _muon(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+
+    def dimensions(leaf, contracted: int):
+        """A stacked matrix is a batch of matrices: all its contracted dims against all its output dims."""
+        axes = tuple(range(leaf.ndim))
+        return MuonDimensionNumbers(axes[1 : 1 + contracted], axes[1 + contracted :])
+
+    def for_matrices(function, updates):
+        """`function(leaf, contracted)` of every matrix; the others are masked out here."""
+        return jax.tree.map(lambda u, n: u if masked(u) else function(u, n), updates, inputs, is_leaf=masked)
+
+    def to_rms(leaf, contracted: int):
+        fan_in, fan_out = math.prod(leaf.shape[1 : 1 + contracted]), math.prod(leaf.shape[1 + contracted :])
+        return leaf * (MUON_RMS * max(fan_in, fan_out) ** 0.5)
+
+    matrices = optax.chain(
+        scale_by_muon(beta=config.momentum, weight_dimension_numbers=lambda p: for_matrices(dimensions, p)),
+        optax.stateless(lambda updates, _: for_matrices(to_rms, updates)),
+    )
+    labels = jax.tree.map(lambda contracted: "muon" if contracted else "adamw", inputs)
+    others = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    return optax.partition({"muon": matrices, "adamw": others}, labels)
+
+
+def make_optimizer(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
+    """The direction to go against: `params - lr * direction`. Clipping is done before, by the step.
+
+    `inputs` is the parameters' tree with the number of contracted dims of each (model.transformer.Description).
+    """
+    core = {
+        "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        "lion": lambda: optax.scale_by_lion(config.beta1, config.beta2),
+        "sgd": lambda: optax.trace(config.momentum, nesterov=config.momentum > 0),
+        "muon": lambda: _muon(config, inputs),
+        # arXiv 1804.04235 without its relative step size: factored second moments, updates clipped to RMS 1
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    }[config.name]()
+    return optax.chain(core, optax.add_decayed_weights(config.weight_decay, decays))

@@ -1,0 +1,54 @@
+"""The directory of a run: whose it is, and which files it holds."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run, by the names that others rely on."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Text that the model wrote."""
+        return self.path / "samples.txt"
+
+    @property
+    def log(self) -> Path:
+        """What the console said, with times."""
+        return self.path / "run.log"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, where it is more than plain bytes."""
+        return self.path / "tokenizer.json"
+
+    def holds_results(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.exists() or self.metrics.exists()
+
+    def write_config(self, text: str) -> None:
+        """Replaces config.yaml at once, so that no reader sees half of it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.config.with_suffix(".tmp")
+        temporary.write_text(text)
+        os.replace(temporary, self.config)
+
+    def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """Appends the texts that the model wrote after `step` steps, each after its prompt."""
+        with self.samples.open("a", encoding="utf-8") as file:
+            for prompt, text in texts:
+                file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")

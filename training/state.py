@@ -1,0 +1,110 @@
+"""What a run carries from step to step, how it lies on the mesh, and how it begins."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model.transformer import Description
+from parallel.sharding import parameter_shardings, replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Monitor:
+    """Running statistics that tell a spike from noise (exponential averages over about 50 steps)."""
+
+    loss_mean: jax.Array
+    loss_var: jax.Array
+    grad_norm: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes; saving it is saving the run."""
+
+    step: jax.Array  # int32: steps done, and the cursor into the data
+    params: dict
+    opt_state: optax.OptState
+    rng: jax.Array  # uint32 key data; a step's key is folded from it
+    monitor: Monitor
+    skipped: jax.Array  # int32: steps whose update was dropped since it was not finite
+    halted: jax.Array  # bool: a non-finite step came and the run is to stop; no update is applied any more
+
+
+def is_vocabulary(path: str) -> bool:
+    """Whether a leaf, by its path in a checkpoint, has a vocabulary dim, whose padding may depend on the mesh."""
+    return path.endswith("tokens/table") or path.endswith("head/table")
+
+
+def make_state(description: Description, optimizer, seed: int, param_dtype) -> TrainState:
+    """The first state of a run, on the default layout: to be traced, see `init_state`."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = jax.tree.map(lambda p: p.astype(param_dtype), description.init(init_key))
+    zero = jnp.zeros((), jnp.float32)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        rng=jax.random.key_data(run_key),
+        monitor=Monitor(zero, zero, zero),
+        skipped=jnp.zeros((), jnp.int32),
+        halted=jnp.zeros((), bool),
+    )
+
+
+def state_shardings(mesh: Mesh, description: Description, state: TrainState) -> TrainState:
+    """The NamedSharding of each leaf: optimizer moments lie like their parameters, the rest is on every device."""
+    params = parameter_shardings(mesh, state.params, description.axes)
+    by_path = {
+        _dict_path(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params), strict=True
+        )
+    }
+
+    def moment(path, leaf) -> NamedSharding:
+        shape, sharding = by_path.get(_dict_path(path), ((), None))
+        return replicated(mesh) if sharding is None else _like(sharding, shape, leaf.shape)
+
+    everywhere = jax.tree.map(lambda _: replicated(mesh), state)
+    return replace(everywhere, params=params, opt_state=jax.tree_util.tree_map_with_path(moment, state.opt_state))
+
+
+def _dict_path(path) -> tuple[str, ...]:
+    """The dict keys that end a path: a parameter's name, wherever in an optimizer's state it stands."""
+    names: list[str] = []
+    for key in reversed(path):
+        if not isinstance(key, jax.tree_util.DictKey):
+            break
+        names.append(key.key)
+    return tuple(reversed(names))
+
+
+def _like(sharding: NamedSharding, shape: tuple[int, ...], leaf: tuple[int, ...]) -> NamedSharding:
+    """A moment's sharding: the parameter's, or what is left of it when the moment is a mean over one dim."""
+    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+    if leaf == shape:
+        return sharding
+    for dim in range(len(shape)):
+        if shape[:dim] + shape[dim + 1 :] == leaf and math.prod(leaf) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec(*spec[:dim], *spec[dim + 1 :]))
+    return replicated(sharding.mesh)
+
+
+def abstract_state(mesh: Mesh, description: Description, optimizer, param_dtype) -> TrainState:
+    """The state's shapes, dtypes and shardings: what a checkpoint is restored into and a step is lowered for."""
+    shapes = jax.eval_shape(lambda: make_state(description, optimizer, 0, param_dtype))
+    shardings = state_shardings(mesh, description, shapes)
+    return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
+
+
+def init_state(abstract: TrainState, description: Description, optimizer, seed: int) -> TrainState:
+    """The first state, drawn shard by shard: no device ever holds more than its part. Bitwise equal on every mesh."""
+    dtype = jax.tree.leaves(abstract.params)[0].dtype
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: make_state(description, optimizer, seed, dtype), out_shardings=shardings)()
