@@ -225,12 +225,6 @@ def _multirun(overrides: list[str]) -> list[Config]:
     return [load(list(combination)) for combination in itertools.product(*choices)]
 
 
-def _choices(override) -> list[str]:
-    if not override.is_sweep_override():
-        return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
 def help_text() -> str:
     """Every key with its default and its comment."""
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())

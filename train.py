@@ -146,13 +146,17 @@ def train(config: Config) -> int:
         meter = Throughput(flops, peak.flops, mesh.size)
         reporter = Reporter(t, first, meter, sinks, console, loader.epoch)
 
+        def out_of_patience() -> bool:
+            return 0 < t.patience <= progress["since_best"]
+
         def save(number: int, metric: float | None = None) -> bool:
             return store.save(number, vars(state), {**ours, "progress": progress}, metric=metric)
 
         def evaluate(number: int) -> tuple[float, bool]:
             sums = [evaluate_batch(state.params, put(batch), token_bytes_V) for batch in heldout()]
             nats, tokens, size = (sum(float(s[name]) for s in sums) for name in ("nats", "tokens", "bytes"))
-            loss, best = nats / tokens, progress["best"] is None or nats / tokens < progress["best"]
+            loss = nats / tokens
+            best = math.isfinite(loss) and (progress["best"] is None or loss < progress["best"])
             progress.update({"best": loss, "since_best": 0} if best else {"since_best": progress["since_best"] + 1})
             reporter.evaluated(number, loss, nats / math.log(2) / size, best)
             return loss, best
@@ -162,7 +166,7 @@ def train(config: Config) -> int:
         meter.start(first, first * t.batch_size * t.seq_len)
         try:
             with StopSignal() as stop:
-                for number in range(first + 1, t.steps + 1):
+                for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
                     with meter.data_wait():
                         batch = put(loader.batch(number - 1, rows))
                     with transfer_guard(config.runtime):
@@ -186,7 +190,7 @@ def train(config: Config) -> int:
                         console.warn(f"{stop.reason}: stopping after step {number}")
                         code = PREEMPTED
                         break
-                    if t.patience and progress["since_best"] >= t.patience:
+                    if out_of_patience():
                         console.note(f"no better eval/loss in {t.patience} evaluations: stopping after step {number}")
                         break
             if code == FAULT:  # the step that was not finite left the state as it was before it
@@ -211,7 +215,8 @@ def train(config: Config) -> int:
             if primary:
                 run.write_samples(number, texts)
         if not store.wait():
-            console.warn(f"the last checkpoint was not written; {store.directory} goes up to {store.steps()[-1:]}")
+            newest = max(store.steps(), default="none")
+            console.warn(f"the last checkpoint was not written; the newest in {store.directory}: {newest}")
             code = FAULT if code == PREEMPTED else code
         store.close()
         sinks.close()
@@ -260,11 +265,13 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
 
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
-    command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    command = ["python", "train.py", *sys.argv[1:]]
     if code != DONE:
-        return {"go on": command}
-    extend = shlex.join([*command.split(), f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
-    return {"extend": extend, "generate": f'python -m inference {config.run.dir} "def "'}
+        return {"go on": shlex.join(command)}
+    replaced = ("run.dir=", "train.steps=")
+    kept = [argument for argument in command if not argument.startswith(replaced)]
+    extend = shlex.join([*kept, f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
+    return {"extend": extend, "generate": shlex.join(["python", "-m", "inference", config.run.dir, "def "])}
 
 
 if __name__ == "__main__":

@@ -18,9 +18,14 @@ def by_path(state: Any) -> dict[str, Any]:
     return named
 
 
-def check_leaves(step: int, saved: dict, wanted: dict, resize: Callable[[str], bool] | None) -> None:
-    """Raise a ValueError that names the first leaf in which a checkpoint of another model differs."""
-    for path in [*wanted, *(path for path in saved if path not in wanted)]:
+def check_leaves(
+    step: int, saved: dict, wanted: dict, resize: Callable[[str], bool] | None, part: bool = False
+) -> None:
+    """Raise a ValueError that names the first leaf in which a checkpoint of another model differs.
+
+    part: leaves that are saved and not wanted are no difference.
+    """
+    for path in [*wanted, *(path for path in saved if path not in wanted and not part)]:
         there = f"{saved[path][0]} {tuple(saved[path][1])}" if path in saved else "missing"
         here = f"{wanted[path].dtype} {wanted[path].shape}" if path in wanted else "missing"
         if there == here:

@@ -92,6 +92,10 @@ class CheckpointStore:
         """The steps of complete checkpoints, ascending. They have a manifest; their digests are not compared here."""
         return [step for step in _listing(self.directory)[0] if (self._folder(step) / MANIFEST).is_file()]
 
+    def best(self) -> int | None:
+        """The complete checkpoint with the lowest metric, the later of equals; None if none has a metric."""
+        return next(iter(self._best_first(self.steps())), None)
+
     # ---- save -------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, record: dict[str, Any], *, metric: float | None = None) -> bool:
@@ -180,12 +184,14 @@ class CheckpointStore:
         Steps after `newest` are left alone: the run went back behind them, and they are replaced as it comes by.
         """
         complete = [step for step in self.steps() if step <= newest]
-        metrics = {step: metric for step in complete if (metric := self._metric(step)) is not None}
-        best = sorted(metrics, key=lambda step: (metrics[step], -step))[: self.config.keep_best]
-        kept = {*complete[-self.config.keep :], *best}
+        kept = {*complete[-self.config.keep :], *self._best_first(complete)[: self.config.keep_best]}
         for step in _listing(self.directory)[0]:
             if step <= newest and step not in kept:
                 self._remove(step)
+
+    def _best_first(self, steps: list[int]) -> list[int]:
+        metrics = {step: metric for step in steps if (metric := self._metric(step)) is not None}
+        return sorted(metrics, key=lambda step: (metrics[step], -step))
 
     def _metric(self, step: int) -> float | None:
         try:
@@ -219,13 +225,15 @@ class CheckpointStore:
         *,
         before: int | None = None,
         resize: Callable[[str], bool] | None = None,
+        part: bool = False,
     ) -> Restored | None:
         """The newest intact checkpoint, of the steps below `before` if given; None if there is no complete one at all.
 
         abstract_state: the same pytree of jax.ShapeDtypeStruct, each with the sharding wanted, on any mesh of any
         number of devices and processes. A checkpoint that is damaged is named in a warning and the one before it is
         tried. resize: the '/'-joined paths of leaves whose dims may differ in size; they are made up with zeros, or cut
-        where the rest is zeros (padding of a vocabulary, which depends on the mesh).
+        where the rest is zeros (padding of a vocabulary, which depends on the mesh). part: the abstract state may lack
+        leaves of the checkpoint (the optimizer's, where only parameters are wanted); they are not read.
 
         Raises:
           CheckpointError: there are checkpoints, and each is damaged.
@@ -238,7 +246,7 @@ class CheckpointStore:
             for step in agreed(lambda: self._candidates(before)):
                 answer = agreed(lambda step=step: self._inspect(step, contents=self.config.verify))
                 if (problem := answer.get("problem")) is None:
-                    check_leaves(step, answer["leaves"], wanted, resize)
+                    check_leaves(step, answer["leaves"], wanted, resize, part)
                     arrays, problem = self._read(step, answer["leaves"], wanted)
                 if problem is None:
                     state = jax.tree.unflatten(jax.tree.structure(abstract_state), list(arrays.values()))
@@ -280,7 +288,7 @@ class CheckpointStore:
         }
         found, problem = {}, None
         try:
-            arguments = orbax.args.PyTreeRestore(restore_args=restore_args)
+            arguments = orbax.args.PyTreeRestore(restore_args, restore_args=restore_args, partial_restore=True)
             found = self._orbax.restore(self._folder(step) / ARRAYS, args=arguments)
         except Exception as error:
             if self.config.verify:

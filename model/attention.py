@@ -103,6 +103,9 @@ class Attention(nnx.Module):
         zeros, biased = parametrization.zeros, c.bias in ("qkv", "all")
         self.query_bias = param(key, shape[1:], axes[1:], zeros) if biased else None
         self.key_bias = param(key, kv_shape[1:], kv_axes[1:], zeros) if biased else None
+        # then a key bias adds the same to all scores of a query, which softmax does not see: its gradient is rounding
+        # noise, which an optimizer that normalises would follow, differently on every mesh
+        self.idle_key_bias = biased and c.positions != "rotary" and not c.qk_norm and not c.attention_softcap
         self.value_bias = param(key, kv_shape[1:], kv_axes[1:], zeros) if biased else None
         self.out_bias = param(key, (c.width,), ("norm",), zeros) if c.bias == "all" else None
         self.query_norm = Norm(c, key, c.head_dim, dim="head_dim", kind="rms") if c.qk_norm else None
@@ -123,7 +126,10 @@ class Attention(nnx.Module):
         """y_BTD, and the cache with this call's keys and values written at their positions."""
         c = self.config
         q_BTNH = self._heads(x_BTD, self.query, self.query_bias, self.query_norm, info.angles, "heads")
-        k_BSKH = self._heads(x_BTD, self.key, self.key_bias, self.key_norm, info.angles, "kv_heads")
+        key_bias = self.key_bias
+        if self.idle_key_bias:
+            key_bias = key_bias.replace(jax.lax.stop_gradient(key_bias[...]))
+        k_BSKH = self._heads(x_BTD, self.key, key_bias, self.key_norm, info.angles, "kv_heads")
         v_BSKH = self._heads(x_BTD, self.value, self.value_bias, None, None, "kv_heads")
         k_info = info
         if cache is not None:

@@ -56,6 +56,8 @@ def _sizes() -> Mapping[str, int]:
 
 def _entry(table: Mapping[str, tuple[str, ...]], name: str | None, size: int, sizes: Mapping[str, int]):
     axes = table[name] if name is not None else ()
+    if size == 1:  # the one token of a decoding step: splitting it would only add exchanges
+        return None
     if name in REPLICATED_IF_UNDIVIDED and size % math.prod(sizes.get(axis, 1) for axis in axes):
         return None
     return axes or None

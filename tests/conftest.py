@@ -4,6 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+# Compiling is most of the suite's time, and tiny programs gain nothing from optimisation. Inherited by subprocesses.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 import jax
 import pytest
 

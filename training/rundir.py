@@ -37,8 +37,8 @@ class RunDirectory:
         return self.path / "tokenizer.json"
 
     def holds_results(self) -> bool:
-        """Whether a run has begun here."""
-        return self.config.exists() or self.metrics.exists()
+        """Whether a run has got anywhere here; one that ended at its first mistake leaves a config.yaml only."""
+        return self.metrics.exists() or (self.path / "checkpoints").exists()
 
     def write_config(self, text: str) -> None:
         """Replaces config.yaml at once, so that no reader sees half of it."""

@@ -107,4 +107,9 @@ def init_state(abstract: TrainState, description: Description, optimizer, seed: 
     """The first state, drawn shard by shard: no device ever holds more than its part. Bitwise equal on every mesh."""
     dtype = jax.tree.leaves(abstract.params)[0].dtype
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda: make_state(description, optimizer, seed, dtype), out_shardings=shardings)()
+    # runs once: four fifths of its time would be the compiler's optimisation
+    quick = {"xla_backend_optimization_level": 0}
+    draw = jax.jit(
+        lambda: make_state(description, optimizer, seed, dtype), out_shardings=shardings, compiler_options=quick
+    )
+    return draw()

@@ -61,6 +61,14 @@ def gradients(description: Description, config: TrainConfig, params, batch: Batc
     return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
+def dropout_keys(description: Description, config: TrainConfig, state: TrainState) -> jax.Array | None:
+    """A key for each sequence of this step's batch, or None where the model has no dropout."""
+    if not description.config.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    return jax.random.split(key, config.batch_size)
+
+
 def _watch(monitor: Monitor, step, loss, grad_norm, healthy) -> tuple[Monitor, dict[str, jax.Array]]:
     """The next running statistics, and how far this step lies from the last ones."""
     weight = jnp.maximum(1 - SPIKE_DECAY, 1 / (step + 1.0))  # a plain mean until there is enough of a past
@@ -88,10 +96,7 @@ def make_train_step(
     """The step (state, batch) -> (state, metrics); metrics are float32 scalars under their logged names."""
 
     def train_step(state: TrainState, batch: Batch):
-        keys_B = None
-        if description.config.dropout:
-            key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-            keys_B = jax.random.split(key, config.batch_size)
+        keys_B = dropout_keys(description, config, state)
         sums, grads = gradients(description, config, state.params, batch, keys_B)
         tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
         loss, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
@@ -129,7 +134,7 @@ def make_train_step(
             metrics["train/z_loss"] = config.z_loss * sums.z / tokens
         return new_state, metrics
 
-    return _in_float32_matmuls(train_step) if config.compute_dtype == "float32" else train_step
+    return in_float32_matmuls(train_step, config)
 
 
 def make_eval_step(description: Description, config: TrainConfig) -> Callable:
@@ -140,11 +145,13 @@ def make_eval_step(description: Description, config: TrainConfig) -> Callable:
         bytes_BT = jnp.take(token_bytes_V, batch["targets_BT"]) * batch["mask_BT"]
         return {"nats": sums.nll, "tokens": batch["mask_BT"].sum(), "bytes": bytes_BT.sum()}
 
-    return _in_float32_matmuls(eval_step) if config.compute_dtype == "float32" else eval_step
+    return in_float32_matmuls(eval_step, config)
 
 
-def _in_float32_matmuls(step: Callable) -> Callable:
+def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:
     """Accelerators round float32 matmuls to fewer bits by default; a run in float32 means float32."""
+    if config.compute_dtype != "float32":
+        return step
 
     def precise(*args):
         with jax.default_matmul_precision("float32"):

@@ -1,6 +1,8 @@
 """Generation with a cache against re-running the whole sequence; batches; meshes; ends."""
 
+import functools
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,31 +37,40 @@ GREEDY = SampleConfig(tokens=12, temperature=0.0)
 SAMPLED = SampleConfig(tokens=12, temperature=1.2, top_k=40, top_p=0.95, seed=7)
 
 
-def build(config: ModelConfig, seed: int = 0):
+@functools.cache
+def build(config: ModelConfig):
     """A model whose weights are large enough that its text does not end up in one repeated token."""
     description = describe(config)
-    params = jax.tree.map(lambda p: 3 * p if p.ndim > 1 else p, description.init(jax.random.key(seed)))
-    return description, params
+    large = lambda: jax.tree.map(lambda p: 3 * p if p.ndim > 1 else p, description.init(jax.random.key(0)))
+    return description, jax.jit(large)()
 
 
-def without_cache(description, params, prompt: list[int], sample: SampleConfig) -> list[int]:
-    """One row, the slow way: every step runs the whole sequence."""
-    model, total = description.bind(params), len(prompt) + sample.tokens
-    key = jax.random.key(sample.seed)
-    for part in module._row_seeds([prompt], 1)[0]:
-        key = jax.random.fold_in(key, part)
+@partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def next_tokens(model, tokens_BT, lengths_B, seed, seeds_B2, **options):
+    """The token after each row's length, from the whole sequence; causal, so what stands behind it does not count."""
+    logits_BTV = model.logits(model(tokens_BT)[0])
+    logits_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
-    @jax.jit
-    def next_token(tokens_1T, length):  # causal: what stands behind `length` cannot be seen
-        logits = model.logits(model(tokens_1T)[0])[:, length - 1]
-        keys = jax.random.fold_in(key, length)[None]
-        return draw(logits, keys, temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)[0]
+    def key(length, seeds_2):
+        row = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), seeds_2[0]), seeds_2[1])
+        return jax.random.fold_in(row, length)
 
-    tokens_1T = np.zeros((1, total), np.int32)
-    tokens_1T[0, : len(prompt)] = prompt
-    for length in range(len(prompt), total):
-        tokens_1T[0, length] = next_token(tokens_1T, length)
-    return tokens_1T[0, len(prompt) :].tolist()
+    return draw(logits_BV, jax.vmap(key)(lengths_B, seeds_B2), **options)
+
+
+def without_cache(description, params, prompts: list[list[int]], sample: SampleConfig) -> list[list[int]]:
+    """The slow way: every step runs the whole sequences."""
+    model, rows = description.bind(params), np.arange(len(prompts))
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens_BT = np.zeros((len(prompts), lengths_B.max() + sample.tokens), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+    seeds_B2 = module._row_seeds(prompts, len(prompts))
+    options = {name: getattr(sample, name) for name in ("temperature", "top_k", "top_p")}
+    for step in range(sample.tokens):
+        at_B = lengths_B + step
+        tokens_BT[rows, at_B] = next_tokens(model, tokens_BT, at_B, np.uint32(sample.seed), seeds_B2, **options)
+    return [tokens_BT[row, n : n + sample.tokens].tolist() for row, n in enumerate(lengths_B)]
 
 
 @pytest.mark.parametrize("sample", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -67,8 +78,8 @@ def without_cache(description, params, prompt: list[int], sample: SampleConfig) 
 def test_cached_equals_uncached(name, sample):
     description, params = build(MODELS[name])
     texts = generate(description, params, PROMPTS, sample)
-    assert texts == [without_cache(description, params, prompt, sample) for prompt in PROMPTS]
-    assert all(len(set(text)) > 2 for text in texts), "the test would see no difference"
+    assert texts == without_cache(description, params, PROMPTS, sample)
+    assert len({token for text in texts for token in text}) > 6, "the test would hardly see a difference"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,24 +87,28 @@ def test_prefill_and_decode_give_the_logits_of_training(name):
     description, params = build(MODELS[name])
     model = description.bind(params)
     tokens_BT = np.random.default_rng(0).integers(0, 61, (3, 16), np.int32)
-    expected = model.logits(model(jnp.asarray(tokens_BT))[0])
     lengths_B = np.array([5, 16, 1], np.int32)
-    logits_BV, cache = prefill(model, tokens_BT, lengths_B, make_cache(description.config, 3, 20))
-    for row, length in enumerate(lengths_B):
-        np.testing.assert_allclose(logits_BV[row], expected[row, length - 1], rtol=1e-5, atol=1e-5)
     position_B = np.minimum(lengths_B, 15)  # the full row rewrites its last token
-    logits_BV, _ = decode(model, tokens_BT[np.arange(3), position_B], position_B, cache)
-    for row, position in enumerate(position_B):
-        np.testing.assert_allclose(logits_BV[row], expected[row, position], rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def both(model):
+        expected = model.logits(model(tokens_BT)[0])
+        first_BV, cache = prefill(model, tokens_BT, lengths_B, make_cache(description.config, 3, 20))
+        second_BV, _ = decode(model, tokens_BT[np.arange(3), position_B], position_B, cache)
+        return expected, first_BV, second_BV
+
+    expected_BTV, first_BV, second_BV = both(model)
+    for row, (length, position) in enumerate(zip(lengths_B, position_B, strict=True)):
+        np.testing.assert_allclose(first_BV[row], expected_BTV[row, length - 1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(second_BV[row], expected_BTV[row, position], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sample", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_text_does_not_depend_on_the_batch(sample):
+def test_a_text_does_not_depend_on_the_batch():
     description, params = build(BASE)
-    together = generate(description, params, PROMPTS, sample)
-    assert generate(description, params, PROMPTS[::-1], sample) == together[::-1]
+    together = generate(description, params, PROMPTS, SAMPLED)
+    assert generate(description, params, PROMPTS[::-1], SAMPLED) == together[::-1]
     for prompt, text in zip(PROMPTS, together, strict=True):
-        assert generate(description, params, [prompt], sample) == [text]
+        assert generate(description, params, [prompt], SAMPLED) == [text]
 
 
 def test_seeds_and_repeated_prompts_give_other_texts():
@@ -119,13 +134,12 @@ def test_seeds_and_repeated_prompts_give_other_texts():
 def test_a_mesh_gives_the_text_of_one_device(name, sizes):
     config = MODELS[name]
     description, params = build(config)
-    expected = {sample: generate(description, params, PROMPTS[:3], sample) for sample in (GREEDY, SAMPLED)}
+    expected = generate(description, params, PROMPTS, SAMPLED)
     mesh = make_mesh({axis: sizes.get(axis, 1) for axis in AXES}, jax.devices())
     with jax.set_mesh(mesh):
         description = describe(config)
         sharded = jax.device_put(params, parameter_shardings(mesh, description.shapes, description.axes))
-        for sample, texts in expected.items():
-            assert generate(description, sharded, PROMPTS[:3], sample) == texts
+        assert generate(description, sharded, PROMPTS, SAMPLED) == expected
 
 
 def test_a_row_ends_before_its_end_of_document():
@@ -146,25 +160,24 @@ def test_the_loop_stops_when_every_row_has_ended(monkeypatch):
         return decode(model, tokens_B, *rest)
 
     monkeypatch.setattr(module, "decode", counted)
-    jax.clear_caches()
-    free = generate(description, params, PROMPTS[:1], GREEDY)[0]
+    sample = replace(GREEDY, tokens=9)  # as nowhere else, so that the program is traced here
+    free = generate(description, params, PROMPTS[:1], sample)[0]
     jax.effects_barrier()
-    assert len(steps) == GREEDY.tokens - 1  # the prompt gives the first token
+    assert len(steps) == sample.tokens - 1  # the prompt gives the first token
     steps.clear()
-    generate(description, params, PROMPTS[:1], GREEDY, eos_id=free[3])
+    generate(description, params, PROMPTS[:1], sample, eos_id=free[3])
     jax.effects_barrier()
     assert len(steps) == free.index(free[3])
-    jax.clear_caches()
 
 
 def test_prompts_of_one_bucket_share_a_program():
-    description, params = build(BASE)
-    generate(description, params, [[1] * 3], SAMPLED)
+    (description, params), sample = build(BASE), replace(SAMPLED, tokens=2)
+    generate(description, params, [[1] * 3], sample)
     compiled = module._generate._cache_size()
-    for sample, prompt in [(SAMPLED, [2] * 16), (replace(SAMPLED, seed=9), [1]), (replace(SAMPLED, prompts=()), [1])]:
-        generate(describe(BASE), params, [prompt], sample, eos_id=5)
+    for other, prompt in [(sample, [2] * 16), (replace(sample, seed=9), [1]), (replace(sample, prompts=()), [1])]:
+        generate(describe(BASE), params, [prompt], other, eos_id=5)
     assert module._generate._cache_size() == compiled
-    generate(description, params, [[1] * 17], SAMPLED)
+    generate(description, params, [[1] * 17], sample)
     assert module._generate._cache_size() == compiled + 1
 
 
@@ -187,7 +200,7 @@ def test_learned_positions_are_filled_to_the_last_and_no_further():
     config = replace(MODELS["learned-bias-layernorm"], max_positions=22)
     description, params = build(config)
     sample, prompt = replace(GREEDY, tokens=3), PROMPTS[0]
-    assert generate(description, params, [prompt], sample) == [without_cache(description, params, prompt, sample)]
+    assert generate(description, params, [prompt], sample) == without_cache(description, params, [prompt], sample)
     with pytest.raises(ValueError, match=r"19 prompt tokens \+ 4 new ones = 23 are more than the model's 22"):
         generate(description, params, [prompt], replace(sample, tokens=4))
 

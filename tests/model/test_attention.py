@@ -1,0 +1,80 @@
+"""The attention function: chunks of queries, grouped heads, soft-caps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import attention as module
+from model.attention import TokenInfo, attention
+
+B, T, N, K, H = 2, 12, 4, 2, 8
+SEGMENTS_BT = jnp.asarray([[0] * 7 + [1] * 5, [0] * 2 + [1] * 10], jnp.int32)
+POSITIONS_1T = jnp.arange(T, dtype=jnp.int32)[None]
+OPTIONS = {
+    "causal": {"causal": True, "window": None},
+    "full": {"causal": False, "window": None},
+    "window and soft-cap": {"causal": True, "window": jnp.int32(3), "softcap": 1.5},
+}
+
+
+def drawn() -> list[jax.Array]:
+    generator = np.random.default_rng(0)
+    return [jnp.asarray(generator.standard_normal((B, T, heads, H)), jnp.float32) for heads in (N, K, K)]
+
+
+def value_and_gradients(arrays, segments_BT, **options):
+    info = TokenInfo(POSITIONS_1T, segments_BT)
+
+    @jax.jit
+    def run(arrays):
+        def objective(arrays):
+            out = attention(*arrays, info, info, scale=1.0, **options)
+            return jnp.sin(out).sum(), out
+
+        (_, out), grads = jax.value_and_grad(objective, has_aux=True)(arrays)
+        return out, grads
+
+    return run(arrays)
+
+
+@pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["one document", "documents"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_chunks_of_queries_change_nothing(case, segments_BT, monkeypatch):
+    whole = value_and_gradients(drawn(), segments_BT, **OPTIONS[case])
+    monkeypatch.setattr(module, "QUERY_CHUNK", 3)
+    chunked = value_and_gradients(drawn(), segments_BT, **OPTIONS[case])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), chunked, whole)
+
+
+def test_scores_of_all_queries_never_exist_at_once_when_chunked(monkeypatch):
+    monkeypatch.setattr(module, "QUERY_CHUNK", 3)
+    info = TokenInfo(POSITIONS_1T)
+    loss = lambda *arrays: attention(*arrays, info, info, causal=True, window=None, scale=1.0).sum()
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*drawn()).as_text()
+    assert f"{K}x{N // K}x3x{T}xf32" in text
+    assert f"{K}x{N // K}x{T}x{T}xf32" not in text
+
+
+def test_equals_a_plain_loop_over_tokens():
+    q, k, v = (np.asarray(x, np.float64) for x in drawn())
+    info = TokenInfo(POSITIONS_1T, SEGMENTS_BT)
+    out = attention(*drawn(), info, info, causal=True, window=jnp.int32(4), scale=0.3, softcap=2.0)
+    for b, t, n in np.ndindex(B, T, N):
+        visible = [s for s in range(max(0, t - 3), t + 1) if SEGMENTS_BT[b, s] == SEGMENTS_BT[b, t]]
+        scores = np.array([2.0 * np.tanh(0.3 * q[b, t, n] @ k[b, s, n * K // N] / 2.0) for s in visible])
+        weights = np.exp(scores) / np.exp(scores).sum()
+        expected = sum(w * v[b, s, n * K // N] for w, s in zip(weights, visible, strict=True))
+        np.testing.assert_allclose(out[b, t, n], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_equal_multi_head_with_repeated_weights(kv_heads, build, tokens_BT):
+    grouped, whole = build(kv_heads=kv_heads, bias="qkv"), build(kv_heads=4, bias="qkv")
+    params = jax.tree.map(lambda x: x, grouped.params)
+    for name in ("key", "value"):
+        for leaf in (name, f"{name}_bias"):
+            heads = grouped.params["layers"]["attention"][leaf]
+            params["layers"]["attention"][leaf] = jnp.repeat(heads, 4 // kv_heads, axis=-2)
+    expected = jax.jit(grouped.logits)(grouped.params, tokens_BT)
+    np.testing.assert_allclose(jax.jit(whole.logits)(params, tokens_BT), expected, atol=1e-5)

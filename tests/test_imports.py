@@ -1,0 +1,66 @@
+"""Imports run one way: which folder may import which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What the modules of a folder may import of the project, besides their own folder.
+ALLOWED = {
+    "parallel": set(),
+    "data": set(),
+    "model": {"parallel"},
+    "training": {"model", "parallel"},
+    "checkpoint": {"model", "parallel"},
+    "inference": {"model", "parallel"},
+}
+# Programs put the folders together, and are imported by nobody.
+ENTRY_POINTS = {"train.py", "training/parity.py", "inference/__main__.py"}
+MODULES = {"config", "train"}  # that stand beside the folders
+
+NOT_OURS = {"tests", "experiments", "conf", "docs", "runs"}
+
+
+def sources() -> list[str]:
+    """The project's own Python files, without tests."""
+    files = (path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")])
+    return sorted(file.as_posix() for file in files if file.parts[0] not in NOT_OURS)
+
+
+def imported(file: str) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: imports are spelled from the root of the checkout"
+            # `from training import parity` imports a module, too
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_there_is_something_to_check():
+    assert {file.partition("/")[0] for file in sources()} == {*ALLOWED, "config.py", "train.py"}
+    assert ENTRY_POINTS <= set(sources())
+
+
+@pytest.mark.parametrize("file", sources())
+def test_imports_run_one_way(file):
+    folder = file.partition("/")[0]
+    modules = imported(file)
+    tops = {module.partition(".")[0] for module in modules} & (ALLOWED.keys() | MODULES | NOT_OURS)
+    assert not tops & {"tests", "experiments"}
+    entries = {entry.removesuffix(".py").replace("/", ".") for entry in ENTRY_POINTS}
+    assert not modules & entries, "an entry point is imported by nobody"
+    if file == "config.py":  # it nests the folders' dataclasses
+        assert "config" not in tops
+    elif file not in ENTRY_POINTS:
+        assert tops - {folder} <= ALLOWED[folder], f"{file} imports {tops - {folder} - ALLOWED[folder]}"
+
+
+@pytest.mark.parametrize("file", [file for file in sources() if file.endswith("__init__.py")])
+def test_packages_hold_no_code(file):
+    assert not (ROOT / file).read_text()
