@@ -3,6 +3,10 @@ PYTHON ?= python3
 EXTRAS ?=
 export UV_PYTHON_DOWNLOADS = never
 
+# Bytecode of what a run imports: where Python may not write it later, each start would spend seconds compiling again.
+COMPILE = cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -q -j 0 jax jaxlib flax optax orbax \
+    tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers pygments
+
 .PHONY: setup train test lint format clean
 setup: .venv/.stamp
 
@@ -14,6 +18,7 @@ setup: .venv/.stamp
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements requirements.lock
 	@if [ -n "$(EXTRAS)" ]; then .venv/bin/uv pip install --quiet --python .venv/bin/python \
 	    --requirements pyproject.toml --extra "$(EXTRAS)" --constraints requirements.lock; fi
+	@$(COMPILE) || true
 	@touch $@
 
 train: setup

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -106,6 +108,7 @@ def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
 def load(overrides: list[str]) -> Config:
     """The config of a list of overrides. Raises ValueError with one clear line."""
     _check_keys(overrides)
+    _parsed(overrides)  # Hydra itself would not say which one it could not read
     # a key that no YAML mentions is still a field of a dataclass: ++ lets Hydra set either
     forced = [o if o.startswith(("+", "~")) or _is_group(o.split("=")[0]) else f"++{o}" for o in overrides]
     try:
@@ -210,19 +213,24 @@ def command_line(arguments: list[str]) -> list[Config]:
 
 def _multirun(overrides: list[str]) -> list[Config]:
     """Every combination of the comma-separated choices, in Hydra's order."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        choices = [
-            [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
-            if o.is_sweep_override()
-            else [o.input_line]
-            for o in parsed
-        ]
-    except HydraException as error:
-        raise ValueError(_one_line(error)) from None
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in _parsed(overrides)
+    ]
     return [load(list(combination)) for combination in itertools.product(*choices)]
+
+
+def _parsed(overrides: list[str]) -> list[Override]:
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            problem = _one_line(error).partition(" See http")[0]
+            raise ValueError(f"cannot read {override}: {problem}; put a text in quotes: key='\"...\"'") from None
+    return parsed
 
 
 def help_text() -> str:

@@ -73,6 +73,7 @@ def train(config: Config) -> int:
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
     if primary:
         run.write_config(to_yaml(config))
+    peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh):
         # -------------------------------------------------------------------------------------------------------- data
         dataset = prepare(config.data, config.tokenizer, console.preparation)
@@ -114,8 +115,8 @@ def train(config: Config) -> int:
         evaluate_batch = jax.jit(make_eval_step(description, t), out_shardings=replicated(mesh))
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
 
-        flops, peak = flops_per_token(config.model, t.seq_len), peak_flops(t.compute_dtype, list(mesh.devices.flat))
-        memory, count = step.memory_analysis(), parameter_count(config.model)
+        flops, count = flops_per_token(config.model, t.seq_len), parameter_count(config.model)
+        memory = step.memory_analysis()
         seconds = max(t.steps - first, 0) * t.batch_size * t.seq_len * flops / (peak.flops * mesh.size * EXPECTED_MFU)
         expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
         console.header(

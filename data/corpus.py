@@ -58,6 +58,45 @@ def is_heldout(text: str, share: float) -> bool:
     return position(text) < share
 
 
+def split(config: DataConfig) -> Iterator[tuple[Document, bool]]:
+    """The documents, each with whether it is kept for evaluation; both kinds are there.
+
+    A document is held out if its position falls under the share asked for. Where that leaves one side empty (a handful
+    of documents), the nearest one goes over; a text that is alone is cut, at a line's end, and its tail is held out.
+    Raises ValueError where there is too little text for two sides.
+    """
+    border = _border(config)
+    if border is None:
+        yield from _cut(next(documents(config), None), config)
+        return
+    for document in documents(config):
+        yield document, position(document.text) < border
+
+
+def _border(config: DataConfig) -> float | None:
+    """The position under which documents are held out; None if there are not two different ones."""
+    low, high, seen = 1.0, 0.0, set()
+    for document in documents(config):
+        where = position(document.text)
+        low, high = min(low, where), max(high, where)
+        if low < config.heldout <= high:  # as good as always after a few documents
+            return config.heldout
+        seen.add(where)
+    if len(seen) < 2:
+        return None
+    ordered = sorted(seen)
+    return sum(ordered[:2]) / 2 if config.heldout <= low else sum(ordered[-2:]) / 2
+
+
+def _cut(document: Document | None, config: DataConfig) -> Iterator[tuple[Document, bool]]:
+    if document is None or len(document.text) < 2:
+        raise ValueError(f"data.source={config.source} has no text for training and evaluation: give more")
+    text, at = document.text, min(max(1, round(len(document.text) * (1 - config.heldout))), len(document.text) - 1)
+    at = text.rfind("\n", 0, at) + 1 or at
+    yield Document(f"{document.name} (head)", text[:at]), False
+    yield Document(f"{document.name} (tail)", text[at:], document.read), True
+
+
 def source_files(config: DataConfig) -> list[Path]:
     """The files of a source, sorted. Raises ValueError if there are none or one cannot be read as text."""
     if config.source == "stdlib":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import DataConfig, Document, documents, is_heldout, kind, position, source_files
+from data.corpus import DataConfig, Document, kind, source_files, split
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
 
 FORMAT = 1  # raise it when the same source and settings would give other files
@@ -125,11 +125,11 @@ def _open(entry: Path, config: TokenizerConfig, ready: Tokenizer | None) -> Data
     try:
         meta = json.loads((entry / "meta.json").read_text())
         tokenizer = ready or load_tokenizer(config, entry / "tokenizer.json")
-        streams = [entry / f"{split}.bin" for split in SPLITS]
+        streams = [entry / f"{name}.bin" for name in SPLITS]
         dtype = np.dtype(meta["dtype"])
         whole = all(
-            path.stat().st_size == meta[split]["tokens"] * dtype.itemsize
-            for split, path in zip(SPLITS, streams, strict=True)
+            path.stat().st_size == meta[name]["tokens"] * dtype.itemsize
+            for name, path in zip(SPLITS, streams, strict=True)
         )
         if not whole or tokenizer.digest != meta["tokenizer_digest"]:
             return None
@@ -148,8 +148,8 @@ def _build(
     try:
         tokenizer = ready
         if tokenizer is None:
-            texts = (text.text for text in _reported(data, "training the tokenizer", total, progress))
-            tokenizer = train_bpe((text for text in texts if not is_heldout(text, data.heldout)), config.vocab_size)
+            texts = _reported(data, "training the tokenizer", total, progress)
+            tokenizer = train_bpe((document.text for document, heldout in texts if not heldout), config.vocab_size)
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         counts = _write_streams(folder, data, tokenizer, dtype, _reported(data, "tokenizing", total, progress))
         if _stat(data) != before:
@@ -174,58 +174,41 @@ def _build(
     return dataset
 
 
-def _reported(data: DataConfig, what: str, total: int, progress: Progress) -> Iterator[Document]:
+def _reported(data: DataConfig, what: str, total: int, progress: Progress) -> Iterator[tuple[Document, bool]]:
     progress(what, 0, total)
     shown = 0
-    for document in documents(data):
-        yield document
+    for document, heldout in split(data):
+        yield document, heldout
         if document.read - shown >= total // 200:  # a bar needs no more, and a call may cost more than a document
             shown = document.read
             progress(what, shown, total)
     progress(what, total, total)
 
 
-def _write_streams(folder: Path, data: DataConfig, tokenizer: Tokenizer, dtype: str, texts: Iterator[Document]) -> dict:
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    positions = []
+def _write_streams(
+    folder: Path, data: DataConfig, tokenizer: Tokenizer, dtype: str, texts: Iterator[tuple[Document, bool]]
+) -> dict:
+    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in SPLITS}
     with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in SPLITS}
         for chunk in _chunks(texts):
-            for document, ids in zip(chunk, tokenizer.encode_batch([d.text for d in chunk]), strict=True):
-                positions.append(position(document.text))
-                split = "heldout" if positions[-1] < data.heldout else "train"
-                files[split].write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
-                counts[split]["documents"] += 1
-                counts[split]["tokens"] += len(ids) + 1
-                counts[split]["bytes"] += int(tokenizer.token_bytes[ids].sum())
+            tokens = tokenizer.encode_batch([document.text for document, _ in chunk])
+            for (_, heldout), ids in zip(chunk, tokens, strict=True):
+                name = "heldout" if heldout else "train"
+                files[name].write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
+                counts[name]["documents"] += 1
+                counts[name]["tokens"] += len(ids) + 1
+                counts[name]["bytes"] += int(tokenizer.token_bytes[ids].sum())
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    _check_split(data, np.unique(positions))
     return counts
 
 
-def _check_split(data: DataConfig, positions: np.ndarray) -> None:
-    """positions: of the distinct documents, sorted. Raises ValueError unless both splits have one."""
-    if len(positions) < 2:
-        raise ValueError(
-            f"data.source={data.source} has {len(positions)} distinct document(s), and training and evaluation need "
-            f"one each: give several files, or a .jsonl with a document a line"
-        )
-    if positions[0] < data.heldout <= positions[-1]:
-        return
-    none = data.heldout <= positions[0]
-    nearest = (positions[0] + positions[1] if none else positions[-2] + positions[-1]) / 2
-    raise ValueError(
-        f"data.heldout={data.heldout} holds out {'none' if none else 'all'} of {len(positions)} documents, which are "
-        f"drawn by their text: data.heldout={nearest:.6g} holds out {1 if none else len(positions) - 1}"
-    )
-
-
-def _chunks(texts: Iterator[Document]) -> Iterator[list[Document]]:
+def _chunks(texts: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
     chunk, size = [], 0
-    for document in texts:
-        chunk.append(document)
+    for document, heldout in texts:
+        chunk.append((document, heldout))
         size += len(document.text)
         if size >= CHUNK:
             yield chunk

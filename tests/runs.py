@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import jax
 import numpy as np
 import orbax.checkpoint
 import yaml
@@ -16,6 +15,7 @@ import yaml
 import config
 import train
 from checkpoint.digests import read_manifest
+from training.hardware import Peak
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -45,20 +45,13 @@ def overrides(text: Path, directory: Path, *more: str) -> list[str]:
     return [*TINY, f"data.path={text}/*.txt", f"data.cache={text.parent / 'cache'}", f"run.dir={directory}", *more]
 
 
-@contextlib.contextmanager
-def _quick_compiles():
-    """These tests are of what surrounds the step: less optimised programs compile in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-def run(arguments: list[str], devices: int = DEVICES) -> int:
+def run(arguments: list[str], devices: int = DEVICES, peak=lambda *_: Peak(1e12, "no peak in particular", "")) -> int:
     """`python train.py ARGUMENTS` in this process, on the first `devices` of its devices; the exit code."""
     sizes = config.mesh_sizes
-    with _quick_compiles(), mock.patch.object(train, "mesh_sizes", lambda cfg, _: sizes(cfg, devices)):
+    with (
+        mock.patch.object(train, "mesh_sizes", lambda cfg, _: sizes(cfg, devices)),
+        mock.patch.object(train, "peak_flops", peak),  # to measure one takes half a second
+    ):
         return train.main([config.load([*arguments, f"runtime.cpu_devices={DEVICES}"])])
 
 
@@ -69,7 +62,7 @@ def environment(**more: str) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return os.environ | cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | more
+    return os.environ | cache | more
 
 
 def command(arguments: list[str], devices: int = DEVICES, processes: int = 1) -> list[str]:

@@ -129,11 +129,13 @@ def test_intervals_and_what_is_kept(text, tmp_path):
 
 def test_default_text_samples_and_tracking(text, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("ISOMESH_CACHE", str(tmp_path / "new"))  # so that the machine's peak is measured
     words = ("data=stdlib", f"data.cache={text.parent / 'cache'}", "train.steps=2", "optimizer.warmup_steps=0")
     sampling = ("sample.tokens=4", "sample.prompts=['def ','import ']", "wandb.mode=offline", "train.eval_batches=1")
     arguments = runs.overrides(text, tmp_path / "run", *words, *sampling)
     arguments.remove(f"data.path={text}/*.txt")
-    assert runs.run(arguments) == DONE
+    assert runs.run(arguments, peak=train.peak_flops) == DONE
+    assert "matmul measured" in (tmp_path / "run" / "run.log").read_text()
     samples = (tmp_path / "run" / "samples.txt").read_text()
     assert samples.startswith("--- step 2, prompt 'def '\ndef ")
     assert "--- step 2, prompt 'import '\nimport " in samples

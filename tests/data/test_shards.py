@@ -86,7 +86,7 @@ def test_bpe_learns_from_training_documents_only(tmp_path):
 
 def test_second_start_reads_the_cache(data, monkeypatch):
     first = prepare(data, BPE)
-    monkeypatch.setattr("data.shards.documents", lambda config: pytest.fail("the source was read again"))
+    monkeypatch.setattr("data.corpus.documents", lambda config: pytest.fail("the source was read again"))
     second = prepare(data, BPE)
     assert second.digest == first.digest
     assert second.tokenizer.digest == first.tokenizer.digest
@@ -180,7 +180,7 @@ def test_two_processes_at_once_agree(data):
 STOP = "import time\ndef stop(*args, **kw):\n    print('there', flush=True); time.sleep(60)\n"
 PLACES = {
     "training": "shards.train_bpe = stop",
-    "writing": "shards._check_split = stop",
+    "writing": "shards._chunks = stop",
     "meta": "shards._publish = stop",
     "before the rename": "os.rename = stop",
 }
@@ -228,23 +228,32 @@ def test_a_source_that_changes_under_the_reader(data, source, monkeypatch):
         yield from documents(config)
         source.write_text(json.dumps({"text": "new"}))
 
-    monkeypatch.setattr("data.shards.documents", changing)
+    monkeypatch.setattr("data.corpus.documents", changing)
     with pytest.raises(ValueError, match="changed while"):
         prepare(data, TokenizerConfig())
     assert entries(data.cache) == []
 
 
-def test_both_splits_or_an_error_that_names_a_share_that_works(data, source):
-    for share in (1e-6, 1 - 1e-6):
-        with pytest.raises(ValueError, match="40 documents") as caught:
-            prepare(DataConfig("text", str(source), heldout=share, cache=data.cache), TokenizerConfig())
-        better = float(str(caught.value).split("data.heldout=")[2].split()[0])
-        dataset = prepare(DataConfig("text", str(source), heldout=better, cache=data.cache), TokenizerConfig())
-        counted = len(split(dataset.heldout, dataset.tokenizer))
-        assert str(caught.value).endswith(f"holds out {counted}")
-    source.write_text('{"text": "one"}\n{"text": "one"}\n')
-    with pytest.raises(ValueError, match=r"1 distinct document.*several files"):
-        prepare(data, TokenizerConfig())
+def test_neither_side_is_ever_empty(data, source):
+    for share, kept in ((1e-6, 1), (1 - 1e-6, 39)):
+        dataset = prepare(DataConfig("text", str(source), heldout=share, cache=data.cache), TokenizerConfig())
+        assert len(split(dataset.heldout, dataset.tokenizer)) == kept
+        assert len(split(dataset.train, dataset.tokenizer)) == 40 - kept
+
+
+def test_a_text_that_is_alone_is_cut_at_a_line(tmp_path):
+    path, lines = tmp_path / "alone.txt", [f"line {i}\n" for i in range(100)]
+    path.write_text("".join(lines))
+    for config in (TokenizerConfig(), BPE):
+        dataset = prepare(DataConfig("text", str(path), heldout=0.1, cache=str(tmp_path / "cache")), config)
+        (head,), (tail,) = split(dataset.train, dataset.tokenizer), split(dataset.heldout, dataset.tokenizer)
+        assert head + tail == "".join(lines)
+        assert head.endswith("\n")
+        assert 0.85 < len(head) / len(head + tail) <= 0.9
+    for text in ("", "x"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no text for training and evaluation"):
+            prepare(DataConfig("text", str(path), cache=str(tmp_path / "cache")), TokenizerConfig())
 
 
 def test_a_cache_that_cannot_be_written(source, tmp_path):

@@ -1,0 +1,70 @@
+"""Mesh arithmetic: what is legal, what is refused, and the advice that goes with it."""
+
+import itertools
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.mesh import AXES, MeshConfig, Requirement, factorizations, resolve
+
+
+def test_rest_takes_what_is_left():
+    assert resolve(MeshConfig(), 8)["fsdp"] == 8
+    assert resolve(MeshConfig(tensor=2, data=-1, fsdp=1), 8) == dict.fromkeys(AXES, 1) | {"data": 4, "tensor": 2}
+
+
+def test_a_wrong_product_shows_the_arithmetic_and_legal_meshes():
+    with pytest.raises(
+        ValueError, match=r"mesh 2\*2\*3 = 12 needs 12 devices, 8 found; nearest legal: .*mesh.tensor=2"
+    ):
+        resolve(MeshConfig(data=2, fsdp=2, tensor=3), 8)
+    with pytest.raises(ValueError, match="3 does not divide 8 devices"):
+        resolve(MeshConfig(tensor=3), 8)
+
+
+def test_two_rests_and_zero_are_refused():
+    with pytest.raises(ValueError, match="only one mesh axis can be -1"):
+        MeshConfig(data=-1)
+    with pytest.raises(ValueError, match="mesh.tensor=0"):
+        MeshConfig(tensor=0)
+
+
+def test_a_broken_requirement_names_it():
+    heads = Requirement("model.heads", 6, ("tensor",))
+    with pytest.raises(ValueError, match=r"model.heads=6 does not divide by mesh.tensor=4; nearest legal"):
+        resolve(MeshConfig(tensor=4), 8, [heads])
+    with pytest.raises(ValueError, match="no mesh of 7 devices is legal"):
+        resolve(MeshConfig(), 7, [Requirement(name, 4, (name,)) for name in ("data", "fsdp", "tensor")])
+    kv = Requirement("model.kv_heads", 2, ("tensor",), or_divisor=True)
+    assert resolve(MeshConfig(tensor=8), 8, [kv])["tensor"] == 8
+
+
+@given(
+    devices=st.integers(1, 64),
+    sizes=st.tuples(*[st.integers(1, 8)] * 3),
+    needs=st.tuples(*[st.integers(1, 48)] * 3),
+)
+def test_what_is_advised_is_legal(devices, sizes, needs):
+    names = ("data", "fsdp", "tensor")
+    requirements = [Requirement(f"size of {axis}", n, (axis,)) for axis, n in zip(names, needs, strict=True)]
+    config = MeshConfig(**dict(zip(names, sizes, strict=True)))
+    try:
+        resolved = resolve(config, devices, requirements)
+    except ValueError as error:
+        message = str(error)
+        assert "\n" not in message
+        for advice in re.findall(r"(?:legal: |or )((?:mesh\.\w+=\d+ ?)+)", message):
+            asked = {a: int(n) for a, n in re.findall(r"mesh\.(\w+)=(\d+)", advice)}
+            assert resolve(MeshConfig(**({"fsdp": 1} | asked)), devices, requirements)
+    else:
+        assert math.prod(resolved.values()) == devices
+        assert all(r.problem(resolved) is None for r in requirements)
+
+
+def test_factorizations_are_all_of_them_once():
+    found = [tuple(s[a] for a in ("data", "fsdp", "tensor")) for s in factorizations(12)]
+    wanted = [s for s in itertools.product(range(1, 13), repeat=3) if math.prod(s) == 12]
+    assert sorted(found) == sorted(wanted)

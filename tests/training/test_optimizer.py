@@ -1,0 +1,120 @@
+"""Optimizers against written-out references, schedules at their corners, decay masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from training.config import OPTIMIZERS, OptimizerConfig
+from training.optimizer import decays, learning_rate, make_optimizer
+
+INPUTS = {"layers": {"query": 1, "out": 2, "query_bias": 0, "norm": {"scale": 0}}, "tokens": {"table": 0}}
+SHAPES = {
+    "layers": {"query": (2, 6, 4, 3), "out": (2, 4, 3, 6), "query_bias": (2, 4, 3), "norm": {"scale": (2, 6)}},
+    "tokens": {"table": (10, 6)},
+}
+
+
+def draw(seed):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: random.normal(size=s).astype(np.float32), SHAPES, is_leaf=lambda s: type(s) is tuple)
+
+
+def direction(config, gradients, params):
+    optimizer = make_optimizer(config, INPUTS)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        update, state = optimizer.update(gradient, state, params)
+    return update
+
+
+def test_adamw_equals_its_formula():
+    config = OptimizerConfig(weight_decay=0.1, beta1=0.9, beta2=0.95)
+    params, gradients = draw(0), [draw(1), draw(2), draw(3)]
+    update = direction(config, gradients, params)
+    for name, decay in (("query", 0.1), ("query_bias", 0.0)):
+        m = v = 0.0
+        for gradient in gradients:
+            g = gradient["layers"][name].astype(np.float64)
+            m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        expected = (m / (1 - 0.9**3)) / (np.sqrt(v / (1 - 0.95**3)) + 1e-8) + decay * params["layers"][name]
+        np.testing.assert_allclose(update["layers"][name], expected, rtol=2e-5)
+
+
+def test_muon_orthogonalises_each_matrix_of_a_stack():
+    """Singular values of an update come out nearly equal, and its RMS is that of a typical Adam update."""
+    update = direction(OptimizerConfig(name="muon", weight_decay=0.0), [draw(1)], draw(0))
+    for name, shape in (("query", (6, 12)), ("out", (12, 6))):
+        for layer in range(2):
+            values = np.linalg.svd(np.asarray(update["layers"][name][layer]).reshape(shape), compute_uv=False)
+            scale = 0.2 * np.sqrt(max(shape))
+            assert (values / scale > 0.6).all()
+            assert (values / scale < 1.3).all()
+    adam = direction(OptimizerConfig(weight_decay=0.0), [draw(1)], draw(0))
+    np.testing.assert_allclose(update["tokens"]["table"], adam["tokens"]["table"], rtol=1e-6)
+
+
+def test_muon_layers_do_not_mix():
+    params, gradient = draw(0), draw(1)
+    other = jax.tree.map(np.copy, gradient)
+    other["layers"]["query"][1] *= -3
+    a, b = (direction(OptimizerConfig(name="muon"), [g], params)["layers"]["query"] for g in (gradient, other))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    assert not np.allclose(a[1], b[1])
+
+
+def test_lion_is_a_sign_and_sgd_is_momentum():
+    config = OptimizerConfig(name="lion", weight_decay=0.0)
+    assert set(np.unique(direction(config, [draw(1)], draw(0))["tokens"]["table"])) == {-1.0, 1.0}
+    update = direction(OptimizerConfig(name="sgd", weight_decay=0.0, momentum=0.9), [draw(1), draw(2)], draw(0))
+    first, second = draw(1)["tokens"]["table"], draw(2)["tokens"]["table"]
+    trace = second + 0.9 * first
+    np.testing.assert_allclose(update["tokens"]["table"], second + 0.9 * trace, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    """A quadratic's value falls by half in 60 steps."""
+    target, params = draw(0), draw(1)
+    lr = {"sgd": 0.05, "lion": 0.02}.get(name, 0.05)
+    optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.0, momentum=0.9), INPUTS)
+    value = lambda p: sum(
+        jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True)
+    )
+
+    @jax.jit
+    def step(params, state):
+        update, state = optimizer.update(jax.grad(value)(params), state, params)
+        return jax.tree.map(lambda p, u: p - lr * u, params, update), state
+
+    before, state = value(params), optimizer.init(params)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert value(params) < before / 2
+
+
+def test_only_matrices_and_tables_decay():
+    assert decays(draw(0)) == {
+        "layers": {"query": True, "out": True, "query_bias": False, "norm": {"scale": False}},
+        "tokens": {"table": True},
+    }
+
+
+def test_schedules_at_their_corners():
+    at = lambda schedule, step, **o: float(
+        learning_rate(OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=10, final_lr=0.1, **o), 110)(step)
+    )
+    for schedule in ("cosine", "linear", "wsd", "constant"):
+        assert at(schedule, 0) == pytest.approx(0.2)  # the first step already moves
+        assert at(schedule, 4) == pytest.approx(1.0)
+        assert at(schedule, 9) == pytest.approx(2.0)
+        assert at(schedule, 10) == pytest.approx(2.0)
+    assert at("constant", 109) == 2.0
+    assert at("cosine", 60) == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert at("linear", 60) == pytest.approx(2 * (1 - 0.9 / 2))
+    assert at("wsd", 87, decay_fraction=0.2) == 2.0  # decays from step 88
+    assert at("wsd", 99, decay_fraction=0.2) == pytest.approx(2 * (1 - 0.9 / 2))
+    for schedule in ("cosine", "linear", "wsd"):
+        assert at(schedule, 110) == pytest.approx(0.2)
+        assert at(schedule, 1000) == pytest.approx(0.2)
+    assert float(learning_rate(OptimizerConfig(lr=2.0, warmup_steps=0), 10)(0)) == 2.0
