@@ -136,10 +136,6 @@ def finish(config: Config) -> Config:
             f"train.seq_len={train.seq_len} is longer than model.max_positions={model.max_positions} learned "
             f"positions; set model.max_positions={train.seq_len}"
         )
-    if config.optimizer.warmup_steps > train.steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} is longer than train.steps={train.steps}"
-        )
     if config.run.dir is None:
         digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
         run = dataclasses.replace(config.run, dir=str(Path("runs") / f"{config.run.name}-{digest}"))

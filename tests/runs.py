@@ -27,7 +27,14 @@ TINY = (
     "runtime.compile_cache=null",  # that of the tests is on already, see `environment`
     *("model.layers=2", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "model.ffn=64"),
     *("train.seq_len=32", "train.batch_size=8", f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=8"),
-    *("train.eval_batches=2", "optimizer.warmup_steps=4", "checkpoint.every=4", "checkpoint.keep=99"),
+    *(
+        "train.eval_batches=2",
+        "optimizer=adamw",
+        "optimizer.lr=2e-3",
+        "optimizer.warmup_steps=4",
+        "checkpoint.every=4",
+        "checkpoint.keep=99",
+    ),
 )
 
 

@@ -78,7 +78,6 @@ def test_mistakes_across_folders(capsys):
     for arguments, words in [
         (["train.seq_len=4096", "model.positions=learned"], ["train.seq_len=4096", "model.max_positions=4096"]),
         (["model.vocab_size=100"], ["model.vocab_size=100", "256"]),
-        (["optimizer.warmup_steps=700"], ["optimizer.warmup_steps=700", "train.steps=600"]),
         (["mesh.data=-1"], ["only one mesh axis can be -1"]),
         (["mesh.pipe=2"], ["mesh.pipe=2", "not supported yet"]),
         (["model=5"], ["model=5", "model=nano"]),

@@ -14,11 +14,6 @@ NEEDED = {"data/text": ["data.path=notes.txt"], "tokenizer/file": ["tokenizer.pa
 TOKENIZER = '{"model": {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 1}, "merges": []}}'
 
 
-def dataclass_at(path: str):
-    """The part of a Config under a dotted path."""
-    return lambda whole: getattr(whole, path)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -108,9 +108,8 @@ def test_run_goes_on_bitwise_however_its_process_ended(text, undisturbed, tmp_pa
     # before the first checkpoint, then wherever it falls: in a step, in an evaluation, in a save
     lives = [
         (signal.SIGKILL, 2),
-        (signal.SIGKILL, draw.randint(4, 8)),
-        (signal.SIGTERM, draw.randint(9, 13)),
-        (signal.SIGKILL, draw.randint(14, 18)),
+        (signal.SIGTERM, draw.randint(4, 8)),
+        (signal.SIGKILL, draw.randint(10, 18)),
     ]
     for number, line in lives:
         process = start_and_wait(arguments, directory, line)

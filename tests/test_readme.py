@@ -1,0 +1,69 @@
+"""The README and docs tell the truth: their commands are accepted, and what they name exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import config
+from inference.options import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_there_are_commands():
+    assert len([line for page, line in COMMANDS if page == "README.md"]) >= 10
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line[:50] for _, line in COMMANDS])
+def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert words[0] == "python"
+    words = words[1:]
+    if words[:2] == ["-m", "parallel.launch"]:
+        words = words[words.index("train.py") :]
+    if words[:2] == ["-m", "inference"]:
+        run = tmp_path / words[2]
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(config.to_yaml(config.load([])))
+        monkeypatch.chdir(tmp_path)
+        parse(words[2:])
+        return
+    if words[0] == "train.py":
+        words = words[1:]
+    else:
+        assert words[:2] == ["-m", "training.parity"]
+        words = words[2:]
+    for job in config.command_line(words):
+        devices = job.runtime.cpu_devices * (2 if "parallel.launch" in line else 1)
+        assert config.mesh_sizes(job, devices)
+
+
+def test_named_files_exist():
+    for page in PAGES:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    tree = re.search(r"## The tree\n\n```text\n(.*?)```", PAGES[0].read_text(), re.DOTALL)[1]
+    for line in tree.splitlines():
+        folder, rest = line.split(maxsplit=1)
+        assert (ROOT / folder).exists(), folder
+        for name in re.findall(r"\b\w+\.(?:py|md)\b", rest):
+            assert (ROOT / folder / name).exists(), f"{folder}{name}"
+
+
+def test_presets_named_are_all_there_are():
+    named = re.search(r"`model=([\w|]+)`", PAGES[0].read_text())[1].split("|")
+    assert {*named, "nano"} == {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
