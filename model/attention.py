@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model import parametrization
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
-from model.layers import Norm, rotate
+from model.layers import Norm, project, rotate
 from parallel.sharding import param, shard, splits, use
 
 QUERY_CHUNK = 1024  # queries whose scores exist at once
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
         self.key_norm = Norm(c, key, c.head_dim, dim="head_dim", kind="rms") if c.qk_norm else None
 
     def _heads(self, x_BTD, matrix, bias, norm, angles, heads: str) -> jax.Array:
-        y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, use(matrix, x_BTD.dtype))
+        y_BTNH = project(x_BTD, use(matrix, x_BTD.dtype))
         if bias is not None:
             y_BTNH = y_BTNH + use(bias, x_BTD.dtype)
         y_BTNH = shard(y_BTNH, "batch", "tokens", heads, "head_dim")
@@ -143,5 +143,5 @@ class Attention(nnx.Module):
             causal=c.causal, window=window, scale=scale, softcap=c.attention_softcap,
         )  # fmt: skip
         out_BTNH = checkpoint_name(shard(out_BTNH, "batch", "tokens", "heads", "head_dim"), "attention")
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, use(self.out, x_BTD.dtype))
+        y_BTD = project(out_BTNH, use(self.out, x_BTD.dtype))
         return (y_BTD if self.out_bias is None else y_BTD + use(self.out_bias, x_BTD.dtype)), cache

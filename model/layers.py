@@ -35,6 +35,30 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+@jax.custom_vjp
+def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x (B, T, ...in) times matrix (...in, ...out): (B, T, ...out).
+
+    JAX would compute a weight's gradient as (dy^T x)^T; spelled out as x^T dy it spares the transposition of the larger
+    of the two, which cost nano a fifth of its step on a CPU.
+    """
+    return jnp.tensordot(x, matrix, axes=x.ndim - 2)
+
+
+def _project_forward(x, matrix):
+    return project(x, matrix), (x, matrix)
+
+
+def _project_backward(residuals, dy):
+    x, matrix = residuals
+    outputs, inputs = dy.ndim - 2, x.ndim - 2
+    dx = jnp.tensordot(dy, matrix, axes=(tuple(range(2, 2 + outputs)), tuple(range(inputs, inputs + outputs))))
+    return dx, jnp.tensordot(x, dy, axes=((0, 1), (0, 1)))
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class FeedForward(nnx.Module):
     """SwiGLU, GeGLU (three matrices), GELU or squared ReLU (two)."""
 
@@ -52,7 +76,7 @@ class FeedForward(nnx.Module):
         self.down_bias = param(key, (d,), ("norm",), zeros) if biased else None
 
     def _project(self, x_BTD: jax.Array, matrix: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, use(matrix, x_BTD.dtype))
+        y_BTF = project(x_BTD, use(matrix, x_BTD.dtype))
         if bias is not None:
             y_BTF = y_BTF + use(bias, x_BTD.dtype)
         return shard(y_BTF, "batch", "tokens", "ffn")
@@ -65,7 +89,7 @@ class FeedForward(nnx.Module):
             h_BTF = h_BTF * (jax.nn.silu(g_BTF) if self.activation == "swiglu" else jax.nn.gelu(g_BTF))
         else:
             h_BTF = jax.nn.gelu(h_BTF) if self.activation == "gelu" else jnp.square(jax.nn.relu(h_BTF))
-        y_BTD = jnp.einsum("BTF,FD->BTD", h_BTF, use(self.down, x_BTD.dtype))
+        y_BTD = project(h_BTF, use(self.down, x_BTD.dtype))
         return y_BTD if self.down_bias is None else y_BTD + use(self.down_bias, x_BTD.dtype)
 
 

@@ -1,5 +1,6 @@
 """One training step and one evaluation step, as pure functions to be jitted."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -153,6 +154,7 @@ def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:
     if config.compute_dtype != "float32":
         return step
 
+    @functools.wraps(step)
     def precise(*args):
         with jax.default_matmul_precision("float32"):
             return step(*args)
