@@ -25,9 +25,10 @@ import numpy as np
 from checkpoint.store import CheckpointStore, Restored
 from data.loader import Loader, heldout_batches
 from data.shards import prepare
+from data.tokenizer import Tokenizer
 from inference.generate import generate
 from model.config import flops_per_token, parameter_count
-from model.transformer import describe
+from model.transformer import Description, describe
 from parallel.agreement import agreed
 from parallel.mesh import make_mesh
 from parallel.runtime import StopSignal, exit_now, start, transfer_guard
@@ -42,7 +43,7 @@ from training.state import TrainState, abstract_state, init_state, is_vocabulary
 from training.step import make_eval_step, make_train_step
 
 log = logging.getLogger("isomesh.train")
-DONE, MISTAKE, FAULT, PREEMPTED = 0, 2, 3, 75
+DONE, MISTAKE, FAULT, PREEMPTED, INTERRUPTED = 0, 2, 3, 75, 130
 EXPECTED_MFU = 0.35  # for the duration in the header, before anything was measured
 
 
@@ -55,6 +56,9 @@ def main(jobs: list[Config]) -> int:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             code = MISTAKE
+        except KeyboardInterrupt:  # before the loop, or twice in it
+            print("interrupted; what was saved before is intact", file=sys.stderr)
+            code = INTERRUPTED
         if code != DONE:
             return code
     return DONE
@@ -71,8 +75,7 @@ def train(config: Config) -> int:
     # --------------------------------------------------------------------------------------------------- run directory
     run = RunDirectory(Path(config.run.dir))
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
-    if primary:
-        run.write_config(to_yaml(config))
+    run.path.mkdir(parents=True, exist_ok=True)
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh):
         # -------------------------------------------------------------------------------------------------------- data
@@ -104,6 +107,8 @@ def train(config: Config) -> int:
             progress = {"best": None, "since_best": 0}  # of eval/loss
         else:
             state, first, progress = TrainState(**restored.state), restored.step, restored.record["progress"]
+        if primary:
+            run.write_config(to_yaml(config))
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
@@ -127,7 +132,7 @@ def train(config: Config) -> int:
                 "data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}",
                 "a step": f"{human(t.batch_size * t.seq_len)} tokens ({t.batch_size} x {t.seq_len}), {t.compute_dtype}",
                 "FLOPs a token": f"{human(flops)}, attention as the mask has it",
-                "peak a device": f"{human(peak.flops)}FLOP/s, {peak.name}",
+                "peak a device": f"{peak.flops / 1e9:,.1f} GFLOP/s, {peak.name}",
                 "memory a device": f"{bytes_text(memory.argument_size_in_bytes + memory.temp_size_in_bytes)}, "
                 f"{bytes_text(memory.temp_size_in_bytes)} of them temporary",
                 "steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs",
@@ -208,9 +213,7 @@ def train(config: Config) -> int:
 
         # --------------------------------------------------------------------------------------------------------- end
         if code == DONE and config.sample.tokens and config.model.causal:
-            prompts = [tokenizer.encode(prompt).tolist() for prompt in config.sample.prompts]
-            texts = generate(description, state.params, prompts, config.sample, eos_id=tokenizer.eos_id)
-            texts = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(config.sample.prompts, texts, strict=True)]
+            texts = samples(config, description, state.params, tokenizer)
             console.samples(texts)
             sinks.log_samples(number, texts)
             if primary:
@@ -222,6 +225,7 @@ def train(config: Config) -> int:
         store.close()
         sinks.close()
         paths = {"metrics": run.metrics, "checkpoints": store.directory, "config": run.config, "log": run.log}
+        paths = {name: path for name, path in paths.items() if path.exists()}
         console.finish(paths, going_on(config, code), {DONE: "done", PREEMPTED: "preempted"}.get(code, "stopped"))
         return code
 
@@ -259,9 +263,26 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
         if config.checkpoint.resume == "require":
             raise ValueError(f"checkpoint.resume=require, but {store.directory} holds no checkpoint")
         return None
-    if found := differences(ours, {key: restored.record[key] for key in ours}):
+    if found := differences(ours["identity"], restored.record["identity"]):
         raise ValueError(f"{store.directory} holds checkpoints of another run: {'; '.join(found[:4])}")
+    if ours["data"] != restored.record["data"]:
+        raise ValueError(
+            f"the text of data.source={config.data.source} has changed since {store.directory} was written: "
+            "the run cannot go on with the same tokens; start another with another run.dir"
+        )
     return restored
+
+
+def samples(config: Config, description: Description, params: dict, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """What the model makes of each prompt, as far as its positions reach."""
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in config.sample.prompts]
+    wanted = config.sample
+    if config.model.positions == "learned":
+        room = config.model.max_positions - max(map(len, prompts), default=0) - 1
+        wanted = replace(wanted, tokens=max(0, min(wanted.tokens, room)))
+    dtype = jnp.dtype(config.train.compute_dtype)
+    texts = generate(description, params, prompts, wanted, eos_id=tokenizer.eos_id, dtype=dtype)
+    return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(config.sample.prompts, texts, strict=True)]
 
 
 def going_on(config: Config, code: int) -> dict[str, str]:

@@ -25,7 +25,9 @@ class TokenTable(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array, dtype) -> jax.Array:
         """The tokens' rows, x_BTD."""
-        x_BTD = jnp.take(use(self.table, dtype), tokens_BT, axis=0)
+        # pinned also for the backward pass: the table's gradient is summed where the tokens are, then scattered
+        table_VD = shard(use(self.table, dtype), "vocab", "width")
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         return shard(x_BTD, "batch", "residual", "width")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
