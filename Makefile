@@ -8,7 +8,7 @@ COMPILE = cd .venv/lib/python3*/site-packages && ../../../bin/python -m compilea
     tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers pygments
 
 .PHONY: setup train test lint format clean
-setup: .venv/.stamp
+setup: .venv/.stamp $(EXTRAS:%=.venv/.extra-%)
 
 # Pinned versions come from requirements.lock; EXTRAS=cuda or EXTRAS=tpu adds an accelerator's plugin.
 .venv/.stamp: requirements.lock pyproject.toml
@@ -16,9 +16,12 @@ setup: .venv/.stamp
 	@$(PYTHON) -m venv --clear .venv
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements requirements.lock
-	@if [ -n "$(EXTRAS)" ]; then .venv/bin/uv pip install --quiet --python .venv/bin/python \
-	    --requirements pyproject.toml --extra "$(EXTRAS)" --constraints requirements.lock; fi
 	@$(COMPILE) || true
+	@touch $@
+
+.venv/.extra-%: .venv/.stamp
+	@.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements pyproject.toml --extra "$*" \
+	    --constraints requirements.lock
 	@touch $@
 
 train: setup

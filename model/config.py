@@ -5,6 +5,7 @@ F ffn width, N query heads, K kv heads, G query heads for each kv head, H head w
 C expert capacity, P pipeline stages, M microbatches.
 """
 
+import math
 from dataclasses import dataclass, field
 
 NORMS = ("rms", "layer")
@@ -39,6 +40,12 @@ class RopeScaling:
         one_of("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
         if self.factor < 1:
             raise ValueError(f"model.rope_scaling.factor={self.factor} must be 1 or more")
+        for name in ("factor", "original_length", "low_frequency", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.rope_scaling.{name}={getattr(self, name)} must be above 0")
+        if not self.high_frequency > self.low_frequency:
+            low, high = self.low_frequency, self.high_frequency
+            raise ValueError(f"model.rope_scaling.high_frequency={high} must be above low_frequency={low}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,12 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             choices = ", ".join(str(k) for k in range(1, self.heads + 1) if self.heads % k == 0)
             raise ValueError(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; use {choices}")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
+        for name in ("attention_softcap", "logit_softcap", "window"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be 0 (off) or more, and below 2^31")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.positions == "rotary" and self.head_dim % 2:

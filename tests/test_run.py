@@ -16,12 +16,23 @@ import runs
 import config
 import train
 from data.loader import Loader
+from training.rundir import RunDirectory
 
-DONE, FAULT = 0, 3
+DONE, MISTAKE, FAULT = 0, 2, 3
 COMPILING = re.compile(r"Compiling (\S+)")
 
 LOGGED = {
-    *("step", "tokens", "epoch", "train/loss", "train/grad_norm", "train/lr", "train/accuracy", "train/skipped"),
+    *(
+        "step",
+        "tokens",
+        "epoch",
+        "train/loss",
+        "train/grad_norm",
+        "train/param_norm",
+        "train/lr",
+        "train/accuracy",
+        "train/skipped",
+    ),
     *("train/loss_spike", "train/grad_norm_ratio", "perf/tokens_per_s", "perf/step_ms", "perf/mfu", "perf/goodput"),
     *("perf/data_wait_ms", "perf/model_tflops_per_device"),
 }
@@ -234,7 +245,7 @@ def test_unwritable_checkpoints_are_told_and_trained_past(text, finished, tmp_pa
 
 # ----------------------------------------------------------------------------------------------------- non-finite steps
 
-HUGE = ("optimizer.lr=1e30", "optimizer.clip_norm=0", "optimizer.warmup_steps=0", "train.eval_every=0")
+HUGE = ("optimizer.lr=1e16", "optimizer.clip_norm=0", "optimizer.warmup_steps=0", "train.eval_every=0")
 
 
 def assert_finite(arrays: dict[str, np.ndarray]) -> None:
@@ -244,7 +255,7 @@ def assert_finite(arrays: dict[str, np.ndarray]) -> None:
 def test_nonfinite_step_stops_the_run_with_the_state_before_it(text, tmp_path, capsys):
     arguments = runs.overrides(text, tmp_path / "run", *HUGE)
     assert runs.run(arguments, devices=1) == FAULT
-    assert re.search(r"warning: step 2 is not finite: loss \S+, gradient norm \S+; stopping", capsys.readouterr().out)
+    assert re.search(r"warning: step 2 is not finite: loss .*, gradient norm .*; stopping", capsys.readouterr().out)
     assert runs.steps(tmp_path / "run") == [1]
     arrays = runs.checkpoint(tmp_path / "run", 1)
     assert_finite(arrays)
@@ -267,6 +278,13 @@ def test_nonfinite_steps_are_skipped_counted_and_logged(text, tmp_path, capsys):
     lines = {line["step"]: line for line in runs.lines(tmp_path / "run")}
     assert lines[1]["train/skipped"] == 0
     assert lines[7]["train/skipped"] == 6  # between two log points, since it was not finite
+
+
+def test_a_finite_step_to_parameters_that_are_not_finite_is_not_taken(text, tmp_path, capsys):
+    arguments = runs.overrides(text, tmp_path / "run", *HUGE, "optimizer.lr=1e37", "train.nonfinite=skip")
+    assert runs.run(arguments, devices=1) == DONE
+    assert "step 1 is not finite" in capsys.readouterr().out
+    assert_finite(runs.checkpoint(tmp_path / "run", runs.STEPS))
 
 
 def test_nonfinite_evaluation_is_never_the_best(text, tmp_path, capsys):
@@ -313,3 +331,30 @@ def test_accumulation_and_mesh_change_no_loss_even_with_dropout(text, tmp_path):
     runs.assert_near(trained("accumulated", 1, "train.grad_accumulation=4"), whole, relative=1e-6)
     meshed = ("mesh.data=2", "mesh.tensor=2", "train.grad_accumulation=2")
     runs.assert_near(trained("meshed", 8, *meshed), whole)
+
+
+# ------------------------------------------------------------------------------------------- what must not be lost
+
+
+def test_a_directory_in_use_is_refused(text, tmp_path, capsys):
+    with RunDirectory(tmp_path / "run").held():
+        assert runs.run(runs.overrides(text, tmp_path / "run")) == MISTAKE
+    assert "is in use by another process" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_metrics_without_a_checkpoint_are_kept_beside(text, tmp_path):
+    arguments = runs.overrides(text, tmp_path / "run", "train.steps=4")
+    assert runs.run(arguments) == DONE
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert runs.run(arguments) == DONE
+    assert (tmp_path / "run" / "metrics.1.jsonl").read_bytes() == before
+    assert list(runs.losses(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_samples_that_cannot_be_made_do_not_spoil_a_run(text, tmp_path, capsys):
+    prompts = ("model.positions=learned", "model.max_positions=32", "sample.tokens=5", f"sample.prompts=[{'x' * 60}]")
+    assert runs.run(runs.overrides(text, tmp_path / "run", *prompts, "train.steps=2")) == DONE
+    assert "no samples: 60 prompt tokens" in capsys.readouterr().out
+    assert runs.steps(tmp_path / "run") == [2]

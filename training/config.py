@@ -34,6 +34,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "seq_len", "grad_accumulation", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 1 or more")
+        if self.steps >= 2**31:
+            raise ValueError(f"train.steps={self.steps} must be below 2^31 = {2**31}")
         for name in ("loss_chunk", "z_loss", "log_every", "eval_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
@@ -72,5 +74,7 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"optimizer.eps={self.eps} must be above 0")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"optimizer.decay_fraction={self.decay_fraction} must be above 0 and at most 1")

@@ -240,7 +240,7 @@ def _parse(line: bytes) -> dict | None:
         record = json.loads(line)
     except ValueError:
         return None
-    if not line.endswith(b"\n") or not isinstance(record, dict) or "step" not in record:
+    if not line.endswith(b"\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
     return {key: NONFINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 

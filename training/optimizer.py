@@ -72,6 +72,16 @@ def _muon(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation
     return optax.partition({"muon": matrices, "adamw": others}, labels)
 
 
+def _clip_rms(updates: dict, _) -> dict:
+    """Scales updates down to a root mean square of 1, over the entries that are not zero: padding does not count."""
+
+    def one(update: jax.Array) -> jax.Array:
+        mean_square = jnp.sum(jnp.square(update)) / jnp.maximum(jnp.count_nonzero(update), 1)
+        return update / jnp.maximum(1.0, jnp.sqrt(mean_square))
+
+    return jax.tree.map(one, updates)
+
+
 def make_optimizer(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
     """The direction to go against: `params - lr * direction`. Clipping is done before, by the step.
 
@@ -83,6 +93,6 @@ def make_optimizer(config: OptimizerConfig, inputs: dict) -> optax.GradientTrans
         "sgd": lambda: optax.trace(config.momentum, nesterov=config.momentum > 0),
         "muon": lambda: _muon(config, inputs),
         # arXiv 1804.04235 without its relative step size: factored second moments, updates clipped to RMS 1
-        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.stateless(_clip_rms)),
     }[config.name]()
     return optax.chain(core, optax.add_decayed_weights(config.weight_decay, decays))

@@ -5,12 +5,35 @@ import math
 
 import jax
 
+from model.config import ModelConfig, parameter_count
 from training.config import TrainConfig
-from training.console import Console
+from training.console import Console, bytes_text, duration, human
+from training.hardware import Peak
 from training.metrics import Sinks, Throughput
 
 log = logging.getLogger("isomesh.train")
+EXPECTED_MFU = 0.35  # for the duration in the header, before anything was measured
 SPIKE = 6.0  # standard deviations above the running mean that make a warning
+
+
+def header(
+    model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh, peak: Peak, flops: float, memory, steps: int
+) -> dict[str, str]:
+    """What a run says of itself before its first step. `memory` is the compiled step's, `flops` is for one token."""
+    count, tokens = parameter_count(model), train.batch_size * train.seq_len
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    seconds = steps * tokens * flops / (peak.flops * mesh.size * EXPECTED_MFU)
+    expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
+    return {
+        "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings",
+        "mesh": " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}",
+        "a step": f"{human(tokens)} tokens ({train.batch_size} x {train.seq_len}), {train.compute_dtype}",
+        "FLOPs a token": f"{human(flops)}, attention as the mask has it",
+        "peak a device": f"{peak.flops / 1e9:,.1f} GFLOP/s, {peak.name}",
+        "memory a device": f"{bytes_text(used)}, {bytes_text(memory.temp_size_in_bytes)} of them temporary",
+        "expected": f"{expected} at {EXPECTED_MFU:.0%} of the peak",
+    }
 
 
 class Reporter:
@@ -34,11 +57,12 @@ class Reporter:
             return None
         (step, values), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in values.items()}
-        loss, norm = metrics["train/loss"], metrics["train/grad_norm"]
-        healthy, every = math.isfinite(loss) and math.isfinite(norm), self.config.log_every
+        loss, norm, size = (metrics[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
+        healthy, every = all(map(math.isfinite, (loss, norm, size))), self.config.log_every
         if not healthy:
             then = "the update was skipped" if self.config.nonfinite == "skip" else "stopping before it"
-            log.warning("step %d is not finite: loss %s, gradient norm %s; %s", step, loss, norm, then)
+            values = f"loss {loss}, gradient norm {norm}, parameter norm after it {size}"
+            log.warning("step %d is not finite: %s; %s", step, values, then)
         elif metrics["train/loss_spike"] > SPIKE:
             log.warning(
                 "step %d: loss %.4f lies %.1f deviations above its mean", step, loss, metrics["train/loss_spike"]

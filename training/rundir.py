@@ -1,6 +1,10 @@
 """The directory of a run: whose it is, and which files it holds."""
 
+import contextlib
+import fcntl
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +50,30 @@ class RunDirectory:
         temporary = self.config.with_suffix(".tmp")
         temporary.write_text(text)
         os.replace(temporary, self.config)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory and keeps other runs out of it; the lock ends with the process, however it ends.
+
+        Raises ValueError when another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.path} is in use by another process; wait for it, or set run.dir") from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+
+    def set_metrics_aside(self) -> bool:
+        """Renames metrics that no checkpoint goes with, so that a new start does not erase them; whether there were."""
+        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
+            return False
+        number = next(n for n in itertools.count(1) if not (self.path / f"metrics.{n}.jsonl").exists())
+        self.metrics.rename(self.path / f"metrics.{number}.jsonl")
+        return True
 
     def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """Appends the texts that the model wrote after `step` steps, each after its prompt."""

@@ -37,8 +37,11 @@ class TrainState:
 
 
 def is_vocabulary(path: str) -> bool:
-    """Whether a leaf, by its path in a checkpoint, has a vocabulary dim, whose padding may depend on the mesh."""
-    return path.endswith("tokens/table") or path.endswith("head/table")
+    """Whether a leaf, by its path in a checkpoint, has a vocabulary dim, whose padding may depend on the mesh.
+
+    Not Adafactor's means over rows and columns: which is which depends on the padded size.
+    """
+    return path.endswith(("tokens/table", "head/table")) and not {"v_row", "v_col"} & set(path.split("/"))
 
 
 def make_state(description: Description, optimizer, seed: int, param_dtype) -> TrainState:

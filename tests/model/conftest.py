@@ -28,12 +28,12 @@ class Model:
         return model.logits(x_BTD)[..., : self.description.config.vocab_size]
 
 
-def _draw(path, leaf) -> jax.Array:
+def _draw(path, leaf) -> np.ndarray:
     noise = np.random.default_rng(list(jax.tree_util.keystr(path).encode())).standard_normal(leaf.shape, np.float32)
     name = path[-1].key
     if name == "scale" or name.endswith("bias"):
-        return jnp.asarray(0.2 * noise + (name == "scale"))
-    return jnp.asarray(noise * (0.5 if name in ("table", "positions") else 0.3))
+        return 0.2 * noise + np.float32(name == "scale")
+    return noise * np.float32(0.5 if name in ("table", "positions") else 0.3)
 
 
 @cache
