@@ -15,6 +15,7 @@ import logging
 import math
 import secrets
 import shlex
+import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -288,4 +289,6 @@ def going_on(config: Config, code: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(JOBS))
+    code = main(JOBS)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is saved: a second SIGTERM must not change the exit code
+    sys.exit(code)
