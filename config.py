@@ -31,8 +31,9 @@ from data.corpus import DataConfig
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from inference.config import SampleConfig
 from model.config import ModelConfig
-from parallel.config import RuntimeConfig
-from parallel.mesh import MeshConfig, Requirement, resolve
+from parallel.config import ContextConfig, PipelineConfig, RuntimeConfig
+from parallel.mesh import MeshConfig, MicrobatchRequirement, Requirement, StageRequirement, resolve
+from parallel.schedules import DEFAULT_CHUNKS, Schedule, make, read_csv
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import MetricsConfig, WandbConfig
 
@@ -56,6 +57,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -154,17 +157,59 @@ def requirements(config: Config) -> list[Requirement]:
     """What the model and the batch ask of a mesh, by the tables of parallel/sharding.py."""
     from parallel.sharding import requirement
 
-    model, train = config.model, config.train
+    train = config.train
     microbatch = train.batch_size // train.grad_accumulation
     batch = "train.batch_size" + (f"/{train.grad_accumulation}" if train.grad_accumulation > 1 else "")
+    schedule, microbatches, chunks = config.pipeline.schedule, config.pipeline.microbatches, config.pipeline.chunks
+    if schedule.endswith(".csv"):
+        table = read_csv(schedule)
+        microbatches, chunks = microbatches or table.microbatches, chunks or table.chunks
+    return [
+        *model_requirements(config.model),
+        StageRequirement(config.model.layers, chunks or DEFAULT_CHUNKS.get(schedule, 1)),
+        MicrobatchRequirement(batch, microbatch, microbatches),
+        requirement(batch, microbatch, "batch"),
+        requirement("train.seq_len", train.seq_len, "residual"),
+        *context_requirements(config),
+    ]
+
+
+def context_requirements(config: Config) -> list[Requirement]:
+    """What attention asks of a mesh whose context axis splits the sequence."""
+    if config.context.style == "ring" and config.model.causal:  # an early and a late chunk for each device
+        return [Requirement("train.seq_len", config.train.seq_len, ("context",), factor=2)]
+    if config.context.style == "ulysses":
+        return [Requirement("model.heads", config.model.heads, ("tensor", "context"))]
+    return []
+
+
+def model_requirements(model: ModelConfig) -> list[Requirement]:
+    """What the parameters alone ask of a mesh."""
+    from parallel.sharding import requirement
+
+    experts = [requirement("model.experts", model.experts, "experts", stored=True)] if model.experts else []
     return [
         requirement("model.width", model.width, "width", stored=True),
         requirement("model.heads", model.heads, "heads"),
         requirement("model.kv_heads", model.kv_heads, "kv_heads"),
         requirement("model.ffn", model.ffn, "ffn"),
-        requirement(batch, microbatch, "batch"),
-        requirement("train.seq_len", train.seq_len, "residual"),
+        *experts,
     ]
+
+
+def pipeline_table(config: Config, sizes: dict[str, int]) -> Schedule | None:
+    """The schedule of a mesh with stages, None for one without. Raises ValueError for a table that is not legal."""
+    if sizes["pipe"] == 1:
+        return None
+    asked, train, stages = config.pipeline, config.train, sizes["pipe"]
+    if asked.microbatches:
+        microbatches = asked.microbatches
+    elif asked.schedule.endswith(".csv"):
+        microbatches = read_csv(asked.schedule).microbatches
+    else:
+        rows = train.batch_size // train.grad_accumulation // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+        microbatches = max(m for m in range(1, rows + 1) if rows % m == 0 and m <= 2 * stages)
+    return make(asked.schedule, stages, microbatches, asked.chunks)
 
 
 def to_yaml(config: Config) -> str:

@@ -5,7 +5,7 @@ One loop, in the order in which things happen: mesh, run directory, data, model,
 
 import sys
 
-from config import Config, command_line, differences, identity, load_run, mesh_sizes, to_yaml
+from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, to_yaml
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
@@ -29,19 +29,17 @@ from data.loader import Loader, heldout_batches
 from data.shards import prepare
 from inference.generate import continuations
 from model.config import flops_per_token
-from model.transformer import describe
 from parallel.agreement import agreed
 from parallel.mesh import make_mesh
 from parallel.runtime import StopSignal, exit_now, start, transfer_guard
 from parallel.sharding import local_rows, put_batch, replicated
 from training.console import Console, human
 from training.hardware import peak_flops
+from training.job import make_job
 from training.metrics import MetricsFile, Sinks, TensorBoardSink, Throughput, WandbSink
-from training.optimizer import learning_rate, make_optimizer
 from training.reporting import Reporter, header
 from training.rundir import RunDirectory
-from training.state import TrainState, abstract_state, init_state, is_vocabulary
-from training.step import make_eval_step, make_train_step
+from training.state import TrainState, is_vocabulary
 
 log = logging.getLogger("isomesh.train")
 DONE, MISTAKE, FAULT, PREEMPTED, INTERRUPTED = 0, 2, 3, 75, 130
@@ -98,20 +96,18 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             tokenizer.save(run.tokenizer)
 
         # ------------------------------------------------------------------------------------------------------- model
-        description = describe(config.model)
-        optimizer = make_optimizer(config.optimizer, description.inputs)
-        abstract = abstract_state(mesh, description, optimizer, jnp.dtype(t.param_dtype))
-        schedule = learning_rate(config.optimizer, t.steps)
+        table = pipeline_table(config, dict(mesh.shape))
+        job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
         ours = {"identity": identity(config), "data": dataset.digest}
-        restored = restore(config, store, abstract, ours)
+        restored = restore(config, store, job.stored, ours)
         if restored is None:
-            state, first = init_state(abstract, description, optimizer, config.seed), 0
-            progress = {"best": None, "since_best": 0}  # of eval/loss
+            state, first, progress = job.init(config.seed), 0, {"best": None, "since_best": 0}  # of eval/loss
         else:
-            state, first, progress = TrainState(**restored.state), restored.step, restored.record["progress"]
+            state, first = job.from_stored(TrainState(**restored.state)), restored.step
+            progress = restored.record["progress"]
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
@@ -122,16 +118,13 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = make_train_step(description, optimizer, schedule, t, config.optimizer.clip_norm)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        step = step.lower(abstract, put(loader.batch(first, rows))).compile()
+        step = job.step.lower(job.abstract, put(loader.batch(first, rows))).compile()
         compile_s = time.perf_counter() - compiling
-        evaluate_batch = jax.jit(make_eval_step(description, t), out_shardings=replicated(mesh))
+        evaluate_batch = job.evaluate
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
 
         flops = flops_per_token(config.model, t.seq_len)
-        rows_told = header(config.model, t, mesh, peak, flops, step.memory_analysis(), t.steps - first)
+        rows_told = header(config.model, t, mesh, job.table, peak, flops, step.memory_analysis(), t.steps - first)
         rows_told["data"] = f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"
         rows_told["steps"] = f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs"
         console.header(rows_told | {"run": str(run.path)})
@@ -146,14 +139,14 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
         sinks.resume(first)
         sinks.start()
-        meter = Throughput(flops, peak.flops, mesh.size)
+        meter = Throughput(flops, peak.flops, mesh.size, job.table.bubble() if job.table else 0.0)
         reporter = Reporter(t, first, meter, sinks, console, loader.epoch)
 
         def out_of_patience() -> bool:
             return 0 < t.patience <= progress["since_best"]
 
         def save(number: int, metric: float | None = None) -> bool:
-            return store.save(number, vars(state), {**ours, "progress": progress}, metric=metric)
+            return store.save(number, vars(job.to_stored(state)), {**ours, "progress": progress}, metric=metric)
 
         def evaluate(number: int) -> tuple[float, bool]:
             sums = [evaluate_batch(state.params, put(batch), token_bytes_V) for batch in heldout()]
@@ -215,7 +208,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         store.close()
         if code == DONE and config.sample.tokens and config.model.causal:
             try:
-                texts = continuations(description, state.params, tokenizer, config.sample, jnp.dtype(t.compute_dtype))
+                with job.for_inference(state.params) as (description, params):
+                    texts = continuations(description, params, tokenizer, config.sample, jnp.dtype(t.compute_dtype))
                 console.samples(texts)
                 sinks.log_samples(number, texts)
                 if primary:

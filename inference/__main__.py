@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from checkpoint.store import CheckpointStore, Restored
-from config import Config, load_run, requirements
+from config import Config, load_run, model_requirements
 from data.tokenizer import load_tokenizer
 from inference.generate import check, generate
 from model.transformer import Description, describe
@@ -53,8 +53,9 @@ def run(options: argparse.Namespace) -> list[str]:
 
     alone = {"coordinator": None, "processes": 1, "process_id": -1}
     start(replace(config.runtime, platform=options.platform, cpu_devices=options.devices, **alone))
-    of_model = [requirement for requirement in requirements(config) if requirement.name.startswith("model.")]
-    mesh = make_mesh(resolve(options.mesh, jax.device_count(), of_model))
+    if options.mesh.pipe != 1:
+        raise ValueError(f"mesh.pipe={options.mesh.pipe}: stages are for training; use data, fsdp, expert or tensor")
+    mesh = make_mesh(resolve(options.mesh, jax.device_count(), model_requirements(config.model)))
     store = CheckpointStore(Path(config.checkpoint.dir or directory.path / "checkpoints"), config.checkpoint)
     with closing(store), jax.set_mesh(mesh):
         description = describe(config.model)

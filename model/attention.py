@@ -1,6 +1,7 @@
 """The one attention function, and the block half that projects into and out of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ from model import parametrization
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
 from model.layers import Norm, project, rotate
+from parallel.context import MASKED, Rule, gather, ring, ulysses
 from parallel.sharding import param, shard, splits, use
 
 QUERY_CHUNK = 1024  # queries whose scores exist at once
-MASKED = -1e30  # finite: a row's maximum must not be -inf - -inf
 
 
 @jax.tree_util.register_dataclass
@@ -26,9 +27,10 @@ class TokenInfo:
     segments_BT: jax.Array | None = None  # int32 document of each token: attention stays inside it
     angles: tuple[jax.Array, jax.Array] | None = None  # of rotary positions
     dropout_keys_B: jax.Array | None = None
+    context_style: str | None = field(default=None, metadata={"static": True})  # None: as the compiler likes
 
 
-def visible(q: TokenInfo, k: TokenInfo, *, causal: bool, window: jax.Array | None) -> jax.Array:
+def visible(q: TokenInfo, k: TokenInfo, window: jax.Array | None, *, causal: bool) -> jax.Array:
     """Which key each query sees: bool (B, T, S), B may be 1.
 
     `window` is an int32 scalar, the number of newest tokens that a query sees (0: all), or None.
@@ -56,33 +58,45 @@ def attention(
 ) -> jax.Array:
     """Softmax attention with grouped heads; returns (B, T, N, H). Scores and softmax are float32.
 
-    Long sequences go through in chunks of queries, recomputed in the backward pass, so that the scores of all
-    queries never exist at once.
+    Where tokens are split over the context axis, it is crossed in the style of `k_info`, and queries and keys must be
+    those of the same tokens; without a style, as for a cache, the compiler gathers as it sees fit.
     """
-    B, T, N, H = q_BTNH.shape
+    N, style = q_BTNH.shape[2], k_info.context_style
     if k_BSKH.shape[2] % splits("kv_heads"):  # fewer kv heads than tensor shards: a copy for each query head
         k_BSKH, v_BSKH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
         k_BSKH, v_BSKH = (shard(x, "batch", "tokens", "heads", "head_dim") for x in (k_BSKH, v_BSKH))
-    K = k_BSKH.shape[2]
+    q_info, k_info = (TokenInfo(i.positions_BT, i.segments_BT) for i in (q_info, k_info))  # what `visible` reads
+    rule = Rule(partial(visible, causal=causal), scale, softcap, QUERY_CHUNK)
+    if style is None or splits("tokens") == 1:
+        out_BTNH = _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window)
+    elif style == "ring":
+        return ring(rule, q_BTNH, k_BSKH, v_BSKH, q_info, window)  # which names what a remat policy may keep
+    else:
+        across = {"ulysses": ulysses, "gather": gather}[style]
+        out_BTNH = across(partial(_attend, rule), q_BTNH, k_BSKH, v_BSKH, q_info, window)
+    return checkpoint_name(out_BTNH, "attention")
+
+
+def _attend(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_info: TokenInfo, k_info: TokenInfo, window) -> jax.Array:
+    """Attention on one device. Long sequences go through in chunks of queries, recomputed in the backward pass, so that
+    the scores of all queries never exist at once.
+    """
+    T, K, chunk = q_BTNH.shape[1], k_BSKH.shape[2], rule.query_chunk
 
     def attend(q_BTNH: jax.Array, info: TokenInfo) -> jax.Array:
-        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], K, N // K, H)
-        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-        if softcap:
-            scores = softcap * jnp.tanh(scores / softcap)
-        seen_BTS = visible(info, k_info, causal=causal, window=window)
+        B, T, N, H = q_BTNH.shape
+        scores = rule.scores(q_BTNH.reshape(B, T, K, N // K, H), k_BSKH)
+        seen_BTS = rule.visible(info, k_info, window)
         weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, MASKED), axis=-1)
         return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH).reshape(q_BTNH.shape)
 
-    if T <= 2 * QUERY_CHUNK or T % QUERY_CHUNK:
+    if chunk * 2 >= T or T % chunk:
         return attend(q_BTNH, q_info)
 
     def chunks(x: jax.Array) -> jax.Array:  # (B, T, ...) to (chunks, B, T / chunks, ...)
-        return jnp.moveaxis(x.reshape(x.shape[0], T // QUERY_CHUNK, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    # only what `visible` reads travels with the chunks
-    info = TokenInfo(q_info.positions_BT, q_info.segments_BT)
-    out = jax.lax.map(jax.checkpoint(lambda chunk: attend(*chunk)), (chunks(q_BTNH), jax.tree.map(chunks, info)))
+    out = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), (chunks(q_BTNH), jax.tree.map(chunks, q_info)))
     return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
 
 
@@ -142,6 +156,6 @@ class Attention(nnx.Module):
             q_BTNH, k_BSKH, v_BSKH, info, k_info,
             causal=c.causal, window=window, scale=scale, softcap=c.attention_softcap,
         )  # fmt: skip
-        out_BTNH = checkpoint_name(shard(out_BTNH, "batch", "tokens", "heads", "head_dim"), "attention")
+        out_BTNH = shard(out_BTNH, "batch", "tokens", "heads", "head_dim")
         y_BTD = project(out_BTNH, use(self.out, x_BTD.dtype))
         return (y_BTD if self.out_bias is None else y_BTD + use(self.out_bias, x_BTD.dtype)), cache

@@ -2,7 +2,7 @@
 
 Shape letters, as name suffixes in the whole project: B batch, T tokens (query), S tokens (key), D model width,
 F ffn width, N query heads, K kv heads, G query heads for each kv head, H head width, V vocabulary, L layers, E experts,
-C expert capacity, P pipeline stages, M microbatches.
+J experts that a token goes to, C expert capacity, P pipeline stages, M microbatches.
 """
 
 import math
@@ -15,6 +15,7 @@ ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
 BIASES = ("none", "qkv", "all")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 PARAMETRIZATIONS = ("standard",)
+ROUTER_SCORES = ("softmax", "sigmoid")
 GATED = ("swiglu", "geglu")
 
 
@@ -57,7 +58,7 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 4  # fewer than heads: grouped-query attention; 1: multi-query
     head_dim: int = 32
-    ffn: int = 512
+    ffn: int = 512  # of one expert, where there are experts
     vocab_size: int | None = None  # None: the tokenizer's
     tied_embeddings: bool = True  # one table for input and output
     dropout: float = 0.0  # of embeddings and of each block's two outputs
@@ -82,6 +83,20 @@ class ModelConfig:
     window_pattern: str = "L"  # repeated over the layers: L local, G global
 
     activation: str = "swiglu"  # swiglu | geglu | gelu (tanh form) | relu2
+
+    experts: int = 0  # feed-forward experts in each layer, from which a router chooses; 0: one for all tokens
+    experts_per_token: int = 2  # experts that a token goes to
+    shared_experts: int = 0  # further ones that every token goes to, as one of this many times ffn
+    router_scores: str = "softmax"  # softmax (over the experts) | sigmoid (of each)
+    router_normalize: bool = True  # the weights of a token's experts sum to 1
+    router_scale: float = 1.0  # what the weights are multiplied by
+    router_groups: int = 1  # groups of experts, of which only the best are open to a token
+    router_groups_per_token: int = 1  # open groups, by the sum of their two best scores
+    balance_loss: float = 0.0  # weight of the loss that evens out the load of experts, within each sequence; 0 off
+    balance_bias: float = 0.0  # step of a bias on the choice that evens out the load without a loss; 0 off
+    router_z_loss: float = 0.0  # weight of the router's squared log-normaliser; 0 off
+    expert_capacity: float = 0.0  # tokens of a sequence that an expert takes, over their mean; 0: all, none is dropped
+
     logit_softcap: float = 0.0  # c * tanh(logits / c); 0 off
     vocab_multiple: int = 128  # the tables are padded to a multiple of this
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls
@@ -98,7 +113,7 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
-        for name in ("attention_softcap", "logit_softcap", "window"):
+        for name in ("attention_softcap", "logit_softcap", "window", "shared_experts"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be 0 (off) or more, and below 2^31")
         if not 0 <= self.dropout < 1:
@@ -113,6 +128,27 @@ class ModelConfig:
         one_of("model.activation", self.activation, ACTIVATIONS)
         if not self.window_pattern or set(self.window_pattern) - set("LG"):
             raise ValueError(f"model.window_pattern={self.window_pattern} may only hold L (local) and G (global)")
+        one_of("model.router_scores", self.router_scores, ROUTER_SCORES)
+        if self.experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        e, groups, group_limit = self.experts, self.router_groups, self.router_groups_per_token
+        if not 1 <= self.experts_per_token <= e:
+            raise ValueError(f"model.experts_per_token={self.experts_per_token} must be 1 to model.experts={e}")
+        if groups < 1 or e % groups:
+            choices = ", ".join(str(n) for n in range(1, e + 1) if e % n == 0)
+            raise ValueError(f"model.router_groups={groups} does not divide model.experts={e}; use {choices}")
+        if not 1 <= group_limit <= groups:
+            raise ValueError(f"model.router_groups_per_token={group_limit} must be 1 to model.router_groups={groups}")
+        if self.experts_per_token > group_limit * (e // groups):
+            held = f"{group_limit} groups of {e} / {groups} = {e // groups} experts hold {group_limit * (e // groups)}"
+            raise ValueError(f"model.experts_per_token={self.experts_per_token} are more than a token may use: {held}")
+        for name in ("balance_loss", "balance_bias", "router_z_loss", "expert_capacity", "router_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be 0 (off) or more")
+        if self.bias == "all":
+            raise ValueError("model.bias=all gives experts no biases; with model.experts use none or qkv")
 
     def windows(self) -> tuple[int, ...]:
         """The attention window of each layer in tokens; 0 sees everything."""
@@ -127,11 +163,17 @@ class ParameterCount:
     embedding: int  # token and position tables
     layers: int
     head: int  # final norm, and the output table when it is not tied
+    idle: int = 0  # of the layers: experts that a token does not go to
 
     @property
     def total(self) -> int:
         """All parameters: what model names quote."""
         return self.embedding + self.layers + self.head
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in one token: fewer than all where it chooses among experts."""
+        return self.total - self.idle
 
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
@@ -144,23 +186,31 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     attention += d * (c.bias == "all") + 2 * c.head_dim * c.qk_norm
     matrices = 3 if c.activation in GATED else 2
     ffn = matrices * d * c.ffn + (c.bias == "all") * ((matrices - 1) * c.ffn + d)
+    idle = 0
+    if c.experts:
+        idle = ffn * (c.experts - c.experts_per_token)
+        ffn = ffn * (c.experts + c.shared_experts) + c.experts * (d + (c.balance_bias > 0))
     norms = (4 if c.norm_position == "both" else 2) * norm
     embedding = c.vocab_size * d + (c.max_positions * d if c.positions == "learned" else 0)
     head = norm * (c.norm_position != "post") + (0 if c.tied_embeddings else c.vocab_size * d)
-    return ParameterCount(embedding, c.layers * (attention + ffn + norms), head)
+    return ParameterCount(embedding, c.layers * (attention + ffn + norms), head, c.layers * idle)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, full_attention: bool = False) -> float:
     """Model FLOPs of forward and backward for one token of a sequence of `seq_len` (recomputation not counted).
 
-    6 for each parameter that multiplies the token (2 forward, 4 backward; the output table counts, a lookup and
-    vectors do not), plus attention scores and values: 12 L N H S, where S is the number of keys that a token sees on
-    average: those of the mask that the model really has, causal or not, with its windows. With `full_attention` every
-    token is counted as seeing all of them, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT do.
+    6 for each parameter that multiplies the token (2 forward, 4 backward; the output table counts, a lookup, vectors
+    and experts that the token does not go to do not), plus attention scores and values: 12 L N H S, where S is the
+    number of keys that a token sees on average: those of the mask that the model really has, causal or not, with its
+    windows. With `full_attention` every token is counted as seeing all of them, as PaLM (arXiv 2204.02311, appendix B)
+    and nanoGPT do.
     """
     c = config
     matrices = 3 if c.activation in GATED else 2
-    layer = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + matrices * c.width * c.ffn
+    ffn = matrices * c.width * c.ffn
+    if c.experts:
+        ffn = ffn * (c.experts_per_token + c.shared_experts) + c.experts * c.width
+    layer = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + ffn
     weights = c.layers * layer + c.vocab_size * c.width
     keys = 0.0
     for window in c.windows():

@@ -8,7 +8,7 @@ from flax import nnx
 
 from model import parametrization
 from model.config import ModelConfig
-from parallel.sharding import param, shard, splits, use
+from parallel.sharding import first_row, param, shard, splits, sum_over_stages, use
 
 NO_TOKEN = -1e30  # logit of the padding rows
 
@@ -18,7 +18,7 @@ class TokenTable(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.vocab_size, self.softcap = config.vocab_size, config.logit_softcap
-        multiple = math.lcm(config.vocab_multiple, splits("vocab"))
+        multiple = math.lcm(config.vocab_multiple, splits("vocab", stored=True))
         rows = -(-config.vocab_size // multiple) * multiple
         init = parametrization.table(config, config.vocab_size)
         self.table = param(key, (rows, config.width), ("vocab", "width"), init)
@@ -27,8 +27,10 @@ class TokenTable(nnx.Module):
         """The tokens' rows, x_BTD."""
         # pinned also for the backward pass: the table's gradient is summed where the tokens are, then scattered
         table_VD = shard(use(self.table, dtype), "vocab", "width")
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
-        return shard(x_BTD, "batch", "residual", "width")
+        rows_BT = tokens_BT - first_row(table_VD.shape[0])
+        here_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
+        x_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, rows_BT, axis=0, mode="clip"), 0)
+        return shard(sum_over_stages(x_BTD), "batch", "residual", "width")
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits_BTV, V with padding (which no softmax sees: its logits are -1e30)."""
@@ -37,5 +39,6 @@ class TokenTable(nnx.Module):
         logits_BTV = shard(logits_BTV, "batch", "tokens", "vocab")
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
-        padding_V = jnp.arange(table_VD.shape[0]) >= self.vocab_size
+        rows = table_VD.shape[0]
+        padding_V = first_row(rows) + jnp.arange(rows) >= self.vocab_size
         return jnp.where(padding_V, NO_TOKEN, logits_BTV)

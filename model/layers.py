@@ -59,6 +59,13 @@ def _project_backward(residuals, dy):
 project.defvjp(_project_forward, _project_backward)
 
 
+def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The hidden vector of a feed-forward block: `gate` is None where the kind has none."""
+    if gate is not None:
+        return up * (jax.nn.silu(gate) if kind == "swiglu" else jax.nn.gelu(gate))
+    return jax.nn.gelu(up) if kind == "gelu" else jnp.square(jax.nn.relu(up))
+
+
 class FeedForward(nnx.Module):
     """SwiGLU, GeGLU (three matrices), GELU or squared ReLU (two)."""
 
@@ -83,12 +90,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x_BTD to y_BTD."""
-        h_BTF = self._project(x_BTD, self.up, self.up_bias)
-        if self.gate is not None:
-            g_BTF = self._project(x_BTD, self.gate, self.gate_bias)
-            h_BTF = h_BTF * (jax.nn.silu(g_BTF) if self.activation == "swiglu" else jax.nn.gelu(g_BTF))
-        else:
-            h_BTF = jax.nn.gelu(h_BTF) if self.activation == "gelu" else jnp.square(jax.nn.relu(h_BTF))
+        gate_BTF = None if self.gate is None else self._project(x_BTD, self.gate, self.gate_bias)
+        h_BTF = activate(self.activation, self._project(x_BTD, self.up, self.up_bias), gate_BTF)
         y_BTD = project(h_BTF, use(self.down, x_BTD.dtype))
         return y_BTD if self.down_bias is None else y_BTD + use(self.down_bias, x_BTD.dtype)
 
@@ -141,17 +144,22 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 # ----------------------------------------------------------------------------------------------------------- dropout
 
 
-def dropout(x_BTD: jax.Array, rate: float, keys_B: jax.Array | None, site: int | jax.Array) -> jax.Array:
+def dropout(
+    x_BTD: jax.Array, rate: float, keys_B: jax.Array | None, site: int | jax.Array, positions_BT: jax.Array
+) -> jax.Array:
     """Zeroes a share `rate` of the entries and scales up the rest; the identity without keys.
 
-    There is one key a sequence, so that a mask depends on the sequence, the step and the site alone: not on the mesh,
-    nor on how the batch was cut into microbatches.
+    There is one key a sequence, so that a token's mask depends on the sequence, its position in it, the step and the
+    site alone: not on the mesh, nor on the order of the tokens, nor on how the batch was cut into microbatches.
     """
     if keys_B is None or rate == 0:
         return x_BTD
 
-    def keep(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x_BTD.shape[1:])
+    def keep(key, position):
+        return jax.random.bernoulli(jax.random.fold_in(key, position), 1 - rate, x_BTD.shape[2:])
 
-    mask_BTD = shard(jax.vmap(keep)(keys_B), "batch", "residual", "width")
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, site)
+    positions_BT = jnp.broadcast_to(positions_BT, x_BTD.shape[:2])
+    mask_BTD = jax.vmap(jax.vmap(keep, (None, 0)))(keys_B, positions_BT)
+    mask_BTD = shard(mask_BTD, "batch", "residual", "width")
     return jnp.where(mask_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

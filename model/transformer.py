@@ -1,6 +1,6 @@
 """The decoder stack: embedding, scanned blocks, final norm, head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +13,7 @@ from model.config import ModelConfig
 from model.heads import TokenTable
 from model.kv_cache import LayerCache
 from model.layers import FeedForward, Norm, dropout, rope_angles
+from model.moe import MixtureOfExperts, RouterSums
 from parallel.sharding import param, shard, use
 
 REMAT_POLICIES = {
@@ -31,7 +32,8 @@ class Block(nnx.Module):
         attention, ffn, norm = jax.random.split(key, 3)
         before, after = config.norm_position in ("pre", "both"), config.norm_position in ("post", "both")
         self.attention = Attention(config, attention)
-        self.ffn = FeedForward(config, ffn)
+        self.ffn = None if config.experts else FeedForward(config, ffn)
+        self.moe = MixtureOfExperts(config, ffn) if config.experts else None
         self.attention_norm = Norm(config, norm, config.width) if before else None
         self.ffn_norm = Norm(config, norm, config.width) if before else None
         self.attention_post_norm = Norm(config, norm, config.width) if after else None
@@ -44,27 +46,42 @@ class Block(nnx.Module):
         layer: jax.Array,
         window: jax.Array | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """x_BTD after the block, and its cache. `layer` is the index that separates dropout masks."""
+    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
+        """x_BTD after the block, its cache, and the sums of its router, if it has one.
+
+        `layer` is the index that separates dropout masks.
+        """
         rate, keys_B = self.config.dropout, info.dropout_keys_B
 
         def half(x_BTD, before, function, after, site):
             h_BTD = x_BTD if before is None else before(x_BTD)
-            # inside a block tokens are whole and heads or ffn are split; between blocks it is the other way round
-            h_BTD = function(shard(h_BTD, "batch", "tokens", "width"))
-            h_BTD = dropout(shard(h_BTD, "batch", "residual", "width"), rate, keys_B, site)
+            h_BTD = function(h_BTD)
+            h_BTD = dropout(shard(h_BTD, "batch", "residual", "width"), rate, keys_B, site, info.positions_BT)
             if self.config.norm_position == "post":
                 return after(x_BTD + h_BTD)
             return x_BTD + (h_BTD if after is None else after(h_BTD))
 
+        def whole(h_BTD):  # inside a block heads or ffn are split over tensor, and tokens are not
+            # pinned first as the norm leaves it, in the compute dtype, or its float32 insides would be gathered
+            return shard(shard(h_BTD, "batch", "residual", "width"), "batch", "tokens", "width")
+
         def attend(h_BTD):
             nonlocal cache
-            h_BTD, cache = self.attention(h_BTD, info, window, cache)
+            h_BTD, cache = self.attention(whole(h_BTD), info, window, cache)
             return h_BTD
 
+        def feed(h_BTD):
+            nonlocal sums
+            if self.moe is None:
+                return self.ffn(whole(h_BTD))
+            h_BTD, sums = self.moe(h_BTD, info.positions_BT)
+            return h_BTD
+
+        sums = None
+
         x_BTD = half(x_BTD, self.attention_norm, attend, self.attention_post_norm, 2 * layer)
-        x_BTD = half(x_BTD, self.ffn_norm, self.ffn, self.ffn_post_norm, 2 * layer + 1)
-        return shard(x_BTD, "batch", "residual", "width"), cache
+        x_BTD = half(x_BTD, self.ffn_norm, feed, self.ffn_post_norm, 2 * layer + 1)
+        return shard(x_BTD, "batch", "residual", "width"), cache, sums
 
 
 def stack(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
@@ -76,16 +93,22 @@ def stack(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Modul
 class Transformer(nnx.Module):
     """A decoder, or an encoder where `config.causal` is False."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
+    def __init__(
+        self, config: ModelConfig, key: jax.Array, slots: tuple[int, ...] | None = None, context_style: str = "ring"
+    ):
+        """`slots` is the layer in each row of the stacked layers (-1: none), where that is not simply 0, 1, 2 ...
+        `context_style` is how attention crosses the context axis, where the mesh has one.
+        """
         assert config.vocab_size is not None, "the vocabulary size comes from the tokenizer"
-        self.config = config
+        self.config, self.context_style = config, context_style
         tokens, positions, layers, head = jax.random.split(key, 4)
         self.tokens = TokenTable(config, tokens)
         shape, rows = (config.max_positions, config.width), parametrization.table(config)
         learned = config.positions == "learned"
         self.positions = param(positions, shape, ("positions", "width"), rows) if learned else None
         # a key for each layer by its index, so that a layer's weights do not depend on how many there are
-        keys = jax.vmap(lambda layer: jax.random.fold_in(layers, layer))(jnp.arange(config.layers))
+        rows = jnp.asarray(range(config.layers) if slots is None else slots)
+        keys = jax.vmap(lambda layer: jax.random.fold_in(layers, layer))(rows)
         self.layers = stack(lambda key: Block(config, key), keys)
         self.final_norm = Norm(config, head, config.width) if config.norm_position != "post" else None
         self.head = None if config.tied_embeddings else TokenTable(config, head)
@@ -100,46 +123,79 @@ class Transformer(nnx.Module):
         cache: LayerCache | None = None,
         dtype=jnp.float32,
         remat: str = "none",
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Final hidden x_BTD in `dtype` (for `logits`), and the cache with these tokens written.
+    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
+        """Final hidden x_BTD in `dtype` (for `logits`), the cache with these tokens written, and the routers' sums by
+        layer if there are experts.
 
         `positions_BT` default to 0..T-1. `dropout_keys_B` (one key a sequence) switch dropout on. `remat` is none
         or a name of REMAT_POLICIES.
         """
-        c = self.config
+        info = self.info(tokens_BT, positions_BT, segments_BT, dropout_keys_B)
+        x_BTD, (cache, sums) = self._blocks(self.embed(tokens_BT, info, dtype), info, cache, remat)
+        return self.finish(x_BTD), cache, sums
+
+    def info(self, tokens_BT, positions_BT=None, segments_BT=None, dropout_keys_B=None) -> TokenInfo:
+        """What the layers know of the tokens; see `__call__`."""
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        angles = rope_angles(c, positions_BT) if c.positions == "rotary" else None
-        info = TokenInfo(positions_BT, segments_BT, angles, dropout_keys_B)
-        x_BTD, cache = self._blocks(self._embed(tokens_BT, info, dtype), info, cache, remat)
-        return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), cache
+        angles = rope_angles(self.config, positions_BT) if self.config.positions == "rotary" else None
+        return TokenInfo(positions_BT, segments_BT, angles, dropout_keys_B, self.context_style)
+
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The last block's output, as the head takes it."""
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits_BTV of final hidden vectors; V is padded (see TokenTable)."""
         x_BTD = shard(x_BTD, "batch", "tokens", "width")
         return (self.tokens if self.head is None else self.head).logits(x_BTD)
 
-    def _embed(self, tokens_BT: jax.Array, info: TokenInfo, dtype) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, info: TokenInfo, dtype) -> jax.Array:
+        """x_BTD as the first block takes it."""
         x_BTD = self.tokens.embed(tokens_BT, dtype)
         if self.config.embedding_scale:
             x_BTD = x_BTD * jnp.asarray(self.config.width**0.5, dtype)
         if self.positions is not None:
             x_BTD = x_BTD + jnp.take(use(self.positions, dtype), info.positions_BT, axis=0)
-        return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE)
+        return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
 
     def _blocks(self, x_BTD, info: TokenInfo, cache: LayerCache | None, remat: str):
         c = self.config
         graphdef, parameters = nnx.split(self.layers)
-        windows = jnp.asarray(c.windows(), jnp.int32) if any(c.windows()) else None
+        block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
 
         def body(x_BTD, layer):
-            index, parameters, window, cache = layer
-            return nnx.merge(graphdef, parameters)(x_BTD, info, index, window, cache)
+            parameters, row, cache = layer
+            x_BTD, cache, sums = block(parameters, row, info, x_BTD, cache)
+            return x_BTD, (cache, sums)
 
-        if remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not c.scan_layers)
-        xs = (jnp.arange(c.layers, dtype=jnp.int32), parameters, windows, cache)
+        xs = (parameters, rows_of(c, range(c.layers)), cache)
         return jax.lax.scan(body, x_BTD, xs, unroll=1 if c.scan_layers else c.layers)
+
+
+def rows_of(config: ModelConfig, layers: Iterable[int]) -> dict:
+    """What a block is told of its place, stacked as its parameters are: its index, and its window if there are any."""
+    layers = list(layers)
+    rows = {"layer": jnp.asarray(layers, jnp.int32)}
+    if any(config.windows()):
+        rows["window"] = jnp.asarray([config.windows()[layer] for layer in layers], jnp.int32)
+    return rows
+
+
+def block_of(graphdef: nnx.GraphDef) -> Callable:
+    """One layer as a function (parameters, row of `rows_of`, info, x_BTD, cache) -> what Block returns."""
+
+    def block(parameters, row, info, x_BTD, cache=None):
+        return nnx.merge(graphdef, parameters)(x_BTD, info, row["layer"], row.get("window"), cache)
+
+    return block
+
+
+def rematerialised(function: Callable, remat: str, *, scanned: bool) -> Callable:
+    """The function, with what the policy `remat` does not save computed again in the backward pass."""
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
 
 
 @dataclass(frozen=True)
@@ -147,7 +203,7 @@ class Description:
     """A model without arrays: what it takes to initialise, lay out, and run its parameters, a nested dict.
 
     `shapes`, `axes` and `inputs` are nested dicts like the parameters', with ShapeDtypeStructs, tuples of dim names
-    and numbers of contracted dims at the leaves (see parallel.sharding.param).
+    and ranges of contracted dims at the leaves (see parallel.sharding.param).
     """
 
     config: ModelConfig
@@ -155,22 +211,34 @@ class Description:
     shapes: dict
     axes: dict
     inputs: dict
+    slots: tuple[int, ...]  # the layer in each row of the stacked layers; -1: a row of zeros
+    block: nnx.GraphDef  # of one layer
+    context_style: str  # ring | ulysses | gather: how attention crosses the context axis
 
     def init(self, key: jax.Array) -> dict:
         """Draws the parameters, float32: to be jitted with the shardings that they shall have."""
-        return nnx.to_pure_dict(nnx.state(Transformer(self.config, key)))
+        params = nnx.to_pure_dict(nnx.state(Transformer(self.config, key, self.slots, self.context_style)))
+        taken = jnp.asarray(self.slots) >= 0
+        drawn = lambda rows: jnp.where(taken.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+        return params | {"layers": jax.tree.map(drawn, params["layers"])} if -1 in self.slots else params
 
     def bind(self, params: dict) -> Transformer:
-        """The model with these parameters."""
-        return nnx.merge(self.graphdef, params)
+        """The model with these parameters; what is not used may be left out."""
+        return nnx.merge(self.graphdef, self.shapes | params)
 
 
-def describe(config: ModelConfig) -> Description:
-    """The Description of a model on the mesh in context; nothing is allocated."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, jax.random.key(0))))
+def describe(config: ModelConfig, slots: tuple[int, ...] | None = None, context_style: str = "ring") -> Description:
+    """The Description of a model on the mesh in context; nothing is allocated.
+
+    `slots` is the layer in each row of the stacked layers, as a pipeline wants them; by default 0, 1, 2 ...
+    """
+    slots = tuple(range(config.layers)) if slots is None else slots
+    model = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0), slots, context_style))
+    graphdef, state = nnx.split(model)
 
     def metadata(name: str) -> dict:
         variables = jax.tree.map(lambda v: getattr(v, name), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
         return nnx.to_pure_dict(variables)
 
-    return Description(config, graphdef, nnx.to_pure_dict(state), metadata("axes"), metadata("inputs"))
+    shapes, block = nnx.to_pure_dict(state), nnx.graphdef(model.layers)
+    return Description(config, graphdef, shapes, metadata("axes"), metadata("inputs"), slots, block, context_style)

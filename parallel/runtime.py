@@ -32,6 +32,9 @@ from parallel.config import RuntimeConfig
 logger = logging.getLogger(__name__)
 
 INITIALIZATION_SECONDS = 300  # how long a process waits for the others at start-up
+ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
+# XLA for CPUs widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
+CPU_FLAG = "--xla_disable_hlo_passes=all-reduce-promotion"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ def start(config: RuntimeConfig) -> None:
     cluster = find_cluster(config)
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS)):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_disable_hlo_passes" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}".strip()
     if jax.config.jax_num_cpu_devices != config.cpu_devices:  # JAX refuses even the same value once it has begun
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -23,10 +23,12 @@ PARAMETER_AXES = {
     "kv_heads": ("tensor",),  # as heads; replicated when there are fewer than tensor shards
     "head_dim": (),  # never split: rotary positions and norms need whole heads
     "ffn": ("tensor",),  # first matrix by column, second by row: one exchange a block
-    "vocab": ("tensor",),  # the two largest tables; logits come out split by vocabulary
+    "experts": ("expert",),  # whole experts: tokens travel to them
+    "routes": (),  # a router's outputs: every device chooses among all experts
+    "vocab": ("pipe", "tensor"),  # the two largest tables; logits come out split by vocabulary
     "positions": (),  # learned positions: looked up by a contiguous slice
     "norm": (),  # vectors: too small to be worth a gather
-    "layers": (),  # the stacking dim of scanned layers
+    "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.slots
 }
 
 # Where activations live between operations.
@@ -39,23 +41,25 @@ ACTIVATION_AXES = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
+    "experts": ("expert",),  # of the matrices that a dispatch is handed
     "vocab": ("tensor",),
 }
 
 # Dims that stay whole, instead of being refused, when the mesh does not divide them.
-REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads"})
+REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads", "layers"})
 
 
 # --------------------------------------------------------------------------------------------------- specs and lookups
 
 
 def _sizes() -> Mapping[str, int]:
+    """The axes that the compiler partitions over: in manual code, such as a pipeline's, the others are spoken for."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty else mesh.shape
+    return {} if mesh.empty else {axis: mesh.shape[axis] for axis in mesh.auto_axes}
 
 
 def _entry(table: Mapping[str, tuple[str, ...]], name: str | None, size: int, sizes: Mapping[str, int]):
-    axes = table[name] if name is not None else ()
+    axes = tuple(axis for axis in table[name] if axis in sizes) if name is not None else ()
     if size == 1:  # the one token of a decoding step: splitting it would only add exchanges
         return None
     if name in REPLICATED_IF_UNDIVIDED and size % math.prod(sizes.get(axis, 1) for axis in axes):
@@ -68,10 +72,10 @@ def _spec(table, names: Sequence[str | None], shape: Sequence[int], sizes: Mappi
     return PartitionSpec(*(_entry(table, name, size, sizes) for name, size in zip(names, shape, strict=True)))
 
 
-def splits(name: str) -> int:
-    """Into how many parts the mesh in context splits the activation dim `name`."""
+def splits(name: str, *, stored: bool = False) -> int:
+    """Into how many parts the mesh in context splits the dim `name` of activations, or of stored parameters."""
     sizes = _sizes()
-    return math.prod(sizes.get(axis, 1) for axis in ACTIVATION_AXES[name])
+    return math.prod(sizes.get(axis, 1) for axis in (PARAMETER_AXES if stored else ACTIVATION_AXES)[name])
 
 
 def requirement(name: str, size: int, dim: str, *, stored: bool = False) -> Requirement:
@@ -83,39 +87,41 @@ def requirement(name: str, size: int, dim: str, *, stored: bool = False) -> Requ
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
-def param(key: jax.Array, shape: Sequence[int], axes: Sequence[str], init: Callable, *, inputs: int = 0) -> nnx.Param:
+def param(
+    key: jax.Array, shape: Sequence[int], axes: Sequence[str], init: Callable, *, inputs: int = 0, stack: int = 0
+) -> nnx.Param:
     """A parameter whose dims are named by `axes`; `init(key, shape, dtype)` draws it.
 
-    `inputs` counts the leading dims that a matrix contracts with (0 for vectors and tables), for initialisers and
-    optimizers that treat matrices in their own way.
+    `inputs` counts the dims that a matrix contracts with (0 for vectors and tables), after `stack` dims that number
+    matrices (experts): for optimizers that treat each matrix in their own way. The parameter keeps the range of the
+    contracted dims as `inputs`.
     """
-    return nnx.Param(init(key, tuple(shape), jnp.float32), axes=tuple(axes), inputs=inputs)
+    value = init(key, tuple(shape), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes), inputs=range(stack, stack + inputs))
 
 
 def use(parameter: nnx.Param, dtype) -> jax.Array:
-    """The parameter as a computation needs it: in `dtype`, gathered over fsdp, still split over tensor.
+    """The parameter as a computation needs it, in `dtype`; the compiler gathers it over fsdp where it is multiplied.
 
-    The gather moves `dtype` (half the bytes in bfloat16); the gradient comes back in the stored layout and dtype,
-    so that the compiler can reduce and scatter at once.
+    The gather moves `dtype` (half the bytes in bfloat16), and is not pinned here: its result would then be kept for the
+    backward pass, for all layers at once. The gradient comes back in the stored layout and dtype, so that the compiler
+    can reduce and scatter at once.
     """
-    value, axes = parameter[...], parameter.axes
-    sizes = _sizes()
-    stored = _spec(PARAMETER_AXES, axes, value.shape, sizes)
-    gathered = PartitionSpec(*(None if entry == ("fsdp",) else entry for entry in stored))
-    return _use(value, jnp.dtype(dtype), stored, gathered) if sizes else value.astype(dtype)
+    value, sizes = parameter[...], _sizes()
+    stored = _spec(PARAMETER_AXES, parameter.axes, value.shape, sizes)
+    return _use(value, jnp.dtype(dtype), stored) if sizes else value.astype(dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _use(value, dtype, stored, gathered):
-    value = jax.lax.with_sharding_constraint(value.astype(dtype), stored)
-    return jax.lax.with_sharding_constraint(value, gathered)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _use(value, dtype, stored):
+    return jax.lax.with_sharding_constraint(value.astype(dtype), stored)
 
 
-def _use_forward(value, dtype, stored, gathered):
-    return _use(value, dtype, stored, gathered), jnp.zeros((), value.dtype)
+def _use_forward(value, dtype, stored):
+    return _use(value, dtype, stored), jnp.zeros((), value.dtype)
 
 
-def _use_backward(dtype, stored, gathered, witness, gradient):
+def _use_backward(dtype, stored, witness, gradient):
     return (jax.lax.with_sharding_constraint(gradient, stored).astype(witness.dtype),)
 
 
@@ -151,6 +157,47 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """
     sizes = _sizes()
     return jax.lax.with_sharding_constraint(x, _spec(ACTIVATION_AXES, names, x.shape, sizes)) if sizes else x
+
+
+def layout(shape: Sequence[int], *names: str | None) -> tuple[tuple[str, ...], ...]:
+    """The axes of more than one device that `shard` would split each dim over: for code that is manual over them."""
+    sizes = {axis: size for axis, size in _sizes().items() if size > 1}
+    return tuple(_entry(ACTIVATION_AXES, name, size, sizes) or () for name, size in zip(names, shape, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- the stages' vocabulary
+#
+# In a pipeline no stage owns the token tables: each holds a slice of the rows, and all work on a microbatch together.
+# Outside a pipeline there is one slice, the whole, and these are identities.
+
+
+def _in_pipeline() -> bool:
+    return "pipe" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def first_row(rows: int) -> jax.Array | int:
+    """The token of row 0 in this stage's slice of a table, `rows` long."""
+    return jax.lax.axis_index("pipe") * rows if _in_pipeline() else 0
+
+
+def sum_over_stages(x: jax.Array) -> jax.Array:
+    """The sum of what each stage found in its slice."""
+    return jax.lax.psum(x, "pipe") if _in_pipeline() else x
+
+
+def max_over_stages(x: jax.Array) -> jax.Array:
+    """The largest of what the stages found; it has no gradient."""
+    x = jax.lax.stop_gradient(x)
+    return jax.lax.pmax(x, "pipe") if _in_pipeline() else x
+
+
+def stored_over_stages(shapes, axes):
+    """The PartitionSpec over `pipe` alone of each parameter, for a pipeline's manual code."""
+
+    def one(leaf, names):
+        return PartitionSpec(*("pipe" if "pipe" in PARAMETER_AXES[name] else None for name in names))
+
+    return jax.tree.map(one, shapes, axes)
 
 
 # -------------------------------------------------------------------------------------------------------------- batch

@@ -5,7 +5,13 @@ import tempfile
 from pathlib import Path
 
 # Compiling is most of the suite's time, and tiny programs gain nothing from optimisation. Inherited by subprocesses.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_disable_hlo_passes=all-reduce-promotion",  # as parallel.runtime.start does on a CPU
+    )
+)
 
 import jax
 import pytest

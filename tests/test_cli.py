@@ -58,7 +58,7 @@ def test_impossible_mesh_and_missing_data(tmp_path):
     common = runs.overrides(tmp_path / "text", tmp_path / "run", "runtime.cpu_devices=8")
     mesh, _ = call(*common, "mesh.tensor=3")
     assert (mesh.returncode, mesh.stdout) == (MISTAKE, "")
-    assert_one_line(mesh.stderr, "3 does not divide 8 devices", "nearest legal: ", "mesh.tensor=2")
+    assert_one_line(mesh.stderr, "3 does not divide 8 devices", "nearest legal: ", "mesh.tensor=4")
     assert not (tmp_path / "run").exists()
     data, _ = call(*common)
     assert data.returncode == MISTAKE
@@ -79,7 +79,10 @@ def test_mistakes_across_folders(capsys):
         (["train.seq_len=4096", "model.positions=learned"], ["train.seq_len=4096", "model.max_positions=4096"]),
         (["model.vocab_size=100"], ["model.vocab_size=100", "256"]),
         (["mesh.data=-1"], ["only one mesh axis can be -1"]),
-        (["mesh.pipe=2"], ["mesh.pipe=2", "not supported yet"]),
+        (["mesh.pipe=0"], ["mesh.pipe=0", "use 1 or more"]),
+        (["pipeline.schedule=pipedream"], ["pipeline.schedule=pipedream", "1f1b", "zero_bubble"]),
+        (["pipeline.microbatches=-1"], ["pipeline.microbatches=-1"]),
+        (["context.style=spiral"], ["context.style=spiral", "ring, ulysses, gather"]),
         (["model=5"], ["model=5", "model=nano"]),
         (["model.rope_scaling=3"], ["model.rope_scaling", "should be a group of keys"]),
         (["sample.prompts=text"], ["sample.prompts='text'", "should be"]),

@@ -1,64 +1,24 @@
 """The mesh is not a hyperparameter: every product of data, fsdp and tensor on up to 8 devices equals one device."""
 
-import functools
 import itertools
 
 import jax
 import numpy as np
 import pytest
+from meshes import MODELS, assert_changes_nothing, one_device
 
 import config
-from parallel.mesh import AXES, MeshConfig, resolve
+from parallel.mesh import AXES
 from training import parity
 
-SHAPE = ["train.seq_len=16", "train.batch_size=24", "train.steps=10", "optimizer.warmup_steps=2", "model.layers=2"]
-MODELS = {
-    # grouped queries, rotary positions, gated ffn, one table
-    "llama": [*SHAPE, "model.width=48", "model.heads=8", "model.kv_heads=2", "model.head_dim=8", "model.ffn=96"],
-    # learned positions, biases, dropout, two tables, and a vocabulary that no mesh divides
-    "gpt2": [
-        *SHAPE,
-        *("model.width=48", "model.heads=8", "model.kv_heads=8", "model.head_dim=6", "model.ffn=96"),
-        *("model.positions=learned", "model.norm=layer", "model.bias=all", "model.activation=gelu"),
-        *("model.dropout=0.1", "model.tied_embeddings=false", "model.vocab_size=257", "model.vocab_multiple=1"),
-    ],
-    # six heads, for meshes of 3 and 6; sandwich norms, windows, soft-caps, packed documents, microbatches
-    "gemma": [
-        *SHAPE,
-        *("model.width=48", "model.heads=6", "model.kv_heads=3", "model.head_dim=8", "model.ffn=96"),
-        *("model.norm_position=both", "model.window=5", "model.window_pattern=LG", "model.attention_softcap=20"),
-        *("model.logit_softcap=10", "model.qk_norm=true", "model.embedding_scale=true", "data.segments=true"),
-        *("train.grad_accumulation=2", "train.loss_chunk=4", "train.z_loss=0.001", "train.remat=full"),
-        "train.seq_len=18",
-    ],
-}
 EIGHT = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if 1 < np.prod(s) <= 8]
 SIX = [(3, 1, 1), (1, 3, 1), (1, 1, 3), (2, 3, 1), (2, 1, 3), (1, 2, 3), (3, 2, 1)]
 CASES = [("llama", s) for s in EIGHT] + [("gpt2", s) for s in EIGHT] + [("gemma", s) for s in SIX]
 
 
-@functools.cache
-def one_device(model: str) -> parity.Trace:
-    return parity.trace(config.load(MODELS[model]), parity.ONE_DEVICE)
-
-
 @pytest.mark.parametrize(("model", "sizes"), CASES, ids=lambda v: v if isinstance(v, str) else "x".join(map(str, v)))
 def test_mesh_changes_nothing(model, sizes):
-    cfg = config.load(MODELS[model])
-    mesh = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    sizes = resolve(MeshConfig(**mesh), int(np.prod(sizes)), config.requirements(cfg))
-    ours, one = parity.trace(cfg, sizes), one_device(model)
-    losses = np.array(ours.losses), np.array(one.losses)
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    assert len(set(one.losses)) == len(one.losses)  # the steps did something
-    for name, start in one.start.items():
-        rows = min(len(start), len(ours.start[name]))  # padding of the vocabulary may differ
-        assert np.array_equal(ours.start[name][:rows], start[:rows]), name
-        assert not np.any(ours.start[name][rows:]), name
-    errors = parity.relative_errors(ours.gradients, one.gradients)
-    assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
-    lines, good = parity.report(ours, one)
-    assert good, lines
+    assert_changes_nothing(model, dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor", "lion", "sgd"])

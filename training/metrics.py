@@ -56,10 +56,14 @@ class Throughput:
 
     flops_per_token: model FLOPs of a training token, forward and backward, without what remat computes again.
     peak_flops: FLOP/s of one device; NaN where none is known, and MFU is then left out.
+    bubble: the idle share that a pipeline's schedule predicts; it is logged beside what was measured.
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: float, devices: int, clock=time.perf_counter):
+    def __init__(
+        self, flops_per_token: float, peak_flops: float, devices: int, bubble: float = 0.0, clock=time.perf_counter
+    ):
         self.flops_per_token, self.peak_flops, self.devices, self.clock = flops_per_token, peak_flops, devices, clock
+        self.bubble = bubble
         self.began = clock()
         self.productive_s = 0.0
         self.start(0, 0)
@@ -112,6 +116,7 @@ class Throughput:
             "perf/model_tflops_per_device": flops_per_device / 1e12,
             "perf/data_wait_ms": 1e3 * self.waited_s / steps,
             "perf/goodput": self.productive_s / (now - self.began),
+            "perf/bubble": self.bubble,
         }
         if math.isfinite(self.peak_flops):
             metrics["perf/mfu"] = flops_per_device / self.peak_flops

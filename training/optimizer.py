@@ -50,17 +50,19 @@ def decays(params: dict) -> dict:
 def _muon(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
     masked = lambda x: isinstance(x, optax.MaskedNode)
 
-    def dimensions(leaf, contracted: int):
-        """A stacked matrix is a batch of matrices: all its contracted dims against all its output dims."""
+    def dimensions(leaf, contracted: range):
+        """Stacked matrices, of layers and experts, are a batch: all contracted dims against all output dims."""
         axes = tuple(range(leaf.ndim))
-        return MuonDimensionNumbers(axes[1 : 1 + contracted], axes[1 + contracted :])
+        first, last = 1 + contracted.start, 1 + contracted.stop  # after the layers
+        return MuonDimensionNumbers(axes[first:last], axes[last:])
 
     def for_matrices(function, updates):
         """`function(leaf, contracted)` of every matrix; the others are masked out here."""
         return jax.tree.map(lambda u, n: u if masked(u) else function(u, n), updates, inputs, is_leaf=masked)
 
-    def to_rms(leaf, contracted: int):
-        fan_in, fan_out = math.prod(leaf.shape[1 : 1 + contracted]), math.prod(leaf.shape[1 + contracted :])
+    def to_rms(leaf, contracted: range):
+        reduction, output = dimensions(leaf, contracted)
+        fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in axes) for axes in (reduction, output))
         return leaf * (MUON_RMS * max(fan_in, fan_out) ** 0.5)
 
     matrices = optax.chain(
@@ -85,7 +87,7 @@ def _clip_rms(updates: dict, _) -> dict:
 def make_optimizer(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
     """The direction to go against: `params - lr * direction`. Clipping is done before, by the step.
 
-    `inputs` is the parameters' tree with the number of contracted dims of each (model.transformer.Description).
+    `inputs` is the parameters' tree with the range of contracted dims of each (model.transformer.Description).
     """
     core = {
         "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps),

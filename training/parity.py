@@ -7,7 +7,7 @@ are within the tolerances, 1 if not, 2 for a mistake.
 
 import sys
 
-from config import Config, command_line, mesh_sizes
+from config import Config, command_line, mesh_sizes, pipeline_table
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])
@@ -15,16 +15,12 @@ if __name__ == "__main__":
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from model.transformer import describe
 from parallel.mesh import AXES, make_mesh
 from parallel.runtime import start
 from parallel.sharding import local_rows, put_batch, replicated
-from training.optimizer import learning_rate, make_optimizer
-from training.state import abstract_state, init_state
-from training.step import dropout_keys, gradients, in_float32_matmuls, make_train_step
+from training.job import make_job
 
 STEPS = 3
 LOSS_TOLERANCE = 1e-5  # relative
@@ -47,30 +43,18 @@ def trace(config: Config, sizes: dict[str, int], steps: int = STEPS) -> Trace:
     t, needed = config.train, int(np.prod(list(sizes.values())))
     mesh = make_mesh(sizes, jax.devices()[:needed] if needed < jax.device_count() else None)
     with jax.set_mesh(mesh):
-        description = describe(config.model)
-        optimizer = make_optimizer(config.optimizer, description.inputs)
-        abstract = abstract_state(mesh, description, optimizer, jnp.dtype(t.param_dtype))
-        state = init_state(abstract, description, optimizer, config.seed)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-        def first_gradients(state, batch):
-            return gradients(description, t, state.params, batch, dropout_keys(description, t, state))[1]
-
-        first_gradients = in_float32_matmuls(first_gradients, t)
-        step = make_train_step(
-            description, optimizer, learning_rate(config.optimizer, t.steps), t, config.optimizer.clip_norm
-        )
-        step = jax.jit(step, out_shardings=(shardings, replicated(mesh)))
+        job = make_job(mesh, config.model, t, config.optimizer, pipeline_table(config, sizes), config.context.style)
+        step, state = job.step_and_gradients, job.init(config.seed)
         batches = [
             put_batch(mesh, random_batch(config, i, local_rows(mesh, t.batch_size)), t.batch_size) for i in range(steps)
         ]
-        begin = named(state.params)
-        grads = named(jax.jit(first_gradients, out_shardings=shardings.params)(state, batches[0]))
-        losses = []
+        in_order = lambda params: named(job.to_stored(params))
+        begin, first, losses = in_order(state.params), None, []
         for batch in batches:
-            state, metrics = step(state, batch)
+            state, metrics, grads = step(state, batch)
+            first = in_order(grads) if first is None else first
             losses.append(float(metrics["train/loss"]))
-        return Trace(begin, grads, named(state.params), losses)
+        return Trace(begin, first, in_order(state.params), losses)
 
 
 def random_batch(config: Config, step: int, rows: slice) -> dict[str, np.ndarray]:

@@ -2,10 +2,13 @@
 
 import logging
 import math
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from model.config import ModelConfig, parameter_count
+from parallel.schedules import Schedule
 from training.config import TrainConfig
 from training.console import Console, bytes_text, duration, human
 from training.hardware import Peak
@@ -17,16 +20,33 @@ SPIKE = 6.0  # standard deviations above the running mean that make a warning
 
 
 def header(
-    model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh, peak: Peak, flops: float, memory, steps: int
+    model: ModelConfig,
+    train: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    table: Schedule | None,
+    peak: Peak,
+    flops: float,
+    memory,
+    steps: int,
 ) -> dict[str, str]:
     """What a run says of itself before its first step. `memory` is the compiled step's, `flops` is for one token."""
     count, tokens = parameter_count(model), train.batch_size * train.seq_len
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     seconds = steps * tokens * flops / (peak.flops * mesh.size * EXPECTED_MFU)
+    active = f", {human(count.active)} active in a token" if count.idle else ""
     expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
+    pipeline = (
+        ""
+        if table is None
+        else (
+            f"{table.name}: {table.stages} stages, {table.microbatches} microbatches, {table.ticks} ticks, at most "
+            f"{max(table.peak_in_flight())} in flight, predicted bubble {table.bubble():.0%}"
+        )
+    )
     return {
-        "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings",
+        "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings{active}",
         "mesh": " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device",
+        **({"pipeline": pipeline} if pipeline else {}),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}",
         "a step": f"{human(tokens)} tokens ({train.batch_size} x {train.seq_len}), {train.compute_dtype}",
         "FLOPs a token": f"{human(flops)}, attention as the mask has it",
@@ -34,6 +54,15 @@ def header(
         "memory a device": f"{bytes_text(used)}, {bytes_text(memory.temp_size_in_bytes)} of them temporary",
         "expected": f"{expected} at {EXPECTED_MFU:.0%} of the peak",
     }
+
+
+def _scalars(values: dict[str, jax.Array]) -> Iterator[tuple[str, float]]:
+    """Metrics on the host; those by layer under a name for each layer."""
+    for name, value in values.items():
+        if value.ndim:
+            yield from ((f"{name}/{layer:03d}", x) for layer, x in enumerate(np.asarray(value).tolist()))
+        else:
+            yield name, float(value)
 
 
 class Reporter:
@@ -56,7 +85,7 @@ class Reporter:
         if self._pending is None:
             return None
         (step, values), self._pending = self._pending, None
-        metrics = {name: float(value) for name, value in values.items()}
+        metrics = dict(_scalars(values))
         loss, norm, size = (metrics[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
         healthy, every = all(map(math.isfinite, (loss, norm, size))), self.config.log_every
         if not healthy:

@@ -44,6 +44,21 @@ def is_vocabulary(path: str) -> bool:
     return path.endswith(("tokens/table", "head/table")) and not {"v_row", "v_col"} & set(path.split("/"))
 
 
+def reordered(tree, ours: tuple[int, ...], theirs: tuple[int, ...]):
+    """The same state or parameters with the stacked layers in another order.
+
+    `ours` and `theirs` are the layer in each row (-1: none, then a row of zeros), as in model.transformer.Description.
+    """
+    source = jnp.asarray([ours.index(layer) if layer >= 0 else len(ours) for layer in theirs])
+
+    def one(path, leaf):
+        if "layers" not in _dict_path(path) or not leaf.ndim or leaf.shape[0] != len(ours):
+            return leaf
+        return jnp.take(leaf, source, axis=0, mode="fill", fill_value=0)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def make_state(description: Description, optimizer, seed: int, param_dtype) -> TrainState:
     """The first state of a run, on the default layout: to be traced, see `init_state`."""
     init_key, run_key = jax.random.split(jax.random.key(seed))

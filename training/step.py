@@ -2,14 +2,20 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from model.moe import RouterSums
 from model.transformer import Description
+from parallel.context import zigzag
+from parallel.schedules import Schedule
+from parallel.sharding import shard, splits
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses
+from training.pipelined import cut, pipelined_gradients, pipelined_losses
 from training.state import Monitor, TrainState
 
 SPIKE_DECAY = 0.98
@@ -19,38 +25,62 @@ WARM_MONITOR = 20  # steps before a spike is called one
 Batch = Mapping[str, jax.Array]  # tokens_BT, targets_BT, mask_BT, and segments_BT where documents are kept apart
 
 
+def in_context_order(description: Description, batch: Batch) -> Batch:
+    """The batch with its tokens where ring attention wants them, and their positions_BT (1, T).
+
+    That is for causal models: in the order of the sequence the device with its end would have most of the work. Nothing
+    but attention sees the order. Raises ValueError if T does not divide.
+    """
+    shards = splits("tokens")
+    if shards == 1 or description.context_style != "ring" or not description.config.causal:
+        return batch
+    order_T = zigzag(batch["tokens_BT"].shape[1], shards)
+    moved = {name: shard(jnp.take(x, order_T, axis=1), "batch", "tokens") for name, x in batch.items()}
+    return moved | {"positions_BT": jnp.asarray(order_T)[None]}
+
+
 def batch_losses(description: Description, config: TrainConfig, params, batch: Batch, keys_B=None) -> LossSums:
     """Loss sums of a batch; `keys_B` switch dropout on."""
     model = description.bind(params)
-    x_BTD, _ = model(
+    x_BTD, _, router = model(
         batch["tokens_BT"],
+        positions_BT=batch.get("positions_BT"),
         segments_BT=batch.get("segments_BT"),
         dropout_keys_B=keys_B,
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
     )
-    return chunked_losses(model.logits, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
+    sums = chunked_losses(model.logits, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
+    return replace(sums, router=router)
 
 
-def gradients(description: Description, config: TrainConfig, params, batch: Batch, keys_B=None):
-    """Loss sums of the whole batch and the gradient of the mean loss (z-loss included), microbatch by microbatch.
+def gradients(
+    description: Description,
+    config: TrainConfig,
+    params,
+    batch: Batch,
+    keys_B=None,
+    table: Schedule | None = None,
+):
+    """Loss sums of the whole batch and the gradient of the mean loss, auxiliary ones included, by microbatches.
 
-    Every microbatch divides by the tokens of the whole batch, so cutting a batch does not change its gradient.
+    Every microbatch divides by the tokens of the whole batch, so cutting a batch does not change its gradient. With a
+    pipeline's `table`, each accumulation step goes through it.
     """
+    batch = in_context_order(description, batch)
     tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
 
     def objective(params, batch, keys_B):
         sums = batch_losses(description, config, params, batch, keys_B)
-        return (sums.nll + config.z_loss * sums.z) / tokens, sums
+        return sums.objective(config.z_loss) / tokens, sums
 
-    gradient = jax.grad(objective, has_aux=True)
+    if table is None:
+        gradient = jax.grad(objective, has_aux=True)
+    else:
+        gradient = lambda *args: pipelined_gradients(description, config, table, *args, tokens)
     if config.grad_accumulation == 1:
         grads, sums = gradient(params, batch, keys_B)
-        return sums, grads
-
-    def cut(x: jax.Array) -> jax.Array:  # strided, (B, ...) to (M, B / M, ...): each device cuts its own rows
-        m = config.grad_accumulation
-        return jnp.moveaxis(x.reshape(x.shape[0] // m, m, *x.shape[1:]), 1, 0)
+        return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     def body(carry, microbatch):
         sums, total = carry
@@ -58,7 +88,10 @@ def gradients(description: Description, config: TrainConfig, params, batch: Batc
         return (sums + new, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    (sums, grads), _ = jax.lax.scan(body, (LossSums.zero(), zeros), jax.tree.map(cut, (dict(batch), keys_B)))
+    parts = lambda x: cut(x, config.grad_accumulation)
+    experts = description.config.experts
+    none = LossSums.zero(RouterSums.zero(len(description.slots), experts) if experts else None)
+    (sums, grads), _ = jax.lax.scan(body, (none, zeros), jax.tree.map(parts, (dict(batch), keys_B)))
     return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
@@ -87,27 +120,65 @@ def _watch(monitor: Monitor, step, loss, grad_norm, healthy) -> tuple[Monitor, d
     return jax.tree.map(lambda new, old: jnp.where(healthy, new, old), moved, monitor), signs
 
 
+def balanced(params: dict, load_LE: jax.Array, speed: float) -> dict:
+    """Moves every expert's bias by `speed`, up where it had less than its share of the batch, down where it had more
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Parameters are a nested dict; integer loads are equal on every mesh.
+    """
+    moe, router = params["layers"]["moe"], params["layers"]["moe"]["router"]
+    bias_LE = router["balance_bias"]
+    lacking_LE = load_LE.mean(1, keepdims=True) - load_LE
+    bias_LE = bias_LE + (speed * jnp.sign(lacking_LE)).astype(bias_LE.dtype)
+    return params | {"layers": params["layers"] | {"moe": moe | {"router": router | {"balance_bias": bias_LE}}}}
+
+
+def router_metrics(description: Description, router: RouterSums, tokens: jax.Array) -> dict[str, jax.Array]:
+    """What is logged of a batch's routers: load of the busiest expert over the mean one's, by layer and in the worst;
+    share of assignments dropped; entropy of the scores in nats; what the auxiliary losses add to the loss.
+    """
+    config = description.config
+    rows = jnp.asarray([description.slots.index(layer) for layer in range(config.layers)])
+    router = jax.tree.map(lambda leaf: leaf[rows], router)
+    load_L = router.load_E.max(1) / router.load_E.mean(1)
+    routed = router.tokens.sum().astype(jnp.float32)
+    return {
+        "moe/load_max_over_mean": load_L.max(),
+        "moe/load": load_L,
+        "moe/dropped": router.dropped.sum() / (routed * config.experts_per_token),
+        "moe/router_entropy": router.entropy.sum() / routed,
+        "moe/auxiliary_loss": router.objective.sum() / tokens,
+    }
+
+
 def make_train_step(
     description: Description,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     config: TrainConfig,
     clip_norm: float,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step (state, batch) -> (state, metrics); metrics are float32 scalars under their logged names."""
+    table: Schedule | None = None,
+    *,
+    expose_gradients: bool = False,
+) -> Callable:
+    """The step (state, batch) -> (state, metrics); metrics are float32 under their logged names, scalars or, by layer,
+    vectors.
+
+    `table` is the schedule of a pipeline, where the mesh has one. With `expose_gradients` the step also returns the
+    gradients before clipping.
+    """
 
     def train_step(state: TrainState, batch: Batch):
         keys_B = dropout_keys(description, config, state)
-        sums, grads = gradients(description, config, state.params, batch, keys_B)
+        sums, raw = gradients(description, config, state.params, batch, keys_B, table)
         tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
-        loss, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        if clip_norm:
-            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
-            grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        loss, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), raw))
+        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
+        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), raw)
 
         lr = schedule(state.step)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
+        if description.config.balance_bias:
+            params = balanced(params, sums.router.load_E, description.config.balance_bias)
 
         param_norm = optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
         healthy = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(param_norm)
@@ -135,16 +206,22 @@ def make_train_step(
         }
         if config.z_loss:
             metrics["train/z_loss"] = config.z_loss * sums.z / tokens
-        return new_state, metrics
+        if sums.router is not None:
+            metrics |= router_metrics(description, sums.router, tokens)
+        return (new_state, metrics, raw) if expose_gradients else (new_state, metrics)
 
     return in_float32_matmuls(train_step, config)
 
 
-def make_eval_step(description: Description, config: TrainConfig) -> Callable:
+def make_eval_step(description: Description, config: TrainConfig, table: Schedule | None = None) -> Callable:
     """The step (params, batch, token_bytes_V) -> nats, tokens and bytes of the targets that count, float32 sums."""
 
     def eval_step(params, batch: Batch, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
-        sums = batch_losses(description, config, params, batch)
+        batch = in_context_order(description, batch)
+        if table is None:
+            sums = batch_losses(description, config, params, batch)
+        else:
+            sums = pipelined_losses(description, config, table, params, batch)
         bytes_BT = jnp.take(token_bytes_V, batch["targets_BT"]) * batch["mask_BT"]
         return {"nats": sums.nll, "tokens": batch["mask_BT"].sum(), "bytes": bytes_BT.sum()}
 

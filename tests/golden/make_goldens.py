@@ -19,11 +19,17 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from tests.golden import draw
 
@@ -76,6 +82,11 @@ CASES = {
     "llama_untied": (LlamaForCausalLM, LlamaConfig(**SIZES | {"tie_word_embeddings": False})),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=False),
+    ),
     "gemma2": (
         Gemma2ForCausalLM,
         Gemma2Config(
@@ -92,6 +103,8 @@ GRADIENTS = {
     "gpt2": ["transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight", "transformer.h.1.ln_2.bias"],
     "llama3": ["model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.gate_proj.weight"],
     "qwen3": ["model.layers.0.self_attn.q_norm.weight"],
+    "mixtral": ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.gate.weight"],
+    "qwen3_moe": ["model.layers.0.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj"],
     "gemma2": [
         "model.embed_tokens.weight",
         "model.layers.0.self_attn.q_proj.weight",
@@ -119,11 +132,26 @@ def outputs(case: str) -> dict[str, np.ndarray]:
     return {f"{case}/{name}": value for name, value in stored.items()}
 
 
+def deepseek_experts() -> dict[str, np.ndarray]:
+    """The output of DeepSeek-V3's experts alone, router and shared ones included, for drawn vectors."""
+    case = "deepseek_v3"
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    groups = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_shared_experts": 2}
+    block = DeepseekV3MoE(DeepseekV3Config(**sizes, **groups, **experts)).eval().float()
+    with torch.no_grad():
+        for name, value in [*block.named_parameters(), *block.named_buffers()]:
+            value.copy_(torch.from_numpy(draw.weight(case, name, tuple(value.shape))))
+        x = torch.from_numpy(draw.weight(case, "x", (24, SIZES["hidden_size"])))
+        return {f"{case}/x": x.numpy(), f"{case}/y": block(x[None])[0].numpy()}
+
+
 def main() -> None:
     """Writes all cases beside this file."""
     arrays: dict[str, np.ndarray] = {}
     for case in CASES:
         arrays |= outputs(case)
+    arrays |= deepseek_experts()
     path = Path(__file__).parent / "references.npz"
     np.savez_compressed(path, **arrays)
     print(f"{path}: {path.stat().st_size:,} bytes")

@@ -24,7 +24,7 @@ class Model:
     def logits(self, params: dict, tokens_BT: jax.Array, **options) -> jax.Array:
         """Float32 logits_BTV without padding."""
         model = self.description.bind(params)
-        x_BTD, _ = model(tokens_BT, **options)
+        x_BTD, *_ = model(tokens_BT, **options)
         return model.logits(x_BTD)[..., : self.description.config.vocab_size]
 
 

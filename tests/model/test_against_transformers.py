@@ -37,6 +37,10 @@ CONFIGS = {
     "llama_untied": ModelConfig(**SIZES, tied_embeddings=False),
     "qwen2": ModelConfig(**SIZES | {"head_dim": 8}, bias="qkv"),
     "qwen3": ModelConfig(**SIZES, qk_norm=True),
+    "mixtral": ModelConfig(**SIZES, norm_eps=1e-5, rope_theta=1e6, experts=4, experts_per_token=2),
+    "qwen3_moe": ModelConfig(
+        **SIZES | {"ffn": 24}, qk_norm=True, experts=6, experts_per_token=3, router_normalize=False
+    ),
     "gemma2": ModelConfig(
         **SIZES | {"layers": 3}, embedding_scale=True, norm_position="both", activation="geglu",
         attention_scale=24**-0.5, attention_softcap=2.0, logit_softcap=3.0, window=5, window_pattern="LG",
@@ -90,6 +94,23 @@ def gpt2_table(c: ModelConfig) -> dict:
     return table
 
 
+def ffn_table(block: str) -> dict:
+    names = ("gate", "up", "down")
+    return {f"layers.ffn.{name}": (f"{block}mlp.{name}_proj.weight", transposed) for name in names}
+
+
+def expert_table(block: str) -> dict:
+    def half(part):  # gate and up are one (E, 2F, D)
+        return lambda w: np.split(w, 2, axis=1)[part].transpose(0, 2, 1)
+
+    return {
+        "layers.moe.router.weight": (block + "mlp.gate.weight", transposed),
+        "layers.moe.gate": (block + "mlp.experts.gate_up_proj", half(0)),
+        "layers.moe.up": (block + "mlp.experts.gate_up_proj", half(1)),
+        "layers.moe.down": (block + "mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)),
+    }
+
+
 def llama_table(c: ModelConfig, norm=same) -> dict:
     def into_heads(w):  # (N H, D) to (D, N, H)
         return w.T.reshape(c.width, -1, c.head_dim)
@@ -105,9 +126,7 @@ def llama_table(c: ModelConfig, norm=same) -> dict:
         "tokens.table": ("model.embed_tokens.weight", same),
         "final_norm.scale": ("model.norm.weight", norm),
         "layers.attention.out": (block + "self_attn.o_proj.weight", out_of_heads),
-        "layers.ffn.gate": (block + "mlp.gate_proj.weight", transposed),
-        "layers.ffn.up": (block + "mlp.up_proj.weight", transposed),
-        "layers.ffn.down": (block + "mlp.down_proj.weight", transposed),
+        **(expert_table(block) if c.experts else ffn_table(block)),
         "layers.attention_norm.scale": (block + "input_layernorm.weight", norm),
         "layers.ffn_norm.scale": (block + "post_attention_layernorm.weight", norm),
     }
@@ -147,6 +166,8 @@ def their_shape(name: str, c: ModelConfig) -> tuple[int, ...]:
         "q_proj.weight": (heads, D), "k_proj.weight": (kv, D), "v_proj.weight": (kv, D), "o_proj.weight": (D, heads),
         "q_proj.bias": (heads,), "k_proj.bias": (kv,), "v_proj.bias": (kv,),
         "gate_proj.weight": (F, D), "up_proj.weight": (F, D), "down_proj.weight": (D, F),
+        "mlp.gate.weight": (c.experts, D), "gate_up_proj": (c.experts, 2 * c.ffn, D),
+        "experts.down_proj": (c.experts, D, c.ffn),
         "q_norm.weight": (c.head_dim,), "k_norm.weight": (c.head_dim,),
     }  # fmt: skip
     return next((shape for ending, shape in by_ending.items() if name.endswith(ending)), (D,))
@@ -194,7 +215,7 @@ def test_logits_and_gradients_equal_those_of_transformers(case):
 
     def loss(params):
         model = description.bind(params)
-        x_BTD, _ = model(tokens)
+        x_BTD, *_ = model(tokens)
         sums = chunked_losses(model.logits, x_BTD, jnp.roll(tokens, -1, axis=1), mask, 8)
         return sums.nll / mask.sum(), model.logits(x_BTD)[..., : c.vocab_size]
 

@@ -47,6 +47,12 @@ def test_attention_part_counts_the_keys_that_tokens_see(window, causal):
     assert difference == pytest.approx(12 * config.heads * config.head_dim * (keys - 3))
 
 
+def test_experts_count_as_far_as_a_token_goes_to_them():
+    dense, sizes = ModelConfig(layers=3, vocab_size=10, ffn=96), {"layers": 3, "vocab_size": 10, "ffn": 32}
+    experts = ModelConfig(**sizes, experts=8, experts_per_token=2, shared_experts=1)
+    assert flops_per_token(experts, 16) - flops_per_token(dense, 16) == 6 * 3 * 8 * dense.width  # the routers
+
+
 def test_gpt2_by_hand():
     config = load(["model=gpt2_124m"]).model
     matrices = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 50257 * 768

@@ -26,7 +26,11 @@ PUBLISHED = {
     "qwen3_0b6": 596_049_920,
     "qwen3_8b": 8_190_735_360,
     "gemma2_2b": 2_614_341_888,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
 }
+ACTIVE = {"mixtral_8x7b": 12.9e9, "qwen3_30b_a3b": 3.3e9}  # published, in billions to one digit
+OURS = {"nano", "moe_nano", "deepseek_v3_like"}
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
 DEVICES = 16
 
@@ -36,12 +40,18 @@ config_of = cache(
 
 
 def test_every_large_preset_has_a_published_count():
-    assert set(PRESETS) == set(PUBLISHED) | {"nano"}
+    assert set(PRESETS) == set(PUBLISHED) | OURS
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_parameter_count_is_the_published_one(preset):
     assert parameter_count(config_of(preset).model).total == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_active_parameters_are_the_published_ones(preset):
+    count = parameter_count(config_of(preset).model)
+    assert count.active == pytest.approx(ACTIVE.get(preset, count.total), abs=0.06e9)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

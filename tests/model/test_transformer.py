@@ -85,17 +85,20 @@ def test_bfloat16_is_close_to_float32(build, tokens_BT):
 
 def test_dropout_keeps_the_mean_and_scales_what_is_left():
     keys = jax.random.split(jax.random.key(0), 4)
-    y = dropout(jnp.ones((4, 64, 128)), 0.2, keys, 3)
+    positions_1T = jnp.arange(64)[None]
+    y = dropout(jnp.ones((4, 64, 128)), 0.2, keys, 3, positions_1T)
     values, counts = np.unique(y, return_counts=True)
     np.testing.assert_allclose(values, [0, 1 / 0.8], rtol=1e-6)
     assert abs(counts[0] / y.size - 0.2) < 0.01  # 4.5 standard deviations are 0.01
-    assert len({np.asarray(row).tobytes() for row in y}) == 4
-    assert np.abs(y - dropout(jnp.ones(y.shape), 0.2, keys, 4)).max() > 1
+    assert len({np.asarray(token).tobytes() for row in y for token in row}) == 4 * 64
+    assert np.abs(y - dropout(jnp.ones(y.shape), 0.2, keys, 4, positions_1T)).max() > 1
 
 
-def test_dropout_mask_of_a_row_does_not_depend_on_its_batch():
-    x, keys = jnp.ones((4, 8, 16)), jax.random.split(jax.random.key(0), 4)
-    np.testing.assert_array_equal(dropout(x, 0.5, keys, 7)[2:3], dropout(x[2:3], 0.5, keys[2:3], 7))
+def test_dropout_mask_does_not_depend_on_the_batch_nor_on_the_order_of_the_tokens():
+    x, keys, positions_1T = jnp.ones((4, 8, 16)), jax.random.split(jax.random.key(0), 4), jnp.arange(8)[None]
+    y = dropout(x, 0.5, keys, 7, positions_1T)
+    np.testing.assert_array_equal(y[2:3], dropout(x[2:3], 0.5, keys[2:3], 7, positions_1T))
+    np.testing.assert_array_equal(y[:, ::-1], dropout(x, 0.5, keys, 7, positions_1T[:, ::-1]))
 
 
 def test_dropout_of_the_model_needs_keys_and_follows_them_row_by_row(build, tokens_BT):

@@ -37,20 +37,19 @@ def test_a_broken_requirement_names_it():
     with pytest.raises(ValueError, match=r"model.heads=6 does not divide by mesh.tensor=4; nearest legal"):
         resolve(MeshConfig(tensor=4), 8, [heads])
     with pytest.raises(ValueError, match="no mesh of 7 devices is legal"):
-        resolve(MeshConfig(), 7, [Requirement(name, 4, (name,)) for name in ("data", "fsdp", "tensor")])
+        resolve(MeshConfig(), 7, [Requirement(name, 4, (name,)) for name in AXES])
     kv = Requirement("model.kv_heads", 2, ("tensor",), or_divisor=True)
     assert resolve(MeshConfig(tensor=8), 8, [kv])["tensor"] == 8
 
 
 @given(
     devices=st.integers(1, 64),
-    sizes=st.tuples(*[st.integers(1, 8)] * 3),
-    needs=st.tuples(*[st.integers(1, 48)] * 3),
+    sizes=st.tuples(*[st.sampled_from((1, 1, 1, 2, 3, 4, 8))] * len(AXES)),
+    needs=st.tuples(*[st.integers(1, 48)] * len(AXES)),
 )
 def test_what_is_advised_is_legal(devices, sizes, needs):
-    names = ("data", "fsdp", "tensor")
-    requirements = [Requirement(f"size of {axis}", n, (axis,)) for axis, n in zip(names, needs, strict=True)]
-    config = MeshConfig(**dict(zip(names, sizes, strict=True)))
+    requirements = [Requirement(f"size of {axis}", n, (axis,)) for axis, n in zip(AXES, needs, strict=True)]
+    config = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
     try:
         resolved = resolve(config, devices, requirements)
     except ValueError as error:
@@ -65,6 +64,6 @@ def test_what_is_advised_is_legal(devices, sizes, needs):
 
 
 def test_factorizations_are_all_of_them_once():
-    found = [tuple(s[a] for a in ("data", "fsdp", "tensor")) for s in factorizations(12)]
-    wanted = [s for s in itertools.product(range(1, 13), repeat=3) if math.prod(s) == 12]
+    found = [tuple(s[axis] for axis in AXES) for s in factorizations(12)]
+    wanted = [s for s in itertools.product((1, 2, 3, 4, 6, 12), repeat=len(AXES)) if math.prod(s) == 12]
     assert sorted(found) == sorted(wanted)

@@ -8,7 +8,11 @@ import pytest
 from training.config import OPTIMIZERS, OptimizerConfig
 from training.optimizer import decays, learning_rate, make_optimizer
 
-INPUTS = {"layers": {"query": 1, "out": 2, "query_bias": 0, "norm": {"scale": 0}}, "tokens": {"table": 0}}
+VECTOR = range(0)
+INPUTS = {
+    "layers": {"query": range(1), "out": range(2), "query_bias": VECTOR, "norm": {"scale": VECTOR}},
+    "tokens": {"table": VECTOR},
+}
 SHAPES = {
     "layers": {"query": (2, 6, 4, 3), "out": (2, 4, 3, 6), "query_bias": (2, 4, 3), "norm": {"scale": (2, 6)}},
     "tokens": {"table": (10, 6)},

@@ -1,0 +1,76 @@
+"""The machines and mesh products that `make test-aot` compiles training steps for. None of them need be there."""
+
+from dataclasses import dataclass, field
+
+GIB = 2**30
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine to compile for."""
+
+    platform: str  # tpu | gpu
+    topology: str  # of one slice; of GPUs hosts x GPUs, where each host is a slice, as it is when it runs
+    memory: float  # bytes a device
+    slices: int = 1
+
+    def devices(self) -> list:
+        """Devices that programs can be compiled for."""
+        from jax.experimental import topologies
+
+        if self.platform == "tpu":
+            return topologies.get_topology_desc(self.topology, platform="tpu", num_slices=self.slices).devices
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=H200, topology=f"{self.slices}x{self.topology}"
+        ).devices
+
+
+MACHINES = {
+    "v5p-64": Machine("tpu", "v5p:4x4x4", 95 * GIB),
+    "v5p-128": Machine("tpu", "v5p:4x4x8", 95 * GIB),
+    "v5p-2x64": Machine("tpu", "v5p:4x4x4", 95 * GIB, slices=2),
+    "h200-8x8": Machine("gpu", "1x8", 150e9, slices=8),
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One program to compile: a preset on a mesh of a machine."""
+
+    machine: str
+    model: str
+    mesh: dict[str, int]
+    crossing: set[str] = field(default_factory=set)  # axes that are meant to cross slices or hosts
+    overrides: tuple[str, ...] = ()  # of the config, beyond COMMON
+
+
+COMMON = (
+    *("optimizer=adamw", "train.compute_dtype=bfloat16", "train.remat=full", "train.seq_len=4096"),
+    # a chunk of the loss gathers the output table anew, three times, and reduces its gradient: one chunk is the least
+    *("train.loss_chunk=0", "model.scan_layers=true", "model.vocab_multiple=1024"),
+)
+PRODUCTS = {
+    "fsdp-tensor": Product("v5p-64", "llama3_8b", {"fsdp": 16, "tensor": 4}),
+    "context": Product("v5p-64", "llama3_8b", {"fsdp": 16, "context": 4}, overrides=("train.seq_len=16384",)),
+    "pipe": Product("v5p-64", "llama3_8b", {"pipe": 4, "fsdp": 16}),
+    "slices": Product("v5p-2x64", "llama3_8b", {"data": 2, "fsdp": 64}, {"data"}),
+    "slices-pipe": Product("v5p-2x64", "llama3_8b", {"pipe": 2, "fsdp": 16, "tensor": 4}, {"pipe"}),
+    "experts": Product("v5p-128", "mixtral_8x7b", {"fsdp": 16, "expert": 8}),
+    "experts-tensor": Product("v5p-128", "mixtral_8x7b", {"fsdp": 8, "expert": 8, "tensor": 2}),
+    "experts-pipe": Product("v5p-128", "mixtral_8x7b", {"pipe": 4, "fsdp": 4, "expert": 8}),
+    "hosts": Product("h200-8x8", "llama3_8b", {"data": 8, "fsdp": 8}, {"data"}),
+    "hosts-tensor": Product("h200-8x8", "llama3_8b", {"fsdp": 8, "tensor": 8}, {"fsdp"}),
+    "hosts-pipe": Product("h200-8x8", "llama3_8b", {"pipe": 4, "fsdp": 4, "tensor": 4}, {"pipe", "fsdp"}),
+    "hosts-experts": Product("h200-8x8", "mixtral_8x7b", {"fsdp": 8, "expert": 8}, {"fsdp"}),
+}

@@ -1,0 +1,115 @@
+"""A training job put together: model, optimizer, layout and steps on one mesh, from the config's parts.
+
+What train.py, the parity check and ahead-of-time compilation share. Nothing is allocated before `init`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.transformer import Description, describe
+from parallel import pipeline
+from parallel.schedules import Schedule
+from parallel.sharding import parameter_shardings, replicated
+from training.config import OptimizerConfig, TrainConfig
+from training.optimizer import learning_rate, make_optimizer
+from training.state import TrainState, abstract_state, init_state, reordered
+from training.step import make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Job:
+    """The pieces. States of a run have their layers in the order of the pipeline's stages, those of a checkpoint
+    (`stored`) in the model's."""
+
+    mesh: Mesh
+    model: ModelConfig
+    train: TrainConfig
+    optimizer_config: OptimizerConfig
+    description: Description
+    stored_description: Description
+    optimizer: optax.GradientTransformation
+    table: Schedule | None
+    abstract: TrainState
+    stored: TrainState
+
+    @property
+    def step(self) -> Callable:
+        """The training step (state, batch) -> (state, metrics), jitted; the state is donated."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        return jax.jit(self._step(), donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+
+    @property
+    def step_and_gradients(self) -> Callable:
+        """As `step`, with the gradients before clipping as a third result; nothing is donated."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        out_shardings = (shardings, replicated(self.mesh), shardings.params)
+        return jax.jit(self._step(expose_gradients=True), out_shardings=out_shardings)
+
+    def _step(self, **kwargs) -> Callable:
+        o = self.optimizer_config
+        rate = learning_rate(o, self.train.steps)
+        return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.table, **kwargs)
+
+    @property
+    def evaluate(self) -> Callable:
+        """The evaluation step (params, batch, token_bytes_V) -> sums, jitted."""
+        step = make_eval_step(self.description, self.train, self.table)
+        return jax.jit(step, out_shardings=replicated(self.mesh))
+
+    def init(self, seed: int) -> TrainState:
+        """The first state of a run."""
+        return init_state(self.abstract, self.description, self.optimizer, seed)
+
+    def to_stored(self, state):
+        """A state, or its parameters, as checkpoints hold it."""
+        return self._moved(state, self.stored, self.description.slots, self.stored_description.slots)
+
+    def from_stored(self, state):
+        """The inverse of `to_stored`."""
+        return self._moved(state, self.abstract, self.stored_description.slots, self.description.slots)
+
+    @contextlib.contextmanager
+    def for_inference(self, params: dict) -> Iterator[tuple[Description, dict]]:
+        """The model and its parameters as generation needs them, on the same devices: stages become shards."""
+        if self.table is None:
+            yield self.description, params
+            return
+        shape, devices = dict(self.mesh.shape), np.moveaxis(self.mesh.devices, 0, 1)  # (data, pipe, fsdp, ...)
+        joined = "data" if self.model.width % (shape["fsdp"] * shape["pipe"]) else "fsdp"
+        shape |= {"pipe": 1, joined: shape[joined] * shape["pipe"]}
+        mesh = Mesh(devices.reshape(tuple(shape.values())), self.mesh.axis_names, axis_types=self.mesh.axis_types)
+        description, params = self.stored_description, self.to_stored(params)
+        with jax.set_mesh(mesh):
+            yield description, jax.device_put(params, parameter_shardings(mesh, description.shapes, description.axes))
+
+    def _moved(self, state, like: TrainState, ours: tuple[int, ...], theirs: tuple[int, ...]):
+        if ours == theirs:
+            return state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like if isinstance(state, TrainState) else like.params)
+        return jax.jit(lambda state: reordered(state, ours, theirs), out_shardings=shardings)(state)
+
+
+def make_job(
+    mesh: Mesh,
+    model: ModelConfig,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    table: Schedule | None = None,
+    context_style: str = "ring",
+) -> Job:
+    """A job on `mesh`, which must be in context. `table` is the pipeline's schedule if mesh.pipe > 1."""
+    stored = describe(model, context_style=context_style)
+    description = stored if table is None else describe(model, pipeline.slots(model.layers, table), context_style)
+    direction = make_optimizer(optimizer, description.inputs)
+    abstract = lambda description: abstract_state(mesh, description, direction, jnp.dtype(train.param_dtype))
+    return Job(
+        mesh, model, train, optimizer, description, stored, direction, table, abstract(description), abstract(stored)
+    )

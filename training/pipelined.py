@@ -1,0 +1,75 @@
+"""The transformer as a pipeline's program: losses and gradients of a batch that goes through the stages of `pipe`."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from model.transformer import Description, block_of, rematerialised, rows_of
+from parallel import pipeline, schedules
+from parallel.schedules import Schedule
+from parallel.sharding import stored_over_stages
+from training.config import TrainConfig
+from training.loss import LossSums, chunked_losses
+
+
+def cut(x: jax.Array | None, parts: int) -> jax.Array | None:
+    """(B, ...) to (parts, B / parts, ...), strided, so that each device cuts its own rows; (1, ...) is repeated."""
+    if x.shape[0] == 1:
+        return jnp.broadcast_to(x, (parts, *x.shape))
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def program(description: Description, config: TrainConfig) -> pipeline.Program:
+    """What the stages run. `micro` is a batch's dict, with "dropout_keys_B" where dropout is on."""
+    block = block_of(description.block)
+    dtype = jnp.dtype(config.compute_dtype)
+
+    def prepare(micro):
+        model = description.bind({})
+        return model.info(
+            micro["tokens_BT"], micro.get("positions_BT"), micro.get("segments_BT"), micro.get("dropout_keys_B")
+        )
+
+    def embed(shared, micro):
+        return description.bind(shared).embed(micro["tokens_BT"], prepare(micro), dtype)
+
+    def layer(params, constants, x_BTD):
+        row, info = constants
+        x_BTD, _, aux = block(params, row, info, x_BTD)
+        return x_BTD, None if aux is None else aux.objective, aux
+
+    def loss(shared, x_BTD, micro):
+        model = description.bind(shared)
+        x_BTD = model.finish(x_BTD)
+        sums = chunked_losses(model.logits, x_BTD, micro["targets_BT"], micro["mask_BT"], config.loss_chunk)
+        return sums.nll + config.z_loss * sums.z, sums
+
+    scanned = description.config.scan_layers
+    shared = lambda tree: {name: value for name, value in tree.items() if name != "layers"}
+    specs = stored_over_stages(shared(description.shapes), shared(description.axes))
+    return pipeline.Program(
+        prepare, embed, rematerialised(layer, config.remat, scanned=scanned), loss, specs, unroll=not scanned
+    )
+
+
+def _run(description: Description, config: TrainConfig, table: Schedule, params, batch, keys_B):
+    micros = dict(batch) | ({} if keys_B is None else {"dropout_keys_B": keys_B})
+    micros = {name: cut(x, table.microbatches) for name, x in micros.items()}
+    shared = {name: value for name, value in params.items() if name != "layers"}
+    rows, padded = rows_of(description.config, description.slots), -1 in description.slots
+    what = program(description, config)
+    sums, router, *grads = pipeline.run(what, table, params["layers"], rows, shared, micros, padded=padded)
+    return replace(sums, router=router), *grads
+
+
+def pipelined_losses(description: Description, config: TrainConfig, table: Schedule, params, batch) -> LossSums:
+    """As training.step.batch_losses, through the stages."""
+    forward = schedules.forward_only(table.stages, table.microbatches, table.placement)
+    return _run(description, config, forward, params, batch, None)[0]
+
+
+def pipelined_gradients(description: Description, config: TrainConfig, table: Schedule, params, batch, keys_B, tokens):
+    """(gradients of what is minimised, divided by `tokens`; loss sums) of a batch, through the stages."""
+    sums, layers, shared = _run(description, config, table, params, batch, keys_B)
+    return jax.tree.map(lambda g: g / tokens, shared | {"layers": layers}), sums
