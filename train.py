@@ -30,7 +30,7 @@ from data.shards import prepare
 from inference.generate import continuations
 from model.config import flops_per_token
 from parallel.agreement import agreed
-from parallel.mesh import make_mesh
+from parallel.mesh import make_mesh, slow_network_warning
 from parallel.runtime import StopSignal, exit_now, start, transfer_guard
 from parallel.sharding import local_rows, put_batch, replicated
 from training.console import Console, human
@@ -128,6 +128,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         rows_told["data"] = f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"
         rows_told["steps"] = f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs"
         console.header(rows_told | {"run": str(run.path)})
+        if slow := slow_network_warning(mesh):
+            console.warn(slow)
         console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
         if restored is not None:
             console.note(f"resumed after step {first} from {store.directory}")

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -72,10 +73,12 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | cache | more
 
 
-def command(arguments: list[str], devices: int = DEVICES, processes: int = 1) -> list[str]:
+def command(
+    arguments: list[str], devices: int = DEVICES, processes: int = 1, program: Sequence[str] = ("train.py",)
+) -> list[str]:
     """The command line of a run with `devices` devices in all."""
     launch = ["-m", "parallel.launch", "--processes", str(processes)] if processes > 1 else []
-    return [sys.executable, *launch, "train.py", *arguments, f"runtime.cpu_devices={devices // processes}"]
+    return [sys.executable, *launch, *program, *arguments, f"runtime.cpu_devices={devices // processes}"]
 
 
 def outside(arguments: list[str], **options) -> subprocess.CompletedProcess:

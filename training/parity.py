@@ -41,7 +41,8 @@ class Trace:
 def trace(config: Config, sizes: dict[str, int], steps: int = STEPS) -> Trace:
     """Trains `steps` steps on random tokens over the first devices that the mesh needs."""
     t, needed = config.train, int(np.prod(list(sizes.values())))
-    mesh = make_mesh(sizes, jax.devices()[:needed] if needed < jax.device_count() else None)
+    # of several processes, each runs the comparison with one device by itself
+    mesh = make_mesh(sizes, jax.local_devices()[:needed] if needed < jax.device_count() else None)
     with jax.set_mesh(mesh):
         job = make_job(mesh, config.model, t, config.optimizer, pipeline_table(config, sizes), config.context.style)
         step, state = job.step_and_gradients, job.init(config.seed)
