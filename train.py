@@ -118,7 +118,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
-        step = job.step.lower(job.abstract, put(loader.batch(first, rows))).compile()
+        step = job.compile(job.step, put(loader.batch(first, rows)))
         compile_s = time.perf_counter() - compiling
         evaluate_batch = job.evaluate
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))

@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from parallel.buffers import OPS, Buffers, allocate
+from parallel.collectives import collectives
 from parallel.manual import vary
 from parallel.phases import Phases, phases
 from parallel.schedules import BACKWARD, FORWARD, WEIGHT, Schedule
@@ -70,6 +72,21 @@ def slots(layers: int, schedule: Schedule) -> tuple[int, ...]:
         table[stage, chunk, :count] = np.arange(first, first + count)
         first += count
     return tuple(int(layer) for layer in table.flat)
+
+
+def check_program(text: str, mesh: Mesh) -> None:
+    """Raises ValueError if a compiled step (its text) makes stages wait for each other inside an operation.
+
+    The partitioner may move data between devices by a permutation where a program did not ask for one. Among stages
+    that take different ways, XLA for CPUs then mixes up messages, silently.
+    """
+    operations = [f"{AT_MOST_ONCE}.{kind}" for kind in OPS]
+    for c in collectives(text, mesh):
+        if any(name in c.scope for name in operations) and (c.kind == "collective-permute" or "pipe" in c.axes):
+            raise ValueError(
+                f"this mesh cannot be pipelined on a CPU: the compiler put a {c.kind} over {' '.join(c.axes)} into an "
+                f"operation of a stage ({c.scope}); use another mesh"
+            )
 
 
 def _at(tree, *index):

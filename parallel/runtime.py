@@ -33,8 +33,12 @@ logger = logging.getLogger(__name__)
 
 INITIALIZATION_SECONDS = 300  # how long a process waits for the others at start-up
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")
-# XLA for CPUs widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
-CPU_FLAG = "--xla_disable_hlo_passes=all-reduce-promotion"
+CPU_FLAGS = (
+    # it widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
+    "--xla_disable_hlo_passes=all-reduce-promotion",
+    # it may start independent collectives in a different order on each device, which then wait for each other
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,17 @@ def start(config: RuntimeConfig) -> None:
     cluster = find_cluster(config)
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    if config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS)):
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "xla_disable_hlo_passes" not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}".strip()
+    cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
+    if cpu:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        given = {flag.partition("=")[0] for flag in flags}
+        flags += [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in given]
+        os.environ["XLA_FLAGS"] = " ".join(flags)
     if jax.config.jax_num_cpu_devices != config.cpu_devices:  # JAX refuses even the same value once it has begun
         jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if config.compile_cache:
+    # a cached program of several CPU devices may run its collectives out of order: wrong numbers, or a hang
+    if config.compile_cache and not (cpu and (config.cpu_devices > 1 or cluster is not None)):
         _use_compile_cache(Path(config.compile_cache).expanduser())
     if cluster is not None:
         jax.distributed.initialize(

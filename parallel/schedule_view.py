@@ -61,14 +61,17 @@ def show(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Prints one line for each schedule."""
     _refuse_too_large(options.stages, options.microbatches, max(DEFAULT_CHUNKS.values()))
-    print(f"{'schedule':14} {'chunks':>6} {'ticks':>6} {'peak in flight':>15} {'of a stage':>11} {'bubble':>7}")
+    head = f"{'schedule':14} {'chunks':>6} {'ticks':>6} {'peak in flight':>15} {'of a stage':>11}"
+    print(f"{head} {'bubble':>7} {'lockstep':>9}")
     for name in DEFAULT_CHUNKS:
         schedule = make(name, options.stages, options.microbatches)
         peak, chunks = max(schedule.peak_in_flight()), schedule.chunks
-        row = f"{name:14} {chunks:6} {schedule.ticks:6} {peak:15} {peak / chunks:11g} {schedule.bubble():7.1%}"
+        row = f"{name:14} {chunks:6} {schedule.ticks:6} {peak:15} {peak / chunks:11g}"
+        row += f" {schedule.bubble():7.1%} {schedule.lockstep_bubble():9.1%}"
         print(row)
     print("peak in flight: most (chunk, microbatch) pairs held by a stage; of a stage: divided by its chunks")
     print("bubble: idle share predicted with F = B = W = 1 (a B that is not split from its W: 2)")
+    print("lockstep: the same if stages wait for each other in every tick")
 
 
 def _refuse_too_large(stages: int, microbatches: int, chunks: int) -> None:
@@ -126,7 +129,8 @@ def facts(schedule: Schedule) -> list[str]:
         f"F forward, {backward}{chunk}",
         f"ticks: {schedule.ticks}",
         f"peak in flight of stages 0..{schedule.stages - 1}: {held} {unit}",
-        f"bubble: {schedule.bubble():.1%} predicted with {costs}",
+        f"bubble: {schedule.bubble():.1%} predicted with {costs}; "
+        f"{schedule.lockstep_bubble():.1%} if stages wait for each other in every tick",
     ]
 
 

@@ -76,13 +76,24 @@ class Schedule:
         Costs are those of one operation on one chunk, in any unit; messages cost nothing. A B that is not split costs
         `backward_input + weight`.
         """
-        backward = backward_input if self.split else backward_input + weight
-        costs = {FORWARD: forward, BACKWARD: backward, WEIGHT: weight}
+        costs = self._costs(forward, backward_input, weight)
         orders = [[row[stage] for row in self.table if row[stage] is not None] for stage in range(self.stages)]
         starts = _starts(self.placement, orders, costs)
         busy = [sum(costs[op.kind] for op in order) for order in orders]
         ends = [begun[-1] + costs[order[-1].kind] for begun, order in zip(starts, orders, strict=True)]
         return 1 - sum(busy) / (self.stages * max(ends))
+
+    def lockstep_bubble(self, forward: float = 1.0, backward_input: float = 1.0, weight: float = 1.0) -> float:
+        """As `bubble`, when all stages wait for each other after every tick, which then lasts as its longest operation.
+
+        That is the worst that an interpreter which exchanges messages in every tick can come to.
+        """
+        costs = self._costs(forward, backward_input, weight)
+        ticks = [[costs[op.kind] for op in row if op is not None] for row in self.table]
+        return 1 - sum(map(sum, ticks)) / (self.stages * sum(max(costs, default=0.0) for costs in ticks))
+
+    def _costs(self, forward: float, backward_input: float, weight: float) -> dict[str, float]:
+        return {FORWARD: forward, BACKWARD: backward_input + (0 if self.split else weight), WEIGHT: weight}
 
 
 def make(name: str, stages: int, microbatches: int, chunks: int = 0) -> Schedule:

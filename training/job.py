@@ -46,6 +46,13 @@ class Job:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         return jax.jit(self._step(), donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
+    def compile(self, function: Callable, batch) -> jax.stages.Compiled:
+        """`step` or `step_and_gradients`, compiled ahead for batches like this one, and checked. Raises ValueError."""
+        compiled = function.lower(self.abstract, batch).compile()
+        if self.table is not None and self.mesh.devices.flat[0].platform == "cpu":
+            pipeline.check_program(compiled.as_text(), self.mesh)
+        return compiled
+
     @property
     def step_and_gradients(self) -> Callable:
         """As `step`, with the gradients before clipping as a third result; nothing is donated."""

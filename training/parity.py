@@ -45,10 +45,10 @@ def trace(config: Config, sizes: dict[str, int], steps: int = STEPS) -> Trace:
     mesh = make_mesh(sizes, jax.local_devices()[:needed] if needed < jax.device_count() else None)
     with jax.set_mesh(mesh):
         job = make_job(mesh, config.model, t, config.optimizer, pipeline_table(config, sizes), config.context.style)
-        step, state = job.step_and_gradients, job.init(config.seed)
         batches = [
             put_batch(mesh, random_batch(config, i, local_rows(mesh, t.batch_size)), t.batch_size) for i in range(steps)
         ]
+        step, state = job.compile(job.step_and_gradients, batches[0]), job.init(config.seed)
         in_order = lambda params: named(job.to_stored(params))
         begin, first, losses = in_order(state.params), None, []
         for batch in batches:

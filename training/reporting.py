@@ -41,6 +41,11 @@ def header(
         else (
             f"{table.name}: {table.stages} stages, {table.microbatches} microbatches, {table.ticks} ticks, at most "
             f"{max(table.peak_in_flight())} in flight, predicted bubble {table.bubble():.0%}"
+            + (
+                f", {table.lockstep_bubble():.0%} in lockstep"
+                if table.lockstep_bubble() > table.bubble() + 0.005
+                else ""
+            )
         )
     )
     return {

@@ -71,10 +71,24 @@ def test_stages_send_one_activation_a_microbatch_and_boundary_each_way(schedule)
 def test_inside_operations_no_stage_waits_for_another(mesh):
     """There, stages take different ways: a permutation of another axis, or a group across stages, would hang."""
     step, mesh, _ = compiled("zero_bubble", 4, 2, **mesh)
-    operations = [f"{pipeline.AT_MOST_ONCE}.{kind}" for kind in "FBW"]
-    inside = [c for c in collectives(step.as_text(), mesh) if any(o in c.scope for o in operations)]
-    assert inside
-    assert all(c.kind != "collective-permute" and "pipe" not in c.axes for c in inside)
+    text = step.as_text()
+    assert any(f"{pipeline.AT_MOST_ONCE}.B" in c.scope for c in collectives(text, mesh))
+    pipeline.check_program(text, mesh)
+
+
+def test_a_permutation_inside_an_operation_is_refused():
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"pipe": 2, "tensor": 2})
+
+    def stage(x):
+        swap = lambda x: jax.lax.ppermute(x, "tensor", [(0, 1), (1, 0)])
+        return pipeline._when(jax.lax.axis_index("pipe") == 1, swap, x, "F")
+
+    with jax.set_mesh(mesh):
+        spec = jax.sharding.PartitionSpec(("pipe", "tensor"))
+        mapped = jax.shard_map(stage, in_specs=spec, out_specs=spec, axis_names={"pipe", "tensor"})
+        text = jax.jit(mapped).lower(jnp.zeros(8)).compile().as_text()
+    with pytest.raises(ValueError, match="collective-permute over tensor into an operation of a stage"):
+        pipeline.check_program(text, mesh)
 
 
 def test_slots_hold_every_layer_once():

@@ -328,3 +328,15 @@ def test_no_array_library_is_imported():
         "import sys, parallel.schedules as s; s.make('1f1b', 4, 8); sys.exit(bool({'jax', 'numpy'} & {*sys.modules}))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_lockstep_costs_as_much_as_the_longest_operation_of_each_tick(stages):
+    """Unit costs: every tick is 1 for a split schedule, so the share of empty cells is the bubble."""
+    for name in DEFAULT_CHUNKS:
+        schedule = make(name, stages, 8)
+        cells = [op for row in schedule.table for op in row]
+        if schedule.split:
+            assert schedule.lockstep_bubble() == pytest.approx(cells.count(None) / len(cells))
+        assert schedule.lockstep_bubble() >= schedule.bubble() - 1e-9
+    assert make("gpipe", stages, 8).lockstep_bubble() == pytest.approx((stages - 1) / (8 + stages - 1))

@@ -97,11 +97,11 @@ def test_compare(capsys):
     assert main(["compare", "--stages", "4", "--microbatches", "8"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:6]]
     assert rows == [
-        ["gpipe", "1", "22", "8", "8", "27.3%"],
-        ["1f1b", "1", "22", "4", "4", "27.3%"],
-        ["interleaved", "2", "38", "11", "5.5", "15.8%"],
-        ["zero_bubble", "1", "27", "4", "4", "11.1%"],
-        ["zero_bubble_v", "2", "51", "8", "4", "5.9%"],
+        ["gpipe", "1", "22", "8", "8", "27.3%", "27.3%"],
+        ["1f1b", "1", "22", "4", "4", "27.3%", "40.0%"],
+        ["interleaved", "2", "38", "11", "5.5", "15.8%", "29.4%"],
+        ["zero_bubble", "1", "27", "4", "4", "11.1%", "11.1%"],
+        ["zero_bubble_v", "2", "51", "8", "4", "5.9%", "5.9%"],
     ]
 
 
