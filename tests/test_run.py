@@ -11,11 +11,12 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-import runs
 
 import config
+import runs
 import train
 from data.loader import Loader
+from training import job
 from training.rundir import RunDirectory
 
 DONE, MISTAKE, FAULT = 0, 2, 3
@@ -33,7 +34,15 @@ LOGGED = {
         "train/accuracy",
         "train/skipped",
     ),
-    *("train/loss_spike", "train/grad_norm_ratio", "perf/tokens_per_s", "perf/step_ms", "perf/mfu", "perf/goodput"),
+    *(
+        "train/loss_spike",
+        "train/grad_norm_ratio",
+        "perf/tokens_per_s",
+        "perf/step_ms",
+        "perf/mfu",
+        "perf/goodput",
+        "perf/bubble",
+    ),
     *("perf/data_wait_ms", "perf/model_tflops_per_device"),
 }
 
@@ -182,8 +191,8 @@ def test_everything_compiles_once_and_nothing_is_transferred_behind_the_back(tex
 
     with (
         mock.patch.object(Loader, "batch", watched),
-        mock.patch.object(train, "make_train_step", named(train.make_train_step, "the_step")),
-        mock.patch.object(train, "make_eval_step", named(train.make_eval_step, "the_evaluation")),
+        mock.patch.object(job, "make_train_step", named(job.make_train_step, "the_step")),
+        mock.patch.object(job, "make_eval_step", named(job.make_eval_step, "the_evaluation")),
         caplog.at_level(logging.WARNING),
         jax.log_compiles(),
     ):
@@ -288,12 +297,12 @@ def test_a_finite_step_to_parameters_that_are_not_finite_is_not_taken(text, tmp_
 
 
 def test_nonfinite_evaluation_is_never_the_best(text, tmp_path, capsys):
-    make = train.make_eval_step
+    make = job.make_eval_step
 
     def broken(*arguments):
         return lambda *inputs: make(*arguments)(*inputs) | {"nats": np.float32(np.nan)}
 
-    with mock.patch.object(train, "make_eval_step", broken):
+    with mock.patch.object(job, "make_eval_step", broken):
         assert runs.run(runs.overrides(text, tmp_path / "run")) == DONE
     assert all(math.isnan(loss) for loss in runs.evaluations(tmp_path / "run").values())
     assert runs.record(tmp_path / "run", runs.STEPS)["progress"] == {"best": None, "since_best": 3}
