@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 
 import config
+from parallel.config import RuntimeConfig
 from parallel.mesh import AXES, make_mesh
+from parallel.runtime import start
 from parallel.schedules import DEFAULT_CHUNKS
 from parallel.sharding import put_batch
 from training.job import make_job
@@ -53,7 +55,7 @@ class Timed:
 
 
 def main(overrides: list[str]) -> None:
-    jax.config.update("jax_num_cpu_devices", STAGES)
+    start(RuntimeConfig(platform="cpu", cpu_devices=STAGES))
     print(f"{'schedule':15s} {'CPU time':>9s}  temporary MB at 8, 16, 32 microbatches  compile s  bubble")
     for schedule in DEFAULT_CHUNKS:
         how, megabytes = [f"pipeline.schedule={schedule}", *overrides], []
