@@ -11,9 +11,9 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+import runs
 
 import config
-import runs
 import train
 from data.loader import Loader
 from training import job
