@@ -161,12 +161,14 @@ def requirements(config: Config) -> list[Requirement]:
     microbatch = train.batch_size // train.grad_accumulation
     batch = "train.batch_size" + (f"/{train.grad_accumulation}" if train.grad_accumulation > 1 else "")
     schedule, microbatches, chunks = config.pipeline.schedule, config.pipeline.microbatches, config.pipeline.chunks
+    stages = None
     if schedule.endswith(".csv"):
         table = read_csv(schedule)
+        stages = table.stages
         microbatches, chunks = microbatches or table.microbatches, chunks or table.chunks
     return [
         *model_requirements(config.model),
-        StageRequirement(config.model.layers, chunks or DEFAULT_CHUNKS.get(schedule, 1)),
+        StageRequirement(config.model.layers, chunks or DEFAULT_CHUNKS.get(schedule, 1), stages),
         MicrobatchRequirement(batch, microbatch, microbatches),
         requirement(batch, microbatch, "batch"),
         requirement("train.seq_len", train.seq_len, "residual"),
@@ -262,7 +264,15 @@ def _multirun(overrides: list[str]) -> list[Config]:
         else [o.input_line]
         for o in _parsed(overrides)
     ]
-    return [load(list(combination)) for combination in itertools.product(*choices)]
+    jobs = [load(list(combination)) for combination in itertools.product(*choices)]
+    for a, b in itertools.combinations(jobs, 2):
+        if a.run.dir == b.run.dir and identity(a) == identity(b):
+            apart = differences(_plain(a), _plain(b))
+            raise ValueError(
+                f"two jobs of the sweep are one run in {a.run.dir}: {'; '.join(apart)} does not decide its results; "
+                "sweep run.dir too"
+            )
+    return jobs
 
 
 def _parsed(overrides: list[str]) -> list[Override]:

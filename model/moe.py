@@ -82,7 +82,9 @@ class Router(nnx.Module):
             ranked_BTE = jnp.where(is_open[..., None], grouped, -jnp.inf).reshape(ranked_BTE.shape)
         experts_BTJ = best(ranked_BTE, c.experts_per_token)
         weights_BTJ = jnp.take_along_axis(scores_BTE, experts_BTJ, axis=-1)
-        if c.router_normalize:
+        if c.router_normalize and c.experts_per_token == 1:  # exactly: its gradient is then zero, and not noise
+            weights_BTJ = jnp.ones_like(weights_BTJ)
+        elif c.router_normalize:
             weights_BTJ = weights_BTJ / (weights_BTJ.sum(-1, keepdims=True) + 1e-20)
         return experts_BTJ, weights_BTJ * c.router_scale
 

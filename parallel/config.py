@@ -43,6 +43,9 @@ class PipelineConfig:
         if self.schedule not in DEFAULT_CHUNKS and not self.schedule.endswith(".csv"):
             choices = ", ".join(DEFAULT_CHUNKS)
             raise ValueError(f"pipeline.schedule={self.schedule} is unknown; use {choices} or a path to a .csv table")
+        own = DEFAULT_CHUNKS.get(self.schedule)
+        if own and self.schedule != "interleaved" and self.chunks not in (0, own):
+            raise ValueError(f"pipeline.chunks={self.chunks}: {self.schedule} has {own}; use {own}, or 0 to choose")
         for name in ("microbatches", "chunks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"pipeline.{name}={getattr(self, name)} must be 1 or more, or 0 to choose")

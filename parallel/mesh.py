@@ -68,11 +68,14 @@ class StageRequirement:
 
     layers: int
     chunks: int  # virtual stages a device
+    stages: int | None = None  # of the user's table, if there is one
 
     def problem(self, sizes: Mapping[str, int]) -> str | None:
         """As Requirement.problem."""
         stages = sizes["pipe"]
         parts = stages * self.chunks
+        if stages > 1 and self.stages not in (None, stages):
+            return f"mesh.pipe={stages} is not the {self.stages} stages of the pipeline's table"
         if stages == 1 or self.layers >= parts:
             return None
         product = f"mesh.pipe={stages}" + (

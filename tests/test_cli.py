@@ -82,6 +82,8 @@ def test_mistakes_across_folders(capsys):
         (["mesh.pipe=0"], ["mesh.pipe=0", "use 1 or more"]),
         (["pipeline.schedule=pipedream"], ["pipeline.schedule=pipedream", "1f1b", "zero_bubble"]),
         (["pipeline.microbatches=-1"], ["pipeline.microbatches=-1"]),
+        (["pipeline.schedule=1f1b", "pipeline.chunks=2"], ["pipeline.chunks=2", "use 1"]),
+        (["-m", "pipeline.schedule=gpipe,1f1b"], ["are one run in runs/", "pipeline.schedule", "sweep run.dir too"]),
         (["context.style=spiral"], ["context.style=spiral", "ring, ulysses, gather"]),
         (["model=5"], ["model=5", "model=nano"]),
         (["model.rope_scaling=3"], ["model.rope_scaling", "should be a group of keys"]),

@@ -2,7 +2,8 @@
 
 Trains a few steps on the mesh that is asked for and on one device, from the same seed and the same random tokens, and
 prints the largest relative errors of the losses, of every gradient and of every updated parameter. Exit code 0 if they
-are within the tolerances, 1 if not, 2 for a mistake.
+are within the tolerances, 1 if not, 2 for a mistake. Parameters have a wide tolerance, since an optimizer that divides
+by a gradient's size follows rounding noise where the gradient is close to zero.
 """
 
 import sys
@@ -25,6 +26,7 @@ from training.job import make_job
 STEPS = 3
 LOSS_TOLERANCE = 1e-5  # relative
 GRADIENT_TOLERANCE = 2e-5  # of each gradient's norm
+PARAMETER_TOLERANCE = 1e-3  # of each updated parameter's norm
 ONE_DEVICE = dict.fromkeys(AXES, 1)
 
 
@@ -100,12 +102,13 @@ def report(mesh: Trace, one: Trace) -> tuple[list[str], bool]:
     )
     worst_gradient, worst_parameter = max(grads, key=grads.get), max(ends, key=ends.get)
     good = bitwise and max(losses) <= LOSS_TOLERANCE and grads[worst_gradient] <= GRADIENT_TOLERANCE
+    good = good and ends[worst_parameter] <= PARAMETER_TOLERANCE
     lines = [
         f"initial parameters  {'bitwise equal' if bitwise else 'DIFFERENT'}",
         f"loss                {max(losses):.1e} (step {int(np.argmax(losses)) + 1} of {len(losses)}; "
         f"tolerance {LOSS_TOLERANCE:.0e})",
         f"gradient            {grads[worst_gradient]:.1e} ({worst_gradient}; tolerance {GRADIENT_TOLERANCE:.0e})",
-        f"updated parameter   {ends[worst_parameter]:.1e} ({worst_parameter})",
+        f"updated parameter   {ends[worst_parameter]:.1e} ({worst_parameter}; tolerance {PARAMETER_TOLERANCE:.0e})",
     ]
     return lines, good
 
@@ -127,4 +130,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(JOBS[0]))
+    sys.exit(max(map(main, JOBS)))
