@@ -33,3 +33,15 @@ def _environment():
     """What subprocesses of tests inherit: no W&B network, one shared compile cache."""
     os.environ["WANDB_MODE"] = "offline"
     os.environ["ISOMESH_TEST_CACHE"] = str(CACHE)
+
+
+# Long files first, so that at the end no worker is left with one while the others have nothing to do.
+LONGEST = (
+    *("test_parity_products.py", "test_parity_pipeline.py", "test_parity.py", "test_parity_context.py"),
+    *("test_parity_moe.py", "test_pipeline.py", "test_resume.py", "test_processes.py", "test_run.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts files by `LONGEST`; within a file the order stays."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
