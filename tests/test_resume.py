@@ -193,6 +193,28 @@ def test_padding_of_the_vocabulary_follows_the_mesh(text, tmp_path):
     runs.assert_near(runs.losses(moved), runs.losses(whole))
 
 
+def test_checkpoints_do_not_know_the_pipeline(text, tmp_path):
+    """Five layers on four stages, then shards, then two stages in a V, then one device: one run, evaluations too."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    deep = ("model.layers=5", "train.steps=14", "train.eval_every=4")
+    assert runs.run(runs.overrides(text, whole, *deep), devices=1) == DONE
+    arguments = runs.overrides(text, moved, *deep)
+    lives = [
+        (5, ["mesh.pipe=4", "mesh.fsdp=2", "pipeline.schedule=1f1b"]),
+        (8, ["mesh.fsdp=8"]),
+        (11, ["mesh.pipe=2", "mesh.fsdp=1", "mesh.data=2", "mesh.tensor=2", "pipeline.schedule=zero_bubble_v"]),
+    ]
+    for last, mesh in lives:
+        with during_step(last, signal.SIGTERM):
+            assert runs.run([*arguments, *mesh]) == PREEMPTED
+        shapes = {path: array.shape for path, array in runs.checkpoint(moved, last).items() if "layers/" in path}
+        assert len(shapes) > 20  # parameters and both moments
+        assert {shape[0] for shape in shapes.values()} == {5}
+    assert runs.run(arguments, devices=1) == DONE
+    runs.assert_near(runs.losses(moved), runs.losses(whole))
+    runs.assert_near(runs.evaluations(moved), runs.evaluations(whole))
+
+
 # ------------------------------------------------------------------------------------------------------------- damage
 
 

@@ -4,6 +4,7 @@ What train.py, the parity check and ahead-of-time compilation share. Nothing is 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -100,8 +101,15 @@ class Job:
     def _moved(self, state, like: TrainState, ours: tuple[int, ...], theirs: tuple[int, ...]):
         if ours == theirs:
             return state
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, like if isinstance(state, TrainState) else like.params)
-        return jax.jit(lambda state: reordered(state, ours, theirs), out_shardings=shardings)(state)
+        whole = isinstance(state, TrainState)
+        if (ours, whole) not in self._movers:  # compiled once, not at every checkpoint
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, like if whole else like.params)
+            self._movers[ours, whole] = jax.jit(lambda state: reordered(state, ours, theirs), out_shardings=shardings)
+        return self._movers[ours, whole](state)
+
+    @functools.cached_property
+    def _movers(self) -> dict[tuple, Callable]:
+        return {}
 
 
 def make_job(
