@@ -65,17 +65,9 @@ def _color(intervals: list[tuple[int, int, tuple]], first_slot: int) -> tuple[di
     return slots, top
 
 
-def allocate(schedule: Schedule) -> Buffers:
-    """The buffers of a schedule: slots are reused as soon as their value has been read for the last time."""
+def _slots(schedule: Schedule, when: dict[tuple[str, int, int], int]) -> tuple[dict[str, dict], dict[str, int]]:
+    """The slot of each value in its pool, and the pools' sizes; `when` is the tick of (kind, virtual, microbatch)."""
     placement, stages, last = schedule.placement, schedule.stages, len(schedule.placement) - 1
-    virtual = {place: v for v, place in enumerate(placement)}
-    when = {
-        (op.kind, virtual[stage, op.chunk], op.microbatch): tick
-        for tick, row in enumerate(schedule.table)
-        for stage, op in enumerate(row)
-        if op is not None
-    }
-    trained = any(kind == BACKWARD for kind, _, _ in when)
     # what waits, stage by stage, as (begin, end, name): a message from the tick after it was sent
     waiting = {pool: [[] for _ in range(stages)] for pool in ("messages", "kept_input", "kept_weight", "held")}
     for (kind, v, m), tick in when.items():
@@ -95,8 +87,21 @@ def allocate(schedule: Schedule) -> Buffers:
         colored = [_color(intervals, 1 if pool == "messages" else 0) for intervals in by_stage]
         slots[pool] = {name: slot for names, _ in colored for name, slot in names.items()}
         sizes[pool] = max(1, *(top for _, top in colored))
+    return slots, sizes
 
-    # ------------------------------------------------------------------------------------------------------- the tables
+
+def allocate(schedule: Schedule) -> Buffers:
+    """The buffers of a schedule: slots are reused as soon as their value has been read for the last time."""
+    placement, stages, last = schedule.placement, schedule.stages, len(schedule.placement) - 1
+    virtual = {place: v for v, place in enumerate(placement)}
+    when = {
+        (op.kind, virtual[stage, op.chunk], op.microbatch): tick
+        for tick, row in enumerate(schedule.table)
+        for stage, op in enumerate(row)
+        if op is not None
+    }
+    trained = any(kind == BACKWARD for kind, _, _ in when)
+    slots, sizes = _slots(schedule, when)
     ticks = len(schedule.table)
     table = lambda fill=0: np.full((ticks, stages), fill, np.int32)
     line = lambda: np.full((ticks,), -1, np.int32)

@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from parallel.manual import vary
-from parallel.sharding import ACTIVATION_AXES
+from parallel.sharding import ACTIVATION_AXES, in_pipeline
 
 AXIS = "context"
 MASKED = -1e30  # finite: a row's maximum must not be -inf - -inf
@@ -86,10 +86,6 @@ def _join(x: jax.Array) -> jax.Array:
 # ----------------------------------------------------------------------------------------------- how the blocks travel
 
 
-def _in_pipeline() -> bool:
-    return "pipe" in jax.sharding.get_abstract_mesh().manual_axes
-
-
 def _to_next(tree):
     """The arrays of the device before this one, in one message: their bits, end to end.
 
@@ -129,7 +125,7 @@ def _slices(tokens: int) -> int:
 def _fold(work: Callable, state, own):
     """`work(state, block) -> state` for all blocks; the next one is under way during the work on one."""
     slices = _slices(jax.tree.leaves(own)[0].shape[2])
-    if _in_pipeline():
+    if in_pipeline():
         first, following, steps = _gather(own, 0, slices), lambda _, number: _gather(own, number, slices), slices
     else:
         first, following, steps = own, lambda block, _: _to_next(block), jax.lax.axis_size(AXIS)
@@ -322,7 +318,7 @@ def _differentiate(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window, out_BTNH, 
         dkv, dq = jax.lax.scan(chunk, zeros, (dq, queries))
         return dq, dkv
 
-    fold_back = _fold_back_gathered if _in_pipeline() else _fold_back_ring
+    fold_back = _fold_back_gathered if in_pipeline() else _fold_back_ring
     dq, dkv = fold_back(work, _constant(queries[0].shape, 0, q_BTNH), own)
     like = lambda x, y: _join(x).reshape(y.shape).astype(y.dtype)
     return like(dq, q_BTNH), like(dkv[0], k_BTKH), like(dkv[1], v_BTKH)

@@ -82,13 +82,8 @@ class Phases:
     weight: Callable  # (params, constants, kept_weight, held) -> dparams
 
 
-def phases(function: Callable, params, constants, x: jax.Array) -> Phases:
-    """The phases of `function(params, constants, x) -> (y, objective, aux)` at these types.
-
-    y has the type of x; `objective` is a float32 scalar that is added to what is minimised, with weight 1, or None;
-    aux is a pytree that has no gradient, or None. `constants` (a pytree) get no gradient. Values that do not depend on
-    x, such as gathered weights or dropout masks, are not kept but computed again.
-    """
+def _traced(function: Callable, params, constants, x: jax.Array):
+    """The jaxpr of (params, constants, x, dy) -> (y, objective, aux), dx, dparams, with its trees."""
     trees = {}
 
     def whole(params, constants, x, dy):
@@ -106,12 +101,22 @@ def phases(function: Callable, params, constants, x: jax.Array) -> Phases:
     flat, tree = jax.tree.flatten(arguments)
     closed = jax.make_jaxpr(lambda *flat: jax.tree.leaves(whole(*jax.tree.unflatten(tree, flat))))(*flat)
     opened = jax.make_jaxpr(lambda *flat: _opened(closed.jaxpr, closed.consts, list(flat)))(*flat)
+    return opened, trees["out"]
+
+
+def phases(function: Callable, params, constants, x: jax.Array) -> Phases:
+    """The phases of `function(params, constants, x) -> (y, objective, aux)` at these types.
+
+    y has the type of x; `objective` is a float32 scalar that is added to what is minimised, with weight 1, or None;
+    aux is a pytree that has no gradient, or None. `constants` (a pytree) get no gradient. Values that do not depend on
+    x, such as gathered weights or dropout masks, are not kept but computed again.
+    """
+    opened, (out_tree, dx_tree, dparams_tree) = _traced(function, params, constants, x)
     jaxpr, eqns = opened.jaxpr, opened.jaxpr.eqns
     const_env = dict(zip(jaxpr.constvars, opened.consts, strict=True))
 
     # ----------------------------------------------------------------------------------------------- deal out equations
     fixed = len(jax.tree.leaves((params, constants)))
-    out_tree, dx_tree, dparams_tree = trees["out"]
     n = out_tree.num_leaves
     x_var, dy_var = jaxpr.invars[fixed], jaxpr.invars[fixed + 1]
     y_vars, dx_vars, dp_vars = jaxpr.outvars[:n], jaxpr.outvars[n : n + 1], jaxpr.outvars[n + 1 :]

@@ -171,24 +171,25 @@ def layout(shape: Sequence[int], *names: str | None) -> tuple[tuple[str, ...], .
 # Outside a pipeline there is one slice, the whole, and these are identities.
 
 
-def _in_pipeline() -> bool:
+def in_pipeline() -> bool:
+    """Whether the code being traced is a pipeline's, in which stages may take different branches."""
     return "pipe" in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def first_row(rows: int) -> jax.Array | int:
     """The token of row 0 in this stage's slice of a table, `rows` long."""
-    return jax.lax.axis_index("pipe") * rows if _in_pipeline() else 0
+    return jax.lax.axis_index("pipe") * rows if in_pipeline() else 0
 
 
 def sum_over_stages(x: jax.Array) -> jax.Array:
     """The sum of what each stage found in its slice."""
-    return jax.lax.psum(x, "pipe") if _in_pipeline() else x
+    return jax.lax.psum(x, "pipe") if in_pipeline() else x
 
 
 def max_over_stages(x: jax.Array) -> jax.Array:
     """The largest of what the stages found; it has no gradient."""
     x = jax.lax.stop_gradient(x)
-    return jax.lax.pmax(x, "pipe") if _in_pipeline() else x
+    return jax.lax.pmax(x, "pipe") if in_pipeline() else x
 
 
 def stored_over_stages(shapes, axes):
