@@ -78,6 +78,7 @@ def read_table(path: str | Path, names: dict[str, str]) -> Table:
     kept, seen = [], {}
     for line, row in rows:
         values, reason = _values(row, names)
+        reason = row.get("fault") or reason  # what `collect` found wrong with the run
         key = tuple(values.items())
         if reason is None and key in seen:
             reason = f"repeats line {seen[key]}: the same run twice?"

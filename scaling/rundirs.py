@@ -1,0 +1,97 @@
+"""What the directory of a run tells: metrics, attempts, whether a process is at it, and how far it is.
+
+A state is read from the files alone, so that it is right after any kill, of a run or of what started it.
+"""
+
+import fcntl
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as metrics.jsonl spells them
+ATTEMPTS = "attempts.jsonl"
+STATES = ("done", "running", "partial", "missing", "diverged", "failed")
+MISTAKE, FAULT = 2, 3  # exit codes of train.py that another attempt meets again
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is."""
+
+    name: str  # one of STATES
+    step: int = 0
+    loss: float | None = None  # eval/loss of the end, else the newest train/loss
+    seconds: float = 0.0  # of all its attempts
+    reason: str = ""  # why it diverged or failed, or was given up until the next call
+
+
+def read_lines(path: Path) -> tuple[list[dict], bool]:
+    """The whole JSON lines of a file, and whether there is something else: a line torn by a kill, or damage."""
+    if not path.exists():
+        return [], False
+    rows, torn = [], False
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and line.endswith(b"\n")
+        except ValueError:
+            whole = False
+        if whole:
+            rows.append({k: NONFINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()})
+        torn = torn or not whole
+    return rows, torn
+
+
+def append(directory: Path, **event) -> None:
+    """Adds one line to the attempts of a run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ATTEMPTS).open("a") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def held(directory: Path) -> bool:
+    """Whether a living process trains in this directory: it holds the lock that train.py takes."""
+    try:
+        with (directory / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
+
+
+def fault_of(metrics: list[dict], vocab_size: int) -> str:
+    """Why the losses of a run are not to be used; empty if nothing speaks against them."""
+    for row in metrics:
+        for key in ("train/loss", "train/grad_norm", "eval/loss"):
+            if key in row and not math.isfinite(row[key]):
+                return f"diverged: {key} is {row[key]} at step {row['step']}"
+    ends = [row["eval/loss"] for row in metrics if "eval/loss" in row]
+    if ends and ends[-1] > math.log(vocab_size):
+        return f"diverged: eval/loss ended at {ends[-1]:.4g}, above log {vocab_size} = {math.log(vocab_size):.4g}"
+    return ""
+
+
+def state_of(directory: Path, steps: int, vocab_size: int) -> State:
+    """How far the run of `steps` steps in this directory is."""
+    metrics, _ = read_lines(directory / "metrics.jsonl")
+    attempts, _ = read_lines(directory / ATTEMPTS)
+    step = max((row["step"] for row in metrics), default=0)
+    seconds = max((row["perf/wall_s"] for row in metrics if "perf/wall_s" in row), default=0.0)
+    end = next((row["eval/loss"] for row in metrics if row["step"] == steps and "eval/loss" in row), None)
+    loss = end if end is not None else next((r["train/loss"] for r in metrics[::-1] if "train/loss" in r), None)
+    far = {"step": step, "loss": loss, "seconds": seconds}
+    if held(directory):
+        return State("running", **far)
+    if reason := fault_of(metrics, vocab_size):
+        return State("diverged", **far, reason=reason)
+    if end is not None:
+        return State("done", **far)
+    last = attempts[-1] if attempts else {}
+    if (code := last.get("code")) in (0, MISTAKE, FAULT):
+        at = f"ended at step {step} of {steps}"
+        return State("failed", **far, reason=f"{at} with code {code}: {last.get('said') or 'see output.txt'}")
+    reason = last.get("gave_up", "")
+    return State("partial" if metrics or attempts else "missing", **far, reason=reason)
