@@ -81,6 +81,7 @@ def add_run(options: Parser) -> None:
 def add_status(options: Parser) -> None:
     options.set_defaults(command=show_status)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
+    options.add_argument("--jobs", type=jobs, default=1, help="how many run at once: for the time left (default: 1)")
 
 
 def add_collect(options: Parser) -> None:
@@ -122,18 +123,24 @@ def expected(sweep: SweepConfig, planned: list[Planned], count: int) -> list[flo
     return [expected_seconds(one.run, speeds) for one in planned]
 
 
-def show_plan(options: argparse.Namespace) -> None:
+def show_plan(options: argparse.Namespace) -> int:
+    """Prints the runs and the bill. Returns INTERRUPTED after Ctrl-C while measuring."""
     sweep, planned = planned_runs(options.sweep)
     runs, console = [one.run for one in planned], wide_console()
     if options.commands or options.hydra:
         print("\n".join(multirun(planned) if options.hydra else [shlex.join(one.command()) for one in planned]))
-        return
+        return 0
     if options.measure:
-        root = RUNS / sweep.name
-        run_missing(probes(planned, root), root, CHECKOUT, lambda: None, cores_each=share(options.jobs))
+        root, short = RUNS / sweep.name, probes(planned, RUNS / sweep.name)
+        if not run_missing(short, root, CHECKOUT, lambda: None, cores_each=share(options.jobs)):
+            return INTERRUPTED
+        for one in short:
+            if (state := one.state()).name != "done":
+                print(f"{one.directory}: {state.name}: {state.reason}", file=sys.stderr)
     seconds = expected(sweep, planned, options.jobs)
     console.print(plan_table(runs, seconds))
     console.print(bill(runs, seconds, options.jobs), soft_wrap=True, highlight=False)
+    return 0
 
 
 def run_sweep(options: argparse.Namespace) -> int:
@@ -144,18 +151,24 @@ def run_sweep(options: argparse.Namespace) -> int:
         if not run_missing(planned, root, CHECKOUT, view.show, jobs=options.jobs, retry=options.retry):
             print("interrupted: all runs have saved; the same command goes on", file=sys.stderr)
             return INTERRUPTED
-    return FAILED if any(one.state().name not in ("done", "diverged") for one in planned) else 0
+    left = [one.directory.name for one in planned if one.state().name not in ("done", "diverged")]
+    if left:
+        print(
+            f"{len(left)} runs are not there: {', '.join(left[:4])}; --retry tries failed ones again", file=sys.stderr
+        )
+    return FAILED if left else 0
 
 
 def show_status(options: argparse.Namespace) -> None:
     sweep, planned = planned_runs(options.sweep)
     states = [one.state() for one in planned]
-    times = expected(sweep, planned, 1)
-    wide_console().print(progress(sweep, planned, states, remaining(times, states), limit=len(planned)))
+    left = remaining(expected(sweep, planned, options.jobs), states)
+    left = None if left is None else left / options.jobs
+    wide_console().print(progress(sweep, planned, states, left, limit=len(planned)))
 
 
-def run_collect(options: argparse.Namespace) -> int:
-    """Writes the rows. Returns FAILED if one has no loss."""
+def run_collect(options: argparse.Namespace) -> None:
+    """Writes the rows, and tells what is wrong with each that has no loss."""
     files = [path for path in options.sources if path.suffix in (".yaml", ".yml")]
     if len(files) > 1:
         raise ValueError(f"{len(files)} sweeps: {', '.join(map(str, files))}; collect them one by one")
@@ -172,7 +185,6 @@ def run_collect(options: argparse.Namespace) -> int:
     faults = sum(row["loss"] is None for row in rows)
     print(f"{out}: {len(rows) - faults} rows to fit, {faults} with a fault")
     print(f"fit: python -m scaling fit {out} --n parameters --d tokens --c flops --loss loss --group group")
-    return FAILED if faults else 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- fit

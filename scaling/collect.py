@@ -39,7 +39,7 @@ def find(paths: Iterable[Path]) -> list[Source]:
     Raises ValueError for a path that is not there or holds no run.
     """
     sources = []
-    for path in paths:
+    for path in {path.resolve(): path for path in paths}.values():  # named twice is there once
         if not path.is_dir():
             raise ValueError(f"{path} is no directory")
         directories = sorted({file.parent for name in ("metrics.jsonl", ATTEMPTS) for file in path.rglob(name)})

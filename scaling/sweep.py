@@ -28,6 +28,7 @@ SOURCES = ("train.py", "config.py", "model", "parallel", "data", "training", "ch
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 STOPPED = (75, 130)  # exit codes of train.py when it was told to stop
 LOST_ATTEMPTS = 5  # in a row without a new step, after which a run is left to the next call
+IN_USE = "in use by another process"  # what train.py says of a directory that is locked
 PROBES = "measured"  # group of runs that only measure the machine's speed
 GRACE_S = 120.0  # for runs to save, once they were told to stop
 POLL_S = 0.2
@@ -240,14 +241,16 @@ class Pool:
         self.running.append(Process(one, popen, slot, one.state().step))
 
     def _note(self, process: Process, **more) -> None:
-        text = (process.planned.directory / "output.txt").read_text(errors="replace").strip()
-        said = text.splitlines()[-1][:300] if text else ""
-        append(process.planned.directory, ended=time.time(), code=process.popen.returncode, said=said, **more)
+        one, code = process.planned, process.popen.returncode
+        append(one.directory, ended=time.time(), code=code, said=last_line(one.directory / "output.txt"), **more)
 
     def _ended(self, process: Process) -> None:
         one, code = process.planned, process.popen.returncode
-        if code == MISTAKE and held(one.directory):  # another process was faster
-            self.running.append(Process(one, None, -1, process.step))
+        if code == MISTAKE and IN_USE in last_line(one.directory / "output.txt"):
+            if held(one.directory):  # an earlier call's process was faster
+                self.running.append(Process(one, None, -1, process.step))
+            else:  # it met somebody's glance at the lock
+                self.waiting.insert(0, one)
             return
         state = one.state()
         again = state.name in ("partial", "missing") and (code < 0 or code in STOPPED)
@@ -258,6 +261,12 @@ class Pool:
             self._note(process)
             if again:
                 self.waiting.insert(0, one)
+
+
+def last_line(path: Path) -> str:
+    """What a program said last."""
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1][:300] if lines else ""
 
 
 def set_aside(directory: Path) -> None:
@@ -306,7 +315,8 @@ def run_missing(
                 time.sleep(POLL_S)
             return True
         except KeyboardInterrupt:
-            pool.stop()
+            with contextlib.suppress(KeyboardInterrupt):  # a second one: runs were told, and save without us
+                pool.stop()
             return False
         finally:
             signal.signal(signal.SIGTERM, before)

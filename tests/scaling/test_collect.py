@@ -20,7 +20,7 @@ from scaling.wandb_files import read_offline
 
 SWEEP = SweepConfig(
     *("toy", "ladder", (8, 16, 24)),
-    **{"tokens_per_parameter": 0.3, "seeds": (2,), "batch_size": (2,), "eval_sequences": 4, "evaluations": 5},
+    **{"tokens_per_parameter": 0.6, "seeds": (2,), "batch_size": (2,), "eval_sequences": 4, "evaluations": 5},
     overrides=("train.seq_len=32", "tokenizer=bytes", "optimizer.schedule=constant", "optimizer.warmup_steps=4"),
 )
 
@@ -50,22 +50,15 @@ def history(run, loss=4.0):
 def runs(plan, tmp_path):
     """A directory of the six runs, whole; `edit(place)` gives the path of one."""
     planned, configs = plan
-    for place, one in enumerate(planned):
+    for number, one in enumerate(planned):
         directory = tmp_path / one.directory.name
         directory.mkdir()
         values = json.loads(json.dumps(asdict(configs[one.run.settings["wandb.name"]])))
-        values["run"] |= {"id": f"id{place}", "dir": str(directory)}
+        values["run"] |= {"id": f"id{number}", "dir": str(directory)}
         (directory / "config.yaml").write_text(yaml.safe_dump(values))
-        lines(directory, history(one.run, 3 + place / 10))
-        append(
-            directory,
-            began=place,
-            machine="m",
-            commit="c",
-            code_digest="code",
-            group=one.run.group,
-            label=one.run.label,
-        )
+        lines(directory, history(one.run, 3 + number / 10))
+        known = {"group": one.run.group, "label": one.run.label, "code_digest": one.code}
+        append(directory, began=number, machine="m", commit="c", **known)
     return tmp_path
 
 

@@ -12,9 +12,8 @@ from scaling.design import Measured, SweepConfig, design, expected_seconds, load
 
 EXAMPLE = Path(__file__).parents[2] / "experiments" / "isoflop_cpu" / "sweep.yaml"
 TEMPLATE = ModelConfig(vocab_size=512)
-SMALL = SweepConfig(
-    "small", "isoflop", (8, 16, 32, 64), budgets=(1e10, 1e11), sizes=3, batch_size=(2,), eval_sequences=4
-)
+BATCH = {"batch_size": (2,), "eval_sequences": 4}
+SMALL = SweepConfig("small", "isoflop", (8, 16, 32, 64), budgets=(1e10, 1e11), sizes=3, **BATCH)
 
 
 def test_isoflop_keeps_its_budget_and_its_sizes():
