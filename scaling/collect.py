@@ -44,9 +44,10 @@ def find(paths: Iterable[Path]) -> list[Source]:
             raise ValueError(f"{path} is no directory")
         directories = sorted({file.parent for name in ("metrics.jsonl", ATTEMPTS) for file in path.rglob(name)})
         found = [_from_directory(directory) for directory in directories]
-        ours = {source.provenance.get("run") for source in found}
         offline = [*([path] if path.name.startswith("offline-run-") else []), *sorted(path.rglob("offline-run-*"))]
-        found += [s for s in _from_wandb(offline) if s.provenance.get("run") not in ours or s.provenance == {}]
+        ours = {source.provenance.get("run") for source in found}
+        apart = [one for one in offline if not set(directories) & set(one.parents)]  # no part of a run directory
+        found += [source for source in _from_wandb(apart) if source.provenance.get("run", "") not in ours]
         if not found:
             raise ValueError(f"{path} holds no run: no metrics.jsonl, no offline-run-* of W&B")
         sources += found
@@ -58,6 +59,7 @@ def _from_directory(directory: Path) -> Source:
     begun = next((one for one in attempts if "began" in one), {})
     keys = ("machine", "commit", "code_digest", "group", "label", "began")
     source = Source(str(directory), provenance={key: begun[key] for key in keys if key in begun})
+    source.provenance |= {"config_digest": begun["config"]} if "config" in begun else {}
     source.metrics, torn = read_lines(directory / "metrics.jsonl")
     try:
         source.config = yaml.safe_load((directory / "config.yaml").read_text())

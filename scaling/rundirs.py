@@ -66,7 +66,7 @@ def fault_of(metrics: list[dict], vocab_size: int) -> str:
     """Why the losses of a run are not to be used; empty if nothing speaks against them."""
     for row in metrics:
         for key in ("train/loss", "train/grad_norm", "eval/loss"):
-            if key in row and not math.isfinite(row[key]):
+            if key in row and not math.isfinite(row[key]) and not row.get("train/skipped"):  # skipped steps did no harm
                 return f"diverged: {key} is {row[key]} at step {row['step']}"
     ends = [row["eval/loss"] for row in metrics if "eval/loss" in row]
     if ends and ends[-1] > math.log(vocab_size):

@@ -175,7 +175,7 @@ def test_points_only_where_the_schedule_allows(runs, plan, schedule):
     for one in plan[0]:
         path = runs / one.directory.name / "config.yaml"
         values = yaml.safe_load(path.read_text())
-        values["optimizer"] |= {"schedule": schedule, "decay_fraction": 0.4}
+        values["optimizer"] |= {"schedule": schedule, "decay_fraction": 0.3}
         path.write_text(yaml.safe_dump(values))
     if schedule == "cosine":
         with pytest.raises(ValueError, match="constant or wsd"):
@@ -217,6 +217,17 @@ def test_wandb_offline_directories(plan, tmp_path):
     # one flipped bit, too
     file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     assert "damaged" in read_offline(directory)[3]
+
+
+def test_a_run_that_was_killed_at_once_is_there_and_not_missing(runs, plan):
+    one = plan[0][0]
+    directory = runs / one.directory.name
+    shutil.rmtree(directory)
+    append(directory, began=0, config=one.config_digest)
+    (directory / "wandb" / "offline-run-1").mkdir(parents=True)  # W&B had not got far, either
+    (row,) = [row for row in rows_of(runs, plan)[1] if row["fault"]]
+    assert (row["source"], row["loss"]) == (str(directory), None)
+    assert "never got as far" in row["fault"]
 
 
 def test_nothing_there(tmp_path):
