@@ -30,10 +30,11 @@ from checkpoint.config import CheckpointConfig
 from data.corpus import DataConfig
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from inference.config import SampleConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, one_of
 from parallel.config import ContextConfig, PipelineConfig, RuntimeConfig
 from parallel.mesh import MeshConfig, MicrobatchRequirement, Requirement, StageRequirement, resolve
 from parallel.schedules import DEFAULT_CHUNKS, Schedule, make, read_csv
+from training import recipes
 from training.config import OptimizerConfig, TrainConfig
 from training.metrics import MetricsConfig, WandbConfig
 
@@ -120,7 +121,23 @@ def load(overrides: list[str]) -> Config:
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_one_line(error)) from None
-    return finish(build(Config, values))
+    return finish(build(Config, with_laws(values)))
+
+
+def with_laws(values: dict) -> dict:
+    """The composed values with numbers where they name published laws. Raises ValueError for an unknown law."""
+    named = {key: values[key[0]].get(key[1]) for key in recipes.LAWS if isinstance(values.get(key[0]), dict)}
+    named = {key: law for key, law in named.items() if isinstance(law, str)}
+    for (group, name), law in named.items():
+        one_of(f"{group}.{name}", law, ("a number", *recipes.LAWS[group, name]))
+        values = values | {group: {k: v for k, v in values[group].items() if k != name}}
+    if ("train", "batch_size") in named:  # until it is known, one that divides
+        values["train"]["batch_size"] = values["train"].get("grad_accumulation", 1)
+    for (group, name), law in named.items():  # each may depend on those before it
+        config = finish(build(Config, values))
+        number = recipes.number((group, name), law, config.model, config.train, config.optimizer)
+        values = values | {group: values[group] | {name: number}}
+    return values
 
 
 def finish(config: Config) -> Config:

@@ -184,10 +184,9 @@ class Attention(nnx.Module):
             k_BSKH, v_BSKH = cache.k_BSKH.astype(x_BTD.dtype), cache.v_BSKH.astype(x_BTD.dtype)
             # slot s holds position s, and the causal mask hides slots that are not written yet
             k_info = TokenInfo(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None])
-        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         out_BTNH = attention(
             q_BTNH, k_BSKH, v_BSKH, info, k_info,
-            causal=c.causal, window=window, scale=scale, softcap=c.attention_softcap,
+            causal=c.causal, window=window, scale=parametrization.attention_scale(c), softcap=c.attention_softcap,
             windows=c.windows(), kernel=c.attention_kernel if cache is None else "plain",
         )  # fmt: skip
         out_BTNH = shard(out_BTNH, "batch", "tokens", "heads", "head_dim")

@@ -14,11 +14,15 @@ POSITIONS = ("rotary", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
 BIASES = ("none", "qkv", "all")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
-PARAMETRIZATIONS = ("standard",)
+PARAMETRIZATIONS = ("standard", "mup", "complete_p")
 MATMUL_DTYPES = ("", "float8")
 ATTENTION_KERNELS = ("auto", "fused", "plain")
 ROUTER_SCORES = ("softmax", "sigmoid")
 GATED = ("swiglu", "geglu")
+COUNTS = (
+    *("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "base_width", "base_depth"),
+    *("max_positions", "vocab_multiple"),
+)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -64,7 +68,9 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the tokenizer's
     tied_embeddings: bool = True  # one table for input and output
     dropout: float = 0.0  # of embeddings and of each block's two outputs
-    parametrization: str = "standard"  # how initial scales and learning rates follow the sizes
+    parametrization: str = "standard"  # standard | mup | complete_p: how scales and learning rates follow the sizes
+    base_width: int = 128  # mup, complete_p: width of the model that the learning rate was found with
+    base_depth: int = 4  # complete_p: layers of that model
 
     positions: str = "rotary"  # rotary | learned | none
     max_positions: int = 2048  # rows of the learned table
@@ -107,7 +113,7 @@ class ModelConfig:
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls
 
     def __post_init__(self):
-        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_positions", "vocab_multiple"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be 1 or more")
         if self.vocab_size is not None and self.vocab_size < 2:
@@ -126,6 +132,11 @@ class ModelConfig:
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
         one_of("model.parametrization", self.parametrization, PARAMETRIZATIONS)
+        if self.parametrization == "complete_p" and self.norm_position == "post":
+            raise ValueError(
+                "model.parametrization=complete_p needs a residual stream that no norm rescales: "
+                "set model.norm_position=pre or both"
+            )
         one_of("model.positions", self.positions, POSITIONS)
         one_of("model.norm", self.norm, NORMS)
         one_of("model.norm_position", self.norm_position, NORM_POSITIONS)

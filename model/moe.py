@@ -50,9 +50,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         c = self.config = config
-        self.weight = param(
-            key, (c.width, c.experts), ("width", "routes"), parametrization.matrix(c, c.width), inputs=1
-        )
+        self.weight = param(key, (c.width, c.experts), ("width", "routes"), parametrization.router(c), inputs=1)
         # moved by the training step, not by its gradient (see training.step.balanced)
         self.balance_bias = param(key, (c.experts,), ("routes",), parametrization.zeros) if c.balance_bias else None
 

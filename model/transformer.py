@@ -53,6 +53,7 @@ class Block(nnx.Module):
         `layer` is the index that separates dropout masks.
         """
         rate, keys_B = self.config.dropout, info.dropout_keys_B
+        multiplier = parametrization.residual_multiplier(self.config)
 
         def half(x_BTD, before, function, after, site):
             h_BTD = x_BTD if before is None else before(x_BTD)
@@ -60,7 +61,7 @@ class Block(nnx.Module):
             h_BTD = dropout(shard(h_BTD, "batch", "residual", "width"), rate, keys_B, site, info.positions_BT)
             if self.config.norm_position == "post":
                 return after(x_BTD + h_BTD)
-            return x_BTD + (h_BTD if after is None else after(h_BTD))
+            return x_BTD + parametrization.times(h_BTD if after is None else after(h_BTD), multiplier)
 
         def whole(h_BTD):  # inside a block heads or ffn are split over tensor, and tokens are not
             # pinned first as the norm leaves it, in the compute dtype, or its float32 insides would be gathered
@@ -152,15 +153,16 @@ class Transformer(nnx.Module):
     @jax.named_scope("head")
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits_BTV of final hidden vectors; V is padded (see TokenTable)."""
-        x_BTD = shard(x_BTD, "batch", "tokens", "width")
+        x_BTD = parametrization.times(
+            shard(x_BTD, "batch", "tokens", "width"), parametrization.logit_multiplier(self.config)
+        )
         return (self.tokens if self.head is None else self.head).logits(x_BTD)
 
     @jax.named_scope("embed")
     def embed(self, tokens_BT: jax.Array, info: TokenInfo, dtype) -> jax.Array:
         """x_BTD as the first block takes it."""
-        x_BTD = self.tokens.embed(tokens_BT, dtype)
-        if self.config.embedding_scale:
-            x_BTD = x_BTD * jnp.asarray(self.config.width**0.5, dtype)
+        multiplier = parametrization.embedding_multiplier(self.config)
+        x_BTD = parametrization.times(self.tokens.embed(tokens_BT, dtype), multiplier)
         if self.positions is not None:
             x_BTD = x_BTD + jnp.take(use(self.positions, dtype), info.positions_BT, axis=0)
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
@@ -220,6 +222,11 @@ class Description:
     slots: tuple[int, ...]  # the layer in each row of the stacked layers; -1: a row of zeros
     block: nnx.GraphDef  # of one layer
     context_style: str  # ring | ulysses | gather: how attention crosses the context axis
+
+    @property
+    def factors(self) -> dict:
+        """A nested dict like the parameters', with the parametrization.Factors of each at the leaves."""
+        return parametrization.factors(self.config, self.axes, self.inputs)
 
     def init(self, key: jax.Array) -> dict:
         """Draws the parameters, float32: to be jitted with the shardings that they shall have."""

@@ -1,8 +1,10 @@
-"""A fit's result on the terminal."""
+"""Results of fits and of coordinate checks on the terminal."""
 
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
+
+from scaling.coordinates import Check, Line
 
 
 def show(result: dict, console: Console) -> None:
@@ -40,6 +42,19 @@ def show(result: dict, console: Console) -> None:
         say(f"outlier line {one['line']}: {one['residual']:+.2%} from the surface, {one['sizes']:+.1f} sizes", "yellow")
     for warning in result["warnings"]:
         say(f"warning: {warning}", "yellow")
+
+
+def show_coordinates(title: str, check: Check, lines: list[Line], console: Console) -> None:
+    """Prints a coordinate check: each coordinate's change by size, its slopes and the verdict."""
+    sizes = sorted(check.changes)
+    grid = Grid(f"change of, by {check.dial}", *map(str, sizes), "slope of change", "slope of size", "")
+    for line in lines:
+        values = [f"{check.changes[size][line.name][-1]:.4g}" for size in sizes]
+        words = Text("flat" if line.flat else "NOT FLAT", style="" if line.flat else "red")
+        grid.add_row(line.name, *values, f"{line.change:+.2f}", f"{line.size:+.2f}", words)
+    console.print(Text(title, style="bold"), grid)
+    bad = [line.name for line in lines if not line.flat]
+    console.print(Text(f"not flat: {', '.join(bad)}" if bad else f"flat: no change depends on the {check.dial}"))
 
 
 def _quantities(result: dict) -> Grid:

@@ -17,7 +17,9 @@ class TrainConfig:
     """How long, how much at once, in which precision."""
 
     steps: int = 1000
-    batch_size: int = 32  # sequences a step, over the whole mesh
+    batch_size: int = (
+        32  # sequences a step, over the whole mesh; or a law: step_law | deepseek | power_lines | critical
+    )
     seq_len: int = 256  # tokens of a sequence
     grad_accumulation: int = 1  # microbatches that a step is cut into
     compute_dtype: str = "float32"  # float32 | bfloat16: of matmuls and activations
@@ -66,8 +68,8 @@ class OptimizerConfig:
     """What turns gradients into updates."""
 
     name: str = "adamw"  # adamw | adafactor | lion | muon (AdamW for what is not a matrix) | sgd
-    lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.1  # decoupled, times the learning rate; matrices and tables only
+    lr: float = 1e-3  # peak learning rate; or a published law of size and length: step_law | deepseek
+    weight_decay: float = 0.1  # decoupled, times the learning rate; matrices and tables only; or a law: power_lines
     beta1: float = 0.9  # adamw, lion: decay of the first moment
     beta2: float = 0.95  # adamw, lion: decay of the second
     eps: float = 1e-8

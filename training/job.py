@@ -123,7 +123,7 @@ def make_job(
     """A job on `mesh`, which must be in context. `table` is the pipeline's schedule if mesh.pipe > 1."""
     stored = describe(model, context_style=context_style)
     description = stored if table is None else describe(model, pipeline.slots(model.layers, table), context_style)
-    direction = make_optimizer(optimizer, description.inputs)
+    direction = make_optimizer(optimizer, description.inputs, description.factors)
     abstract = lambda description: abstract_state(mesh, description, direction, jnp.dtype(train.param_dtype))
     return Job(
         mesh, model, train, optimizer, description, stored, direction, table, abstract(description), abstract(stored)

@@ -85,10 +85,34 @@ def _clip_rms(updates: dict, _) -> dict:
     return jax.tree.map(one, updates)
 
 
-def make_optimizer(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
+def _parametrized(core: optax.GradientTransformation, factors: dict, name: str) -> optax.GradientTransformation:
+    """`core`, which sees gradients of the size that the base model has, with its updates made as large as they may be.
+
+    An update of bounded entries (Adam's, Lion's, Adafactor's, and what Muon does to vectors) is multiplied by `change`.
+    SGD's entries follow the gradient's, so that dividing those by `gradient` is right for it, too. Muon's update of a
+    matrix is of full rank, and acts on a vector more weakly than one of the same entries whose rank is low: by the
+    square root of the width, which is that of 1 / change.
+    """
+
+    def scale(leaf, factor: float):
+        return leaf if factor == 1 else leaf * factor
+
+    def update(updates, state, params=None):
+        updates = jax.tree.map(lambda u, f: scale(u, 1 / f.gradient), updates, factors)
+        updates, state = core.update(updates, state, params)
+        muon = name == "muon"
+        change = lambda f: f.change**0.5 if muon and f.matrix else f.change
+        return jax.tree.map(lambda u, f: scale(u, change(f)), updates, factors), state
+
+    return optax.GradientTransformation(core.init, update)
+
+
+def make_optimizer(config: OptimizerConfig, inputs: dict, factors: dict | None = None) -> optax.GradientTransformation:
     """The direction to go against: `params - lr * direction`. Clipping is done before, by the step.
 
-    `inputs` is the parameters' tree with the range of contracted dims of each (model.transformer.Description).
+    `inputs` is the parameters' tree with the range of contracted dims of each, `factors` that with the
+    model.parametrization.Factors of each (model.transformer.Description); without them all are as in the base model.
+    Weight decay has no factor: lr * weight_decay, the share that a step takes away, means the same at every size.
     """
     core = {
         "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps),
@@ -100,4 +124,6 @@ def make_optimizer(config: OptimizerConfig, inputs: dict) -> optax.GradientTrans
     }[config.name]()
     if config.moment_dtype:
         core = in_bfloat16(core)
+    if factors is not None:
+        core = _parametrized(core, factors, config.name)
     return optax.chain(core, optax.add_decayed_weights(config.weight_decay, decays))
