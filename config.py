@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -39,6 +40,7 @@ from training.config import OptimizerConfig, TrainConfig
 from training.metrics import MetricsConfig, WandbConfig
 
 CONF = Path(__file__).parent / "conf"
+SEARCH = "hydra/sweeper=search"
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,8 @@ def _plain(value):
 def command_line(arguments: list[str]) -> list[Config]:
     """The runs that a command line asks for: one, or with -m (--multirun) each of a Hydra sweep.
 
+    With hydra/sweeper=search the process becomes `python -m scaling search`, which runs each trial by itself.
+
     Help is printed and ends the process with 0; a mistake is one line on stderr and exit code 2.
     """
     if {"-h", "--help"} & set(arguments):
@@ -266,6 +270,9 @@ def command_line(arguments: list[str]) -> list[Config]:
         sys.exit(0)
     try:
         if {"-m", "--multirun"} & set(arguments):
+            if SEARCH in arguments:
+                words = [a for a in arguments if a not in ("-m", "--multirun", SEARCH)]
+                os.execv(sys.executable, [sys.executable, "-m", "scaling", "search", *words])
             return _multirun([a for a in arguments if a not in ("-m", "--multirun")])
         return [load(arguments)]
     except ValueError as error:

@@ -18,7 +18,7 @@ ALLOWED = {
     "scaling": {"model.config"},
 }
 # Programs put the folders together, and are imported by nobody.
-ENTRY_POINTS = {"train.py", "training/parity.py", "inference/__main__.py", "scaling/__main__.py"}
+ENTRY_POINTS = {"train.py", "training/parity.py", "training/memory.py", "inference/__main__.py", "scaling/__main__.py"}
 MODULES = {"config", "train"}  # that stand beside the folders
 
 NOT_OURS = {"tests", "bench", "experiments", "conf", "docs", "runs"}
