@@ -7,6 +7,12 @@ from rich.text import Text
 from scaling.coordinates import Check, Line
 
 
+def wide_console() -> Console:
+    """The terminal; a pipe has no width to respect."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def show(result: dict, console: Console) -> None:
     """Prints what `analyse` found: refusals first, then numbers, then what speaks against them."""
     law, table, fitted = result["law"], result["table"], result["fit"]
