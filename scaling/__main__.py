@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if {*arguments[:1]} & COMMANDS.keys() else (None, arguments)
     options = parser(name).parse_intermixed_args(rest)
     try:
-        return options.run(options) or 0
+        return options.command(options) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

@@ -19,7 +19,7 @@ NOT_FLAT = 1
 
 
 def add_coord_check(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=run_coordinate_check)
+    options.set_defaults(command=run_coordinate_check)
     options.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as for train.py")
     whole = lambda text: tuple(int(word) for word in text.split(","))
     sizes = options.add_mutually_exclusive_group()

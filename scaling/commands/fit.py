@@ -28,7 +28,7 @@ COLUMNS = {
 
 
 def add_fit(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=run_fit)
+    options.set_defaults(command=run_fit)
     options.add_argument("table", help="CSV, JSON lines or JSON list, one run a row")
     options.add_argument("--law", choices=LAWS, default="hoffmann")
     options.add_argument("--loss", required=True, metavar="COLUMN", help="loss in nats a token; seconds for step_time")

@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def add_search(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=run_search)
+    options.set_defaults(command=run_search)
     options.add_argument(
         "words",
         nargs="+",
@@ -66,16 +66,14 @@ def run_search(options: argparse.Namespace) -> int:
 
 def from_hydra(options: argparse.Namespace) -> None:
     """Through Hydra's door, hydra.sweeper.{workers,dir,file}=VALUE are what --workers, --dir and FILE are here."""
-    ours, options.words = options.words, []
-    for word in ours:
-        name, _, value = word.removeprefix("hydra.sweeper.").partition("=")
-        if not word.startswith("hydra.sweeper."):
-            options.words.append(word)
-        elif name == "file":
+    given, options.words = options.words, []
+    for word in given:
+        key, _, value = word.partition("=")
+        if key == "hydra.sweeper.file":
             options.words.append(value)
-        elif name == "workers":
+        elif key == "hydra.sweeper.workers":
             options.workers = int(value) if value.isdecimal() else 0
-        elif name == "dir":
+        elif key == "hydra.sweeper.dir":
             options.dir = Path(value)
         else:
-            raise ValueError(f"unknown {word}; hydra.sweeper.workers, .dir and .file are known")
+            options.words.append(word)

@@ -19,7 +19,7 @@ RUNS = Path("runs")  # of all sweeps, below the checkout
 
 
 def add_plan(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=show_plan)
+    options.set_defaults(command=show_plan)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many runs at once (default: 1)")
     options.add_argument("--measure", action="store_true", help="first learn the speed from three short runs")
@@ -28,20 +28,20 @@ def add_plan(options: argparse.ArgumentParser) -> None:
 
 
 def add_run(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=run_sweep)
+    options.set_defaults(command=run_sweep)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many at once; cores are shared out (default: 1)")
     options.add_argument("--retry", action="store_true", help="also failed ones, and the diverged from their start")
 
 
 def add_status(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=show_status)
+    options.set_defaults(command=show_status)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many run at once: for the time left (default: 1)")
 
 
 def add_collect(options: argparse.ArgumentParser) -> None:
-    options.set_defaults(run=run_collect)
+    options.set_defaults(command=run_collect)
     options.add_argument("sources", type=Path, nargs="+", help="a sweep.yaml, or directories of runs or of offline W&B")
     options.add_argument("--out", type=Path, metavar="FILE", help="default: results.jsonl beside the sweep.yaml")
     options.add_argument("--points", action="store_true", help="evaluations at the peak learning rate, not only ends")
