@@ -153,7 +153,7 @@ def _row(source: Source, identity: Callable[[dict], dict]) -> dict:
         "unique_tokens": round(tokens * last / steps / max(1.0, epochs)) if epochs else None,
         "flops": float(FLOPS_PER_TOKEN_AND_PARAMETER * count.total * tokens),
         "model_flops": flops_per_token(model, seq_len) * tokens,
-        **{name: getattr(model, name) for name in ("width", "layers", "heads")},
+        **{name: getattr(model, name) for name in ("width", "layers", "heads", "parametrization")},
         **{"steps": steps, "batch_size": batch, "seq_len": seq_len, "seed": source.config["seed"]},
         **{name: optimizer[name] for name in ("lr", "schedule", "warmup_steps", "decay_fraction")},
         "seconds": max(walls, default=None),

@@ -10,8 +10,9 @@ to width / head_dim that cuts the width into even parts; ffn = ffn_ratio * width
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from scaling.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 
 LETTERS = {"isoflop": "C", "product": "D", "ladder": "DperN"}  # what the name of a group begins with
 GRIDS = tuple(LETTERS)
+DECIDED = ("model.width", "train.steps", "train.batch_size", "train.seq_len", "seed", "run.dir")
 LEAST_STEPS = 20  # fewer tell of the warm-up only
 
 
@@ -46,6 +48,7 @@ class SweepConfig:
     warmup: float = 0.1  # share of the steps
     evaluations: int = 1  # of a run, evenly spaced; the last is at its end
     eval_sequences: int = 512  # held-out sequences, the same ones for every run
+    over: dict[str, tuple] = field(default_factory=dict)  # keys of train.py: each run once for every combination
     overrides: tuple[str, ...] = ()  # of train.py, for every run
 
     def __post_init__(self):
@@ -71,6 +74,11 @@ class SweepConfig:
         for name in ("seeds", "batch_size", "lr"):
             if len(getattr(self, name)) not in (1, groups := len(self.groups())):
                 raise ValueError(f"{name}={list(getattr(self, name))} must be one for all or one for each: {groups}")
+        for key, values in self.over.items():
+            if key in DECIDED:
+                raise ValueError(f"over: {key} is decided by the grid; none of {', '.join(DECIDED)} can stand here")
+            if not isinstance(values, tuple) or not values or len(set(values)) < len(values):
+                raise ValueError(f"over: {key}: {values} should be a list of different values")
         for batch in self.batch_size:
             if self.eval_sequences % batch:
                 raise ValueError(
@@ -150,6 +158,10 @@ def load_sweep(path: str | Path) -> SweepConfig:
 
 def _typed(key: str, value, hint: str):
     """The value as the field's type; one value stands for a tuple of one. YAML reads 1e12, without a point, as text."""
+    if key == "over":
+        if not isinstance(value, dict):
+            raise ValueError(f"over: {value!r} should hold keys of train.py, each with a list of values")
+        return {name: tuple(values) if isinstance(values, list) else values for name, values in value.items()}
     kind = next(kind for kind in (int, float, str) if kind.__name__ in hint.replace("tuple", ""))
     taken = (int, float, str) if kind is float else kind
 
@@ -184,16 +196,35 @@ def design(sweep: SweepConfig, template: ModelConfig, seq_len: int) -> list[Run]
 
     Raises ValueError for a run of fewer than LEAST_STEPS steps.
     """
-    models = [shape(sweep, width, template) for width in sweep.widths]
     runs = []
-    for place, value in enumerate(sweep.groups()):
-        group = f"{LETTERS[sweep.grid]}{value:.4g}".replace("e+", "e")
+    for (place, value), chosen in itertools.product(enumerate(sweep.groups()), _combinations(sweep.over)):
+        models = [_with(shape(sweep, width, template), chosen) for width in sweep.widths]
+        name = "".join(f"-{_short(key, one)}" for key, one in chosen.items() if len(sweep.over[key]) > 1)
+        group = f"{LETTERS[sweep.grid]}{value:.4g}".replace("e+", "e") + name
         for model in _around(models, value, sweep) if sweep.grid == "isoflop" else models:
             n = parameter_count(model).total
             tokens = {"isoflop": value / (FLOPS_PER_TOKEN_AND_PARAMETER * n), "product": value, "ladder": value * n}
             for seed in range(sweep.of_group("seeds", place)):
-                runs.append(_run(sweep, model, tokens[sweep.grid], place, group, seed, seq_len))
+                runs.append(_run(sweep, model, tokens[sweep.grid], place, group, seed, seq_len, chosen))
     return runs
+
+
+def _combinations(over: dict[str, tuple]) -> list[dict]:
+    return [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
+
+
+def _with(model: ModelConfig, chosen: dict) -> ModelConfig:
+    """The model with the chosen keys of the config's group `model`, which go before the rule of sizes."""
+    own = {key.removeprefix("model."): value for key, value in chosen.items() if key.startswith("model.")}
+    if unknown := own.keys() - ModelConfig.__dataclass_fields__.keys():
+        raise ValueError(f"over: unknown model.{min(unknown)}; valid: {', '.join(ModelConfig.__dataclass_fields__)}")
+    return replace(model, **own)
+
+
+def _short(key: str, value) -> str:
+    """A key and its value in the name of a folder."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{key.rpartition('.')[2]}{value:g}" if number else re.sub(r"[^\w.]+", "_", str(value))
 
 
 def _around(models: list[ModelConfig], budget: float, sweep: SweepConfig) -> list[ModelConfig]:
@@ -205,7 +236,9 @@ def _around(models: list[ModelConfig], budget: float, sweep: SweepConfig) -> lis
     return models[first : first + sweep.sizes]
 
 
-def _run(sweep: SweepConfig, model: ModelConfig, tokens: float, place: int, group: str, seed: int, seq_len: int) -> Run:
+def _run(
+    sweep: SweepConfig, model: ModelConfig, tokens: float, place: int, group: str, seed: int, seq_len: int, chosen: dict
+) -> Run:
     batch = sweep.of_group("batch_size", place)
     steps, label = round(tokens / (batch * seq_len)), f"{group}-w{model.width}"
     if steps < LEAST_STEPS:
@@ -226,7 +259,9 @@ def _run(sweep: SweepConfig, model: ModelConfig, tokens: float, place: int, grou
         "wandb.group": sweep.name,
         "wandb.name": f"{label}-s{seed}",
         "seed": seed,
+        **chosen,
     }
+    lr = settings["optimizer.lr"]
     return Run(label, group, seed, model, batch, seq_len, steps, lr, sweep.overrides, settings)
 
 

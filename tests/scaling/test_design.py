@@ -76,6 +76,20 @@ def test_learning_rates_and_batches_of_groups():
         assert run.lr == pytest.approx((1e-2 if first else 2e-2) * 8 / run.model.width, rel=1e-3)
 
 
+def test_over_runs_every_combination():
+    over = {"optimizer.lr": (1e-3, 2e-3), "model.parametrization": ("standard", "mup"), "model.layers": (2,)}
+    runs = design(replace(SMALL, over=over), TEMPLATE, 16)
+    plain = {run.label: run for run in design(SMALL, TEMPLATE, 16)}
+    assert len(runs) == 4 * len(plain)
+    assert len({run.label for run in runs}) == len(runs)
+    seen = {(run.lr, run.model.parametrization) for run in runs}
+    assert seen == {(1e-3, "standard"), (1e-3, "mup"), (2e-3, "standard"), (2e-3, "mup")}
+    assert {run.model.layers for run in runs} == {2}
+    for run in runs:
+        assert run.settings["optimizer.lr"] == run.lr
+        assert run.flops == pytest.approx(float(run.group[1:5]), rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -88,6 +102,8 @@ def test_learning_rates_and_batches_of_groups():
         ("width: 3", "unknown width; valid: name"),
         ("lr: fast", "lr: 'fast' should be float"),
         ("seeds: 1.5", "seeds: 1.5 should be int"),
+        ("over: {optimizer.lr: 1}", "over: optimizer.lr: 1 should be a list"),
+        ("over: {seed: [1, 2]}", "over: seed is decided by the grid"),
         ("sizes: [", "does not parse"),
     ],
 )
