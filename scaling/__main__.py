@@ -1,7 +1,7 @@
 """Scaling laws: python -m scaling COMMAND ...; --help lists the commands, COMMAND --help their options.
 
-Exit codes: 0 done; 1 a coordinate check that is not flat; 2 the user's mistake, told in one line; 3 a sweep has runs
-that failed; 75 a search was stopped, 130 a sweep was interrupted: the same command goes on.
+Exit codes: 0 done; 1 a coordinate check that is not flat, an optimum that moved; 2 the user's mistake, told in one
+line; 3 a sweep has runs that failed; 75 a search was stopped, 130 a sweep was interrupted: the same command goes on.
 """
 
 import argparse
@@ -16,6 +16,7 @@ COMMANDS = {
     "status": ("sweep", "show how far a sweep is"),
     "collect": ("sweep", "write results.jsonl from runs"),
     "fit": ("fit", "fit a law to a CSV, JSON lines or JSON table"),
+    "transfer": ("transfer", "does the best learning rate stay where it is when the model grows?"),
     "search": ("search", "search for the best settings of a run"),
     "coord-check": ("coordinates", "do activations and their changes depend on the width or the depth?"),
 }

@@ -31,6 +31,9 @@ def add_run(options: argparse.ArgumentParser) -> None:
     options.set_defaults(command=run_sweep)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many at once; cores are shared out (default: 1)")
+    options.add_argument(
+        "--below", type=float, metavar="FLOPS", help="only runs of fewer: predict the rest before it runs"
+    )
     options.add_argument("--retry", action="store_true", help="also failed ones, and the diverged from their start")
 
 
@@ -99,6 +102,10 @@ def show_plan(options: argparse.Namespace) -> int:
 def run_sweep(options: argparse.Namespace) -> int:
     """Runs what is missing. Returns FAILED if some runs are not there in the end, INTERRUPTED after Ctrl-C."""
     sweep, planned = planned_runs(options.sweep)
+    if options.below is not None:
+        planned = [one for one in planned if one.run.flops < options.below]
+        if not planned:
+            raise ValueError(f"--below {options.below:g}: no run of {sweep.name} has fewer FLOPs")
     with Progress(sweep, planned, lambda: expected(sweep, planned, options.jobs), options.jobs, wide_console()) as view:
         root = RUNS / sweep.name
         if not run_missing(planned, root, CHECKOUT, view.show, jobs=options.jobs, retry=options.retry):
