@@ -1,6 +1,7 @@
 """python -m scaling search: the best settings of a run by trials."""
 
 import argparse
+import dataclasses
 import importlib.util
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 import config
+from training import recipes
 
 STOPPED = 75
 CHECKOUT = Path(__file__).parents[2]
@@ -37,7 +39,7 @@ def run_search(options: argparse.Namespace) -> int:
     if len(files) > 1 or options.workers < 1:
         raise ValueError(f"one file and one worker or more, not {len(files)} files and --workers {options.workers}")
     file = Path(files[0]) if files else None
-    settings = search_loop.read_search(file, [word for word in options.words if "=" in word])
+    settings = numbered(search_loop.read_search(file, [word for word in options.words if "=" in word]))
     known = {*config.keys(), *(path.name for path in config.CONF.iterdir() if path.is_dir())}
     if unknown := space.parse_space(settings.space).keys() - known:
         raise ValueError(f"space: unknown {', '.join(sorted(unknown))}; python train.py --help lists the keys")
@@ -62,6 +64,19 @@ def run_search(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") and search_report.front(study):
         search_report.draw(study, out / "search.png")
     return 0 if done else STOPPED
+
+
+def numbered(settings):
+    """The search with numbers where its starting points name published laws, as the config would resolve them."""
+    points = []
+    for point in settings.start:
+        named = [key for key, value in point.items() if value in recipes.LAWS.get(tuple(key.split(".", 1)), ())]
+        if named:
+            own = [f"{key}={value}" for key, value in point.items() if not isinstance(value, dict)]
+            values = dataclasses.asdict(config.load([*settings.train, *own]))
+            point = point | {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in named}
+        points.append(point)
+    return dataclasses.replace(settings, start=tuple(points))
 
 
 def from_hydra(options: argparse.Namespace) -> None:

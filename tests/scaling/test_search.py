@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from config import load
+from scaling.commands.search import numbered
 from scaling.search import REJECTIONS, Outcome, Search, SearchConfig, outcome
 from scaling.search_loop import read_search, run
 from scaling.search_report import front, importances, rows
+from scaling.space import parse_space
 
 ROOT = Path(__file__).parents[2]
 SPACE = {"x": "interval(-3, 3)", "y": "interval(-3, 3)", "kind": "choice(a, b, c)"}
@@ -207,3 +210,14 @@ def test_mistakes_in_the_file(text, words, tmp_path):
         read_search(file)
     assert all(word in str(told.value) for word in words), told.value
     assert "\n" not in str(told.value)
+
+
+def test_a_search_may_start_at_published_laws():
+    space = {"optimizer.lr": "tag(log,interval(1e-5,1))", "optimizer.weight_decay": "tag(log,interval(1e-3,10))"}
+    train = ("optimizer=adamw", "train.steps=1000")
+    points = ({"optimizer.lr": "step_law", "optimizer.weight_decay": "power_lines"}, {"optimizer.lr": 0.5})
+    settings = numbered(SearchConfig(space=space, train=train, start=points))
+    asked = load([*train, "optimizer.lr=step_law", "optimizer.weight_decay=power_lines"]).optimizer
+    assert settings.start[0] == {"optimizer.lr": asked.lr, "optimizer.weight_decay": asked.weight_decay}
+    assert settings.start[1] == points[1]
+    assert parse_space(space).point(settings.start[0]) == settings.start[0]
