@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import config
+import scaling.__main__ as scaling
 from inference.options import parse
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,9 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         (run / "config.yaml").write_text(config.to_yaml(config.load([])))
         monkeypatch.chdir(tmp_path)
         parse(words[2:])
+        return
+    if words[:2] == ["-m", "scaling"]:
+        scaling.parser(words[2]).parse_intermixed_args(words[3:])
         return
     if words[0] == "train.py":
         words = words[1:]
