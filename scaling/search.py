@@ -28,7 +28,7 @@ DIRECTIONS = ("minimize", "maximize")
 # How a trial ended. Only the last three do not count as one of `trials`: they have not trained to an end.
 OUTCOMES = ("complete", "pruned", "diverged", "failed", "rejected", "interrupted", "lost")
 SPENT = OUTCOMES[:4]
-# Every fourth trial stays random: the model of the rest leaves a choice whose first trials went badly (an optimizer at
+# Every fourth trial stays random: TPE leaves a choice whose first trials went badly (an optimizer at
 # another's learning rates) alone for good. SMAC interleaves in the same way, BOHB a third (arXiv 1807.01774).
 EXPLORE = 4
 REJECTIONS = 30  # in a row, after which a space counts as one in which nothing fits
@@ -239,12 +239,10 @@ def make_sampler(config: SearchConfig, number: int, rejected: int = 0) -> optuna
     """The sampler of one trial. Made anew for each, so that a search that goes on does as one that never stopped."""
     seed = int(hashlib.sha256(f"{config.seed} {number}".encode()).hexdigest()[:8], 16)
     startup = config.startup or min(10, -(-config.trials // 4))
-    explores = number > startup + rejected and number % EXPLORE == 0
-    if config.sampler == "random" or explores:
+    if config.sampler == "random" or (number > startup + rejected and number % EXPLORE == 0):
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=startup + rejected, multivariate=True, constant_liar=True
-    )
+    # each key by itself: jointly, what was good of one optimizer's learning rates kept the others' from being tried
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup + rejected, constant_liar=True)
 
 
 def make_pruner(name: str) -> optuna.pruners.BasePruner:
