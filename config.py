@@ -41,6 +41,9 @@ from training.metrics import MetricsConfig, WandbConfig
 
 CONF = Path(__file__).parent / "conf"
 SEARCH = "hydra/sweeper=search"
+EXPERIMENT = "experiment="
+EXPERIMENTS = Path("experiments")
+LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,8 @@ def _plain(value):
 def command_line(arguments: list[str]) -> list[Config]:
     """The runs that a command line asks for: one, or with -m (--multirun) each of a Hydra sweep.
 
-    With hydra/sweeper=search the process becomes `python -m scaling search`, which runs each trial by itself.
+    The process becomes `python -m scaling search` with hydra/sweeper=search, `scaling run experiments/NAME/sweep.yaml`
+    with experiment=NAME, and `scaling launch` with hydra/launcher=...: they start each run as a process of its own.
 
     Help is printed and ends the process with 0; a mistake is one line on stderr and exit code 2.
     """
@@ -270,17 +274,40 @@ def command_line(arguments: list[str]) -> list[Config]:
         sys.exit(0)
     try:
         if {"-m", "--multirun"} & set(arguments):
+            words = [a for a in arguments if a not in ("-m", "--multirun", SEARCH)]
             if SEARCH in arguments:
-                words = [a for a in arguments if a not in ("-m", "--multirun", SEARCH)]
-                os.execv(sys.executable, [sys.executable, "-m", "scaling", "search", *words])
-            return _multirun([a for a in arguments if a not in ("-m", "--multirun")])
+                _become("search", *words)
+            if any(word.startswith(EXPERIMENT) for word in words):
+                _become("run", *_experiment(words))
+            if any(word.startswith(LAUNCHER) for word in words):
+                _become("launch", *words)
+            return multirun(words)
         return [load(arguments)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _multirun(overrides: list[str]) -> list[Config]:
+def _become(*words: str) -> None:
+    """Replaces this process by a command of `scaling`, which is not imported here."""
+    os.execv(sys.executable, [sys.executable, "-m", "scaling", *words])
+
+
+def _experiment(words: list[str]) -> list[str]:
+    """The arguments of `python -m scaling run` for experiment=NAME, on a launcher if one is named."""
+    (*_, name) = [word.removeprefix(EXPERIMENT) for word in words if word.startswith(EXPERIMENT)]
+    sweep = EXPERIMENTS / name / "sweep.yaml"
+    if not sweep.is_file():
+        there = ", ".join(sorted(path.parent.name for path in EXPERIMENTS.glob("*/sweep.yaml")))
+        raise ValueError(f"experiment={name}: there is no {sweep}; experiments with a sweep: {there}")
+    if others := [word for word in words if not word.startswith((EXPERIMENT, *LAUNCHER))]:
+        raise ValueError(f"experiment={name} is a whole sweep: {others[0]} belongs into the overrides of {sweep}")
+    chosen = [word.partition("=")[2] for word in words if word.startswith(LAUNCHER[0])]
+    launcher = ["--launcher", chosen[-1]] if chosen else []
+    return [str(sweep), *launcher, *(word for word in words if word.startswith(LAUNCHER[1]))]
+
+
+def combinations(overrides: list[str]) -> list[list[str]]:
     """Every combination of the comma-separated choices, in Hydra's order."""
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
@@ -288,7 +315,12 @@ def _multirun(overrides: list[str]) -> list[Config]:
         else [o.input_line]
         for o in _parsed(overrides)
     ]
-    jobs = [load(list(combination)) for combination in itertools.product(*choices)]
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def multirun(overrides: list[str]) -> list[Config]:
+    """The config of every combination. Raises ValueError where two of them would be one run."""
+    jobs = [load(combination) for combination in combinations(overrides)]
     for a, b in itertools.combinations(jobs, 2):
         if a.run.dir == b.run.dir and identity(a) == identity(b):
             apart = differences(_plain(a), _plain(b))

@@ -7,14 +7,17 @@ program, a layer chooses between its model's two windows when it runs. They are 
 second that a CPU need not spend.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 
 from parallel.sharding import platform
+
+log = logging.getLogger("isomesh.model")
 
 LANES = 128  # of a TPU's vector registers; also the tile of the Triton kernel
 SPLASH_BLOCK = 512  # queries, and keys, of a tile: at most
@@ -64,7 +67,14 @@ def choose(choice: str, case: Case, q_BTNH: jax.Array, k_BSKH: jax.Array, segmen
     found = [name for name, there in obstacles.items() if there]
     if found and choice == "fused":
         raise ValueError(f"model.attention_kernel=fused: no kernel covers {found[0]}; use auto or plain")
+    if found and T == S and case.in_order:  # else it is generation, which no kernel is made for
+        _tell_plain(on, found[0])
     return None if found else partial(_by_window, kernel, case)
+
+
+@cache  # once, however often a program is traced
+def _tell_plain(on: str, reason: str) -> None:
+    log.warning("attention has its plain form on this %s, with all scores in memory: no kernel covers %s", on, reason)
 
 
 def _windows(case: Case, T: int) -> tuple[int, ...]:

@@ -14,9 +14,11 @@ COMMANDS = {
     "plan": ("sweep", "show the runs of a sweep.yaml and the bill"),
     "run": ("sweep", "run what is missing of a sweep"),
     "status": ("sweep", "show how far a sweep is"),
+    "launch": ("launch", "run a Hydra sweep on one of its launchers; train.py -m hydra/launcher=... comes here"),
     "collect": ("sweep", "write results.jsonl from runs"),
     "fit": ("fit", "fit a law to a CSV, JSON lines or JSON table"),
     "transfer": ("transfer", "does the best learning rate stay where it is when the model grows?"),
+    "report": ("report", "write a report of an experiment: HTML, figures, JSON"),
     "search": ("search", "search for the best settings of a run"),
     "coord-check": ("coordinates", "do activations and their changes depend on the width or the depth?"),
 }

@@ -4,17 +4,17 @@ error.
 The result is plain data, the same for the terminal and for the JSON file; docs/scaling.md lists its keys.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.diagnostics import holdout, outliers, residuals_by, screen, warnings
+from scaling.diagnostics import holdout, outliers, residuals_by, screen, trained, warnings
 from scaling.fit import Fit, fit
-from scaling.isoflop import envelope, parabolas, slices
+from scaling.isoflop import envelope, least_losses, parabolas, slices
 from scaling.laws import FLOPS_PER_TOKEN_AND_PARAMETER, Law
 from scaling.solver import DEFAULT, Objective
 from scaling.table import Table
-from scaling.uncertainty import LEVELS, Uncertainty, bootstrap, profile_curve, robust_size
+from scaling.uncertainty import LEVELS, Uncertainty, bootstrap, intervals_at, profile_curve, robust_size
 
 FLOORS = ("E", "L0")
 DISAGREE = (
@@ -32,11 +32,16 @@ class FitRequest:
     seed: int = 0  # of the bootstrap
     budget: float | None = None  # FLOPs to give the optimum for; None: the table's largest
     holdout_above: float | None = None  # FLOPs; runs above are predicted from those below
+    curve: tuple[float, ...] = ()  # budgets in FLOPs at which the optimum and its intervals are wanted, too
+    min_ratio: float = 0.0  # runs of fewer tokens a parameter are left out
+    keep_all: bool = False  # fit runs too that only a robust surface speaks against
 
 
 def analyse(table: Table, request: FitRequest) -> dict:
     """Everything about one fit, as plain data. Raises ValueError for tables that cannot be fitted."""
-    read, table = len(table) + len(table.refused), screen(request.law, table)
+    read = len(table) + len(table.refused)
+    table = trained(table.ordered(), request.min_ratio)
+    table = table if request.keep_all else screen(request.law, table)
     fitted = fit(request.law, table.columns, table.columns["loss"], request.objective, request.budget)
     certain = bootstrap(fitted, request.draws, request.seed) if request.draws and noisy(fitted) else None
     far = outliers(fitted, table)
@@ -61,6 +66,7 @@ def analyse(table: Table, request: FitRequest) -> dict:
         "without_outliers": without_outliers(table, far, request),
         "approaches": approaches(fitted, certain, table),
         "holdout": None,
+        "curve": curve(fitted, certain, request.curve),
     }
     if request.holdout_above is not None:
         result["holdout"] = holdout(request.law, table, request.objective, request.holdout_above)
@@ -81,7 +87,7 @@ def described(fitted: Fit, certain: Uncertainty | None) -> dict:
         quantities[name] = {"value": value}
         for level in LEVELS if certain else ():
             ends = certain.intervals[level][row]
-            quantities[name][f"interval{level * 100:.0f}"] = [float(x) if np.isfinite(x) else None for x in ends]
+            quantities[name][f"interval{level * 100:.0f}"] = _ends(ends)
     return {
         "quantities": quantities,
         "objective_sum": fitted.value,
@@ -92,6 +98,26 @@ def described(fitted: Fit, certain: Uncertainty | None) -> dict:
         "condition_number": fitted.condition,
         "residual_size": robust_size(fitted.residuals, len(fitted.theta)),
     }
+
+
+def curve(fitted: Fit, certain: Uncertainty | None, budgets: tuple[float, ...]) -> list[dict]:
+    """The optimum at each budget: C, and N, D and loss with their intervals; empty for a law without an optimum."""
+    points = []
+    for budget in budgets if fitted.law.optimum else ():
+        values = replace(fitted, log_budget=float(np.log(budget))).quantities
+        ends = None if certain is None else intervals_at(fitted, certain, budget)
+        point: dict = {"C": float(budget)}
+        for letter in ("N", "D", "loss"):
+            row = fitted.names.index(f"{letter} at budget")
+            point[letter] = {"value": values[f"{letter} at budget"]}
+            for level in LEVELS if ends else ():
+                point[letter][f"interval{level * 100:.0f}"] = _ends(ends[level][row])
+        points.append(point)
+    return points
+
+
+def _ends(interval: np.ndarray) -> list[float | None]:
+    return [float(end) if np.isfinite(end) else None for end in interval]
 
 
 def budget_of(fitted: Fit) -> float | None:
@@ -126,14 +152,16 @@ def approaches(fitted: Fit, certain: Uncertainty | None, table: Table) -> dict:
         return found
     budget = float(np.exp(fitted.log_budget))
     row = fitted.names.index("N exponent")
-    interval = None if certain is None else certain.intervals[0.95][row].tolist()
+    interval = None if certain is None else _ends(certain.intervals[0.95][row])
     found["parametric"] = {"exponent": fitted.quantities["N exponent"], "interval95": interval}
     if "group" in columns:
         cuts = slices(columns["N"], columns["C"], columns["loss"], columns["group"])
         found["isoflop"] = _approach(parabolas(cuts), budget, "fewer than 3 budgets have an interior minimum")
+        if losses := least_losses(cuts):
+            found["isoflop"] |= {"loss": losses.at(budget), "loss_exponent": losses.exponent}
         found["isoflop"]["slices"] = [
             {"name": cut.name, "runs": cut.runs, "C": float(np.exp(cut.log_c)), "refused": cut.refused}
-            | ({} if cut.refused else {"N": float(np.exp(cut.log_n)), "loss": cut.loss})
+            | ({} if cut.refused else {"N": float(np.exp(cut.log_n)), "loss": cut.loss, "curvature": cut.curvature})
             for cut in cuts
         ]
     if "run" in columns:
@@ -157,7 +185,7 @@ def _approach(law, budget: float, refusal: str) -> dict:
 
 
 def _disagreements(found: dict):
-    known = [(name, one) for name, one in found.items() if one.get("interval95")]
+    known = [(name, one) for name, one in found.items() if None not in (one.get("interval95") or [None])]
     for place, (name, one) in enumerate(known):
         for other_name, other in known[place + 1 :]:
             (low, high), (other_low, other_high) = one["interval95"], other["interval95"]

@@ -88,6 +88,7 @@ def _approaches(found: dict, say) -> None:
             say(f"{name}: refused: {refusal}", "yellow")
         else:
             at = f"; N = {one['N']:.4g}, D = {one['D']:.4g} at the budget" if "N" in one else ""
+            at += f", loss {one['loss']:.4f} if it falls as C^{one['loss_exponent']:.4f}" if "loss" in one else ""
             say(f"{name}: N_opt grows as C^{one['exponent']:.4f}, 95% {_interval(one['interval95'])}{at}")
         for cut in one.get("slices", ()):
             if cut["refused"]:

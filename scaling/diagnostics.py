@@ -28,6 +28,22 @@ class Outlier:
     sizes: float  # the same over the residuals' robust size
 
 
+def trained(table: Table, ratio: float) -> Table:
+    """The table less runs of fewer than `ratio` tokens a parameter: hardly trained, they may follow no law of others.
+
+    Raises ValueError where nothing is left, or the table has no N and D.
+    """
+    if not ratio:
+        return table
+    if not {"N", "D"} <= table.columns.keys():
+        raise ValueError(f"--min-ratio {ratio:g} is in tokens a parameter; the table has {', '.join(table.columns)}")
+    ratios = table.columns["D"] / table.columns["N"]
+    if ratios.max() < ratio:
+        raise ValueError(f"--min-ratio {ratio:g} leaves no run: D / N is {ratios.min():.3g} to {ratios.max():.3g}")
+    below = np.flatnonzero(ratios < ratio)
+    return table.without({int(row): f"D / N = {ratios[row]:.3g} is below --min-ratio {ratio:g}" for row in below})
+
+
 def screen(law: Law, table: Table) -> Table:
     """The table less runs that a robust surface shows to be no measurements of it: diverged, or in another unit.
 
@@ -49,7 +65,7 @@ def screen(law: Law, table: Table) -> Table:
                 )
         if not bad or len(bad) > len(table) // 3:
             return table
-        table = table.without(bad)
+        table = table.without({row: f"{reason} (--keep-all fits it all the same)" for row, reason in bad.items()})
     return table
 
 
@@ -107,6 +123,7 @@ def warnings(fitted: Fit, table: Table, certain: Uncertainty | None) -> list[str
             said.append(
                 f"{letter} spans a factor of {spread:.3g} only: its exponent rests on little, do not extrapolate"
             )
+    said += [f"{name} is unidentified: no run depends on it, any value fits as well" for name in fitted.unseen]
     if "U" in law.inputs and not np.any(table.columns["D"] > table.columns["U"]):
         said.append("no run repeats data: R_D* is unidentified")
     if "group" in table.columns and (count := len(set(table.columns["group"]))) < 3:

@@ -1,6 +1,7 @@
 """Fits one law to one table: a grid of starts, each brought to its minimum, the best one kept, and how many agree on
 it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaling.laws import FLOPS_PER_TOKEN_AND_PARAMETER, Law, Sizes
-from scaling.solver import DEFAULT, Objective, Problem, Runs, quantities, solve
+from scaling.solver import DEFAULT, Objective, Problem, Runs, Solution, quantities, solve
 
 AGREE = 1e-6  # starts reach the best when their objective is within this share of it
+ROUNDS, RESTARTS = 2, 48  # further starts around the best optimum so far
+FARTHEST = 1.5  # how far they go, in logarithms and exponents
 DERIVED = ("N exponent", "N at budget", "D at budget", "D/N at budget", "loss at budget")
 
 
@@ -30,6 +33,7 @@ class Fit:
     reached: int  # starts whose minimum is the best one
     converged: bool
     condition: float  # of the residuals' Jacobian in theta, columns scaled to length 1
+    unseen: tuple[str, ...]  # parameters that no run's prediction depends on
 
     @property
     def value(self) -> float:
@@ -102,11 +106,14 @@ def fit(law: Law, sizes: Sizes, loss: np.ndarray, objective: Objective = DEFAULT
     starts = law.starts(features, log_loss, centre)
     runs = Runs(features, np.ones(len(loss)), centre, np.log(budget))
     found = solve(law, runs, Problem(starts, log_loss, objective.width))
-    best = int(np.argmin(found.value))
-    if not np.isfinite(found.value[best]):
+    if not np.isfinite(found.value.min()):
         raise ValueError(f"{law.name}: no start has a finite objective; are all sizes positive and in one unit?")
+    residual = jax.jit(lambda theta: law.log_loss(theta, features, centre) - log_loss)
+    for seed in range(ROUNDS):
+        again = solve(law, runs, Problem(_around(residual, found, seed), log_loss, objective.width))
+        found = Solution(*(np.concatenate(pair) for pair in zip(found, again, strict=True)))
+    best = int(np.argmin(found.value))
     with jax.enable_x64(True):
-        residual = lambda theta: law.log_loss(theta, features, centre) - log_loss
         theta = jnp.asarray(found.theta[best])
         residuals, jacobian = np.asarray(residual(theta)), np.asarray(jax.jacfwd(residual)(theta))
     rounding = 1e-22 * len(loss) / min(objective.width, 1)
@@ -120,11 +127,28 @@ def fit(law: Law, sizes: Sizes, loss: np.ndarray, objective: Objective = DEFAULT
         log_budget=float(np.log(budget)),
         theta=np.asarray(theta),
         residuals=residuals,
-        starts=len(starts),
+        starts=len(found.value),
         reached=int(np.sum(found.value <= found.value[best] * (1 + AGREE) + rounding)),
         converged=bool(found.converged[best]),
         condition=float(np.linalg.cond(jacobian / length)),
+        unseen=tuple(name for name, x in zip(law.parameters, length, strict=True) if x < 1e-12 * length.max()),
     )
+
+
+def _around(residual: Callable, found: Solution, seed: int) -> np.ndarray:
+    """Starts (RESTARTS, parameters) near the best optimum, as far away as the runs leave it uncertain.
+
+    Huber's loss with a small delta has many local optima, one beside the other.
+    """
+    best = found.theta[np.argmin(found.value)]
+    with jax.enable_x64(True):
+        residuals, jacobian = np.asarray(residual(best)), np.asarray(jax.jacfwd(residual)(best))
+    spread = max(float(np.sqrt(np.mean(residuals**2))), 1e-12)
+    _, singular, directions = np.linalg.svd(np.nan_to_num(jacobian), full_matrices=False)
+    reach = spread / np.maximum(singular, spread / FARTHEST)  # a direction that no run sees would go anywhere
+    rng = np.random.default_rng(seed)
+    drawn = rng.normal(size=(RESTARTS, len(reach))) * rng.choice([0.5, 1.5, 4.0], (RESTARTS, 1))
+    return best + np.clip(drawn * reach, -FARTHEST, FARTHEST) @ directions
 
 
 def _check(law: Law, sizes: dict[str, np.ndarray], loss: np.ndarray) -> None:

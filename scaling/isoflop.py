@@ -13,19 +13,23 @@ from scaling.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 
 ENVELOPE_POINTS = 200  # budgets, evenly spaced in log C, at which the best run is looked for
 LEVEL = 0.95
+NEIGHBOURS = 2  # sizes on each side of a slice's best that its parabola goes through: farther off it is none
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N_opt = coefficient C^exponent, over the budgets of the table, with the exponent's 95% interval."""
+    """N_opt, or the loss there, = coefficient C^exponent, over the table's budgets; the exponent's 95% interval."""
 
     exponent: float
     interval: tuple[float, float]
     log_coefficient: float
     budgets: int
 
+    def at(self, budget: float) -> float:
+        return float(np.exp(self.log_coefficient + self.exponent * np.log(budget)))
+
     def optimum(self, budget: float) -> dict[str, float]:
-        n = float(np.exp(self.log_coefficient + self.exponent * np.log(budget)))
+        n = self.at(budget)
         return {"N": n, "D": budget / (FLOPS_PER_TOKEN_AND_PARAMETER * n)}
 
 
@@ -38,6 +42,7 @@ class Slice:
     log_c: float
     log_n: float  # of the parabola's minimum
     loss: float  # there
+    curvature: float  # loss = loss at the minimum + curvature (log N - log_n)^2
     refused: str | None
 
 
@@ -48,26 +53,39 @@ def slices(n: np.ndarray, c: np.ndarray, loss: np.ndarray, groups: np.ndarray) -
 
 
 def _slice(name: str, n: np.ndarray, c: np.ndarray, loss: np.ndarray) -> Slice:
-    log_n, log_c = np.log(n), float(np.log(c).mean())
-    refuse = lambda why: Slice(name, len(n), log_c, np.nan, np.nan, why)
-    if len(np.unique(n)) < 4:
-        return refuse(f"{len(np.unique(n))} model sizes; a parabola and one degree of freedom need 4")
-    middle = log_n.mean()
-    curve, slope, height = np.polyfit(log_n - middle, loss, 2)
-    best = log_n[np.argmin(loss)]
+    log_c, sizes = float(np.log(c).mean()), np.unique(n)
+    refuse = lambda why: Slice(name, len(n), log_c, np.nan, np.nan, np.nan, why)
+    if len(sizes) < 4:
+        return refuse(f"{len(sizes)} model sizes; a parabola and one degree of freedom need 4")
+    best = int(np.argmin([loss[n == size].mean() for size in sizes]))
+    outside = lambda end: refuse(
+        f"no interior minimum: the loss is least at the {end} model, so the optimum lies outside"
+    )
+    if best in (0, len(sizes) - 1):
+        return outside("smallest" if best == 0 else "largest")
+    near = sizes[max(0, best - NEIGHBOURS) : best + NEIGHBOURS + 1]
+    near = near if len(near) >= 4 else sizes[:4] if best == 1 else sizes[-4:]
+    around = np.isin(n, near)
+    middle = np.log(near).mean()
+    curve, slope, height = np.polyfit(np.log(n[around]) - middle, loss[around], 2)
     if curve <= 0:
         return refuse("the parabola has no minimum")
     vertex = middle - slope / (2 * curve)
-    if not log_n.min() < vertex < log_n.max() or best in (log_n.min(), log_n.max()):
-        end = "smallest" if min(vertex, best) <= log_n.min() else "largest"
-        return refuse(f"no interior minimum: the loss is least at the {end} model, so the optimum lies outside")
-    return Slice(name, len(n), log_c, float(vertex), float(height - slope**2 / (4 * curve)), None)
+    if not np.log(near[0]) < vertex < np.log(near[-1]):
+        return outside("smallest" if vertex <= np.log(near[0]) else "largest")
+    return Slice(name, len(n), log_c, float(vertex), float(height - slope**2 / (4 * curve)), float(curve), None)
 
 
 def parabolas(found: list[Slice]) -> PowerLaw | None:
     """The power law through the minima of the slices that have one; None below 3 budgets."""
     kept = [one for one in found if one.refused is None]
     return _line(np.array([one.log_c for one in kept]), np.array([one.log_n for one in kept]), len(kept))
+
+
+def least_losses(found: list[Slice]) -> PowerLaw | None:
+    """The least loss as a power of C, through the same minima. It has no floor: far beyond the data it is too low."""
+    kept = [one for one in found if one.refused is None]
+    return _line(np.array([one.log_c for one in kept]), np.log([one.loss for one in kept]), len(kept))
 
 
 def envelope(n: np.ndarray, c: np.ndarray, loss: np.ndarray, runs: np.ndarray) -> PowerLaw | None:

@@ -139,7 +139,7 @@ def _muennighoff_natural(theta, centre):
 
 def _muennighoff_starts(features, log_loss, centre):
     rows = _hoffmann_starts(features, log_loss, centre)
-    return np.array([(*row, log_r, log_r) for row in rows for log_r in (1.0, 3.0)])
+    return np.array([(*row, *log_r) for row in rows for log_r in ((1.0, 1.0), (3.0, 3.0), (9.0, 2.0), (2.0, 9.0))])
 
 
 # ---- Gadre et al. 2024 (arXiv 2403.08540), equation 4: M = D / N; theta = log E, log a', log b', eta

@@ -11,8 +11,10 @@ from pathlib import Path
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as metrics.jsonl spells them
 ATTEMPTS = "attempts.jsonl"
-STATES = ("done", "running", "partial", "missing", "diverged", "failed")
+STATES = ("done", "running", "queued", "partial", "missing", "diverged", "failed")
 MISTAKE, FAULT = 2, 3  # exit codes of train.py that another attempt meets again
+IN_USE = "in use by another process"  # what train.py says of a directory that is locked
+STOPPED = (75, 130)  # exit codes of train.py when it was told to stop
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,22 @@ def append(directory: Path, **event) -> None:
         file.write(json.dumps(event) + "\n")
 
 
-def held(directory: Path) -> bool:
-    """Whether a living process trains in this directory: it holds the lock that train.py takes."""
+def held(directory: Path, lock: str = ".lock") -> bool:
+    """Whether a living process holds a lock in this directory: that of train.py, if it is not said which."""
     try:
-        with (directory / ".lock").open("rb") as file:
+        with (directory / lock).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError as error:
         return isinstance(error, BlockingIOError)
     return False
+
+
+def last_line(path: Path) -> str:
+    """What a program said last."""
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1][:300] if lines else ""
 
 
 def fault_of(metrics: list[dict], vocab_size: int) -> str:
@@ -94,4 +102,5 @@ def state_of(directory: Path, steps: int, vocab_size: int) -> State:
         at = f"ended at step {step} of {steps}"
         return State("failed", **far, reason=f"{at} with code {code}: {last.get('said') or 'see output.txt'}")
     reason = last.get("gave_up", "")
-    return State("partial" if metrics or attempts else "missing", **far, reason=reason)
+    begun = metrics or any("queued" not in event for event in attempts)  # to be submitted is not to begin
+    return State("partial" if begun else "missing", **far, reason=reason)

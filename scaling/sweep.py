@@ -4,13 +4,11 @@ A run counts once: its directory is named by a digest of its config and of the c
 the newest checkpoint. Nothing about progress is kept in memory only.
 """
 
-import ast
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -21,14 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scaling.design import Measured, Run, SweepConfig
-from scaling.rundirs import ATTEMPTS, MISTAKE, State, append, held, read_lines, state_of
+from scaling.provenance import commit, cores, machine
+from scaling.rundirs import ATTEMPTS, IN_USE, MISTAKE, STOPPED, State, append, held, last_line, read_lines, state_of
 
-# What decides a run's numbers; comments, docstrings and layout of the code do not.
-SOURCES = ("train.py", "config.py", "model", "parallel", "data", "training", "checkpoint")
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-STOPPED = (75, 130)  # exit codes of train.py when it was told to stop
 LOST_ATTEMPTS = 5  # in a row without a new step, after which a run is left to the next call
-IN_USE = "in use by another process"  # what train.py says of a directory that is locked
 PROBES = "measured"  # group of runs that only measure the machine's speed
 GRACE_S = 120.0  # for runs to save, once they were told to stop
 POLL_S = 0.2
@@ -50,18 +44,10 @@ class Planned:
     def state(self) -> State:
         return state_of(self.directory, self.run.steps, self.run.model.vocab_size)
 
-
-def code_digest(root: Path) -> str:
-    """SHA-256, cut to 12 digits, of the syntax trees of SOURCES: what is no code does not count."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        for path in sorted([root / name] if name.endswith(".py") else (root / name).rglob("*.py")):
-            tree = ast.parse(path.read_text())
-            for node in ast.walk(tree):
-                if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-                    del node.body[0]
-            digest.update(f"{path.relative_to(root)} {ast.dump(tree)}".encode())
-    return digest.hexdigest()[:12]
+    def facts(self) -> dict:
+        """What each of its attempts records."""
+        keys = {"config": self.config_digest, "code_digest": self.code, "group": self.run.group}
+        return keys | {"steps": self.run.steps, "label": self.run.label, "command": self.command()}
 
 
 def config_digest(identity: dict, steps: int, eval_batches: int) -> str:
@@ -96,31 +82,6 @@ def multirun(planned: list[Planned]) -> list[str]:
         names = (f"wandb.name={first.label}-s${{seed}}", f"run.dir={stem}-s${{seed}}")
         lines.append(shlex.join(["python", "train.py", "-m", *overrides, seeds, *names]))
     return lines
-
-
-def machine() -> str:
-    """This machine in words: its processor and how many cores this process may use."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {len(cores())} cores"
-
-
-def cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def commit(root: Path) -> str:
-    """The commit of the checkout, with + where files differ from it; "unknown" without git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -225,9 +186,7 @@ class Pool:
         slot = next(n for n in range(self.jobs) if n not in [process.slot for process in self.running])
         mine = cores()[slot * self.cores_each :][: self.cores_each]
         pin = hasattr(os, "sched_setaffinity") and len(mine) == self.cores_each < len(cores())
-        keys = {"config": one.config_digest, "code_digest": one.code, "group": one.run.group, "label": one.run.label}
-        began = {"began": time.time(), "steps": one.run.steps}
-        append(one.directory, **began, **self.facts, **keys, command=one.command())
+        append(one.directory, began=time.time(), **self.facts, **one.facts())
         with (one.directory / "output.txt").open("ab") as output:
             popen = subprocess.Popen(
                 [sys.executable, *one.command()[1:]],
@@ -261,12 +220,6 @@ class Pool:
             self._note(process)
             if again:
                 self.waiting.insert(0, one)
-
-
-def last_line(path: Path) -> str:
-    """What a program said last."""
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1][:300] if lines else ""
 
 
 def set_aside(directory: Path) -> None:

@@ -12,7 +12,7 @@ from scaling.design import Run, SweepConfig
 from scaling.rundirs import State
 from scaling.sweep import Planned, summary
 
-COLOURS = {"diverged": "red", "failed": "red", "running": "green", "done": "dim"}
+COLOURS = {"diverged": "red", "failed": "red", "running": "green", "queued": "cyan", "done": "dim"}
 SHOWN = 24  # rows of a live table; a terminal has no more
 
 
@@ -54,7 +54,7 @@ def progress(
     )
     words += "" if left is None else f"; about {duration(left)} left"
     grid = Grid("run", "state", "step", "of", "loss", "took", "why")
-    order = ("running", "failed", "diverged", "partial", "missing", "done")
+    order = ("running", "failed", "diverged", "queued", "partial", "missing", "done")
     ranked = sorted(zip(planned, states, strict=True), key=lambda pair: order.index(pair[1].name))
     for one, state in ranked[:limit]:
         loss = "" if state.loss is None else f"{state.loss:.4f}"
@@ -67,15 +67,25 @@ def progress(
 
 def remaining(times: list[float | None], states: list[State]) -> float | None:
     """Seconds that the unfinished runs are expected to take; None where nothing was measured."""
-    left = [(t, s.seconds) for t, s in zip(times, states, strict=True) if s.name in ("running", "partial", "missing")]
+    unfinished = ("running", "queued", "partial", "missing")
+    left = [(t, s.seconds) for t, s in zip(times, states, strict=True) if s.name in unfinished]
     return None if any(t is None for t, _ in left) else sum(max(0.0, t - spent) for t, spent in left)
 
 
 class Progress:
     """A live table on a terminal; on a pipe, one line for each change of a run's state."""
 
-    def __init__(self, sweep: SweepConfig, planned: list[Planned], expected: Callable, jobs: int, console: Console):
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        planned: list[Planned],
+        expected: Callable,
+        jobs: int,
+        console: Console,
+        states: Callable[[], list[State]] | None = None,  # None: as the files say
+    ):
         self.sweep, self.planned, self.expected, self.jobs, self.console = sweep, planned, expected, jobs, console
+        self.states = states or (lambda: [one.state() for one in planned])
         self.live = Live(console=console, auto_refresh=False)
         self.due, self.known = 0.0, {}
 
@@ -94,7 +104,7 @@ class Progress:
         """Reads all states anew, at most once in a few seconds: a sweep has many files."""
         if time.monotonic() < self.due:
             return
-        began, states = time.monotonic(), [one.state() for one in self.planned]
+        began, states = time.monotonic(), self.states()
         if self.console.is_terminal:
             left = remaining(self.expected(), states)
             left = None if left is None else left / self.jobs

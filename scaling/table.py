@@ -6,10 +6,10 @@ Nothing is dropped silently: a row is either in `columns` or in `refused`, with 
 
 import csv
 import hashlib
-import io
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from scaling.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 
 LABELS = ("run", "group")  # columns that need not be numbers
 MAY_BE_ZERO = ("S2",)
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a file in it begins
 UNITS = 3.0  # C over 6 N D beyond this factor is no other way to count FLOPs, but another unit
 
 
@@ -55,6 +56,12 @@ class Table:
         ordered = tuple(sorted((*self.refused, *refused), key=lambda row: row.line))
         return replace(self, columns=columns, lines=self.lines[keep], refused=ordered)
 
+    def ordered(self) -> "Table":
+        """The same rows in an order that does not depend on the file's, so that its order changes no digit."""
+        order = np.lexsort([self.columns[name] for name in sorted(self.columns)])
+        columns = {name: values[order] for name, values in self.columns.items()}
+        return replace(self, columns=columns, lines=self.lines[order])
+
 
 def read_table(path: str | Path, names: dict[str, str]) -> Table:
     """Reads the columns `names` maps letters to. Raises ValueError for a file or column that is not there.
@@ -63,18 +70,11 @@ def read_table(path: str | Path, names: dict[str, str]) -> Table:
     then rows whose C, or whose N D among runs of one group, shows another unit. D follows from C and N where only
     those are given.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    content = path.read_bytes()
-    text = content.decode("utf-8-sig", errors="replace")
-    rows, refused = (_json_rows if text.lstrip()[:1] in ("{", "[") else _csv_rows)(text)
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
+    text, rows, refused = read_rows(path, set(names.values()))
     there = list(dict.fromkeys(name for _, row in rows for name in row))
     for letter, name in names.items():
         if name not in there:
-            raise ValueError(f"{path} has no column {name} (for {letter}); there are: {', '.join(there)}")
+            raise ValueError(f"{path} has no column {name} (for {letter}); there are: {', '.join(there)[:500]}")
     kept, seen = [], {}
     for line, row in rows:
         values, reason = _values(row, names)
@@ -88,36 +88,75 @@ def read_table(path: str | Path, names: dict[str, str]) -> Table:
         else:
             refused.append(Refused(line, reason))
     if not kept:
-        raise ValueError(f"{path}: every row is refused; line {refused[0].line}: {refused[0].reason}")
+        raise ValueError(f"{path}: every row is refused; {refused[0]}")
     columns = {letter: np.array([values[letter] for _, values in kept]) for letter in names}
     ordered = tuple(sorted(refused, key=lambda row: row.line))
     lines = np.array([line for line, _ in kept])
-    table = Table(str(path), hashlib.sha256(content).hexdigest(), columns, lines, ordered, _notes(text))
+    table = Table(str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest(), columns, lines, ordered, _notes(text))
     return _with_compute(_in_one_unit(table))
 
 
-def _csv_rows(text: str) -> tuple[list[tuple[int, dict]], list[Refused]]:
-    lines = text.splitlines()
-    if not lines:
+def read_rows(path: str | Path, wanted: Iterable[str] = ()) -> tuple[str, list[tuple[int, dict]], list[Refused]]:
+    """A table's text, its rows as they stand there, with their lines, and lines that are no rows.
+
+    Raises ValueError where there is no file or no row, and for a `wanted` column that stands there twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    content = path.read_bytes()
+    text = content.decode("utf-16" if content[:2] in UTF16 else "utf-8-sig", errors="replace")
+    if "\0" in text[:1000] or text.count("\ufffd") > len(text) // 10:
+        raise ValueError(f"{path} is not text: a table is CSV, JSON lines or a JSON list")
+    json_like = text.lstrip()[:1] in ("{", "[")
+    rows, refused = _json_rows(text) if json_like else _csv_rows(text, set(wanted))
+    if not rows:
+        raise ValueError(f"{path} holds no rows" + (f": every line is refused; {refused[0]}" if refused else ""))
+    return text, rows, refused
+
+
+def _csv_rows(text: str, wanted: set[str]) -> tuple[list[tuple[int, dict]], list[Refused]]:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    first = next((line for line in lines if line.strip()), None)
+    if first is None:
         return [], []
-    dialect = max(",\t;", key=lines[0].count)
-    reader = csv.reader(io.StringIO(text), delimiter=dialect)
-    header = [name.strip() for name in next(reader)]
-    twice = [name for name, count in Counter(header).items() if count > 1]
+    records = _records(lines, delimiter=max(",\t;", key=first.count))
+    header = [name.strip() for name in records[0][1]]
+    twice = [name for name, count in Counter(header).items() if count > 1 and name in wanted]
     if twice:
         raise ValueError(f"column {twice[0]} stands {header.count(twice[0])} times in the first line")
     rows, refused = [], []
-    for fields in reader:
-        if not any(field.strip() for field in fields):
-            continue
+    for line, fields in records[1:]:
         if len(fields) != len(header):
             cut = "cut short? " if len(fields) < len(header) else ""
-            refused.append(Refused(reader.line_num, f"{cut}{len(fields)} fields of {len(header)}"))
+            refused.append(Refused(line, f"{cut}{len(fields)} fields of {len(header)}"))
         else:
-            rows.append((reader.line_num, dict(zip(header, (field.strip() for field in fields), strict=True))))
-    if rows and not text.endswith("\n") and rows[-1][0] == len(lines) and _shortest(rows):
+            rows.append((line, dict(zip(header, (field.strip() for field in fields), strict=True))))
+    if rows and not text.endswith(("\n", "\r")) and rows[-1][0] == len(lines) and _shortest(rows):
         refused.append(Refused(rows.pop()[0], "cut short? no line end, and its last value is shorter than any other"))
     return rows, refused
+
+
+def _records(lines: list[str], delimiter: str) -> list[tuple[int, list[str]]]:
+    """Fields that are not all empty, by the line they end on.
+
+    Quoted text may hold line ends. A quote that nobody closed takes its own line only: read on, it would swallow the
+    rows below.
+    """
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter)
+    records, before, swallowed = [], 0, False
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                records.append((reader.line_num, fields))
+                swallowed |= reader.line_num > before + 1 and len(fields) != len(records[0][1])
+            before = reader.line_num
+        if swallowed:
+            apart = [next(csv.reader([one], delimiter=delimiter), []) for one in lines]
+            return [(line, one) for line, one in enumerate(apart, start=1) if any(field.strip() for field in one)]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} does not parse as CSV: {error}") from None
+    return records
 
 
 def _shortest(rows: list[tuple[int, dict]]) -> bool:
@@ -130,7 +169,7 @@ def _json_rows(text: str) -> tuple[list[tuple[int, dict]], list[Refused]]:
     if text.lstrip().startswith("["):
         try:
             rows = list(enumerate(json.loads(text), start=1))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"a JSON list that does not parse, cut short? {error}") from None
         return [row for row in rows if isinstance(row[1], dict)], [
             Refused(line, "not an object") for line, row in rows if not isinstance(row, dict)
@@ -144,7 +183,7 @@ def _json_rows(text: str) -> tuple[list[tuple[int, dict]], list[Refused]]:
             if not isinstance(row, dict):
                 raise ValueError
             rows.append((line, row))
-        except ValueError:
+        except (ValueError, RecursionError):
             refused.append(Refused(line, "cut short? not a JSON object"))
     return rows, refused
 
@@ -158,9 +197,9 @@ def _values(row: dict, names: dict[str, str]) -> tuple[dict, str | None]:
             values[letter] = "" if raw is None else str(raw)
             continue
         try:
-            value = float(raw)
-        except (TypeError, ValueError):
-            return values, f"{name} is {'missing' if raw in (None, '') else repr(raw) + ', not a number'}"
+            value = float("true" if isinstance(raw, bool) else raw)
+        except (TypeError, ValueError, OverflowError):
+            return values, f"{name} is missing" if raw in (None, "") else f"{name} is {raw!r:.40}, not a number"
         if not math.isfinite(value):
             return values, f"{name} is {value}: a diverged run?" if letter == "loss" else f"{name} is {value}"
         if value < 0 or (value == 0 and letter not in MAY_BE_ZERO):
@@ -170,7 +209,7 @@ def _values(row: dict, names: dict[str, str]) -> tuple[dict, str | None]:
 
 
 def _notes(text: str) -> tuple[str, ...]:
-    whole = text.endswith("\n") or text.rstrip().endswith("]")  # a JSON list that parses is whole
+    whole = text.endswith(("\n", "\r")) or text.rstrip().endswith("]")  # a JSON list that parses is whole
     return () if whole else ("the file does not end with a line end: was it cut short?",)
 
 

@@ -14,11 +14,13 @@ efficient robust fit, widened for the parameters that the fit has spent, smoothe
 
 from dataclasses import dataclass, replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
 from scaling.fit import Fit
-from scaling.solver import Problem, solve
+from scaling.solver import Problem, quantities, solve
 
 LEVELS = (0.95, 0.8)
 CALIBRATION = 1000  # draws that thresholds are measured on: their own error is then 0.7% of coverage
@@ -36,6 +38,7 @@ class Uncertainty:
     """Intervals of a fit, in the order of `fit.names`. An open end is 0 or inf where the quantity is positive."""
 
     draws: np.ndarray  # [draws, quantities], logs of the positive ones, from refits
+    thetas: np.ndarray  # [draws, parameters], of the same refits
     intervals: dict[float, np.ndarray]  # level -> [quantities, 2]
     thresholds: dict[float, np.ndarray]  # level -> [quantities], of F
     failed: int  # draws whose fit did not converge
@@ -72,14 +75,14 @@ def bootstrap(fit: Fit, draws: int, seed: int = 0) -> Uncertainty:
     drawn = (picked + SMOOTHING * size * rng.standard_normal(picked.shape)) / np.sqrt(1 + SMOOTHING**2)
     log_losses = fit.log_loss + fit.residuals + drawn
     free = solve(fit.law, fit.runs, Problem(fit.theta, log_losses, fit.objective.width))
-    spread = np.maximum(1.4826 * np.nanmedian(np.abs(free.scores - fit.scores), axis=0), 1e-15)
+    spread = _spread(free.scores, fit.scores)
     held = min(draws, CALIBRATION)
     statistic = _held_statistic(fit, log_losses[:held], free.value[:held], free.scores[:held], spread)
     squares = {level: stdtrit(fit.degrees_of_freedom, (1 + level) / 2) ** 2 for level in LEVELS}
     least = squares if fit.objective.kind == "mse" else dict.fromkeys(LEVELS, 0.0)
     thresholds = {level: _thresholds(statistic, level, least[level]) for level in LEVELS}
     intervals = profile_intervals(fit, spread, thresholds)
-    return Uncertainty(free.scores, intervals, thresholds, int(np.sum(~free.converged)), size)
+    return Uncertainty(free.scores, free.theta, intervals, thresholds, int(np.sum(~free.converged)), size)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,27 @@ def profile_intervals(fit: Fit, spread: np.ndarray, thresholds: dict[float, np.n
     ends = np.where(np.isfinite(far), scores + signs * crossing(), signs * np.inf).reshape(levels, count, 2)
     ends = np.where(fit.logged[:, None], np.exp(np.where(fit.logged[:, None], ends, 0)), ends)
     return dict(zip(thresholds, ends, strict=True))
+
+
+def intervals_at(fit: Fit, certain: Uncertainty, budget: float) -> dict[float, np.ndarray]:
+    """Level -> [quantities, 2]: the intervals for another budget, in FLOPs, than the bootstrap was made for.
+
+    Profiles of their own; the thresholds stay, as F does not depend on units and hardly on the budget.
+    """
+    other = replace(fit, log_budget=float(np.log(budget)))
+    return profile_intervals(other, _spread(_scores(other, certain.thetas), other.scores), certain.thresholds)
+
+
+def _scores(fit: Fit, thetas: np.ndarray) -> np.ndarray:
+    """[thetas, quantities] at the fit's budget."""
+    with jax.enable_x64(True):
+        one = lambda theta: quantities(fit.law, theta, fit.centre, jnp.float64(fit.log_budget))
+        return np.asarray(jax.vmap(one)(jnp.asarray(thetas)))
+
+
+def _spread(scores: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Robust standard deviation of each quantity over draws."""
+    return np.maximum(1.4826 * np.nanmedian(np.abs(scores - fitted), axis=0), 1e-15)
 
 
 def _least(fit: Fit) -> float:

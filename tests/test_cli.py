@@ -143,3 +143,21 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
     assert train.going_on(config.load([]), 75) == {
         "go on": "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=5"
     }
+
+
+def test_an_experiment_is_a_sweep(monkeypatch, capsys):
+    became = []
+    monkeypatch.setattr(config, "_become", lambda *words: became.append(list(words)) or sys.exit(0))
+    sweep = "experiments/isoflop_cpu/sweep.yaml"
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
+    for words in ([], slurm):
+        with pytest.raises(SystemExit):
+            config.command_line(["-m", "experiment=isoflop_cpu", *words])
+    assert became == [["run", sweep], ["run", sweep, "--launcher", "submitit_slurm", "hydra.launcher.partition=gpu"]]
+    for words, told in (
+        (["experiment=nowhere"], "there is no experiments/nowhere/sweep.yaml; experiments with a sweep: isoflop_cpu,"),
+        (["experiment=isoflop_cpu", "seed=1"], "is a whole sweep: seed=1 belongs into the overrides"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            config.command_line(["-m", *words])
+        assert (ended.value.code, told in capsys.readouterr().err) == (2, True)

@@ -101,7 +101,10 @@ class Reporter:
         loss, norm, size = (metrics[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
         healthy, every = all(map(math.isfinite, (loss, norm, size))), self.config.log_every
         if not healthy:
-            then = "the update was skipped" if self.config.nonfinite == "skip" else "stopping before it"
+            skips, applied = self.config.nonfinite == "skip", math.isfinite(loss) and math.isfinite(norm)
+            then = "the update was skipped" if skips else "stopping before it"
+            if applied:  # the step decides before it updates
+                then = "entries that would overflow stay as they were" + ("" if skips else "; stopping after it")
             values = f"loss {loss}, gradient norm {norm}, parameter norm after it {size}"
             log.warning("step %d is not finite: %s; %s", step, values, then)
         elif metrics["train/loss_spike"] > SPIKE:

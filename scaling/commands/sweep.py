@@ -10,7 +10,10 @@ from config import Config, build, finish, identity, load
 from scaling.collect import collect, find, write
 from scaling.console import wide_console
 from scaling.design import Run, SweepConfig, design, expected_seconds, load_sweep
-from scaling.sweep import Planned, code_digest, measured, multirun, place, probes, run_missing, share
+from scaling.launched import Queue, run_launched
+from scaling.launchers import PACKAGES, PREFIX
+from scaling.provenance import code_digest
+from scaling.sweep import Planned, measured, multirun, place, probes, run_missing, share
 from scaling.sweep_view import Progress, bill, plan_table, progress, remaining
 
 FAILED, INTERRUPTED = 3, 130
@@ -35,6 +38,9 @@ def add_run(options: argparse.ArgumentParser) -> None:
         "--below", type=float, metavar="FLOPS", help="only runs of fewer: predict the rest before it runs"
     )
     options.add_argument("--retry", action="store_true", help="also failed ones, and the diverged from their start")
+    options.add_argument("--launcher", help=f"one of Hydra's in place of this process: {', '.join(PACKAGES)}")
+    options.add_argument("settings", nargs="*", metavar=f"{PREFIX}KEY=VALUE", help="for the launcher")
+    options.add_argument("--resubmit", action="store_true", help="also what SLURM may have, if it cannot be asked")
 
 
 def add_status(options: argparse.ArgumentParser) -> None:
@@ -101,15 +107,27 @@ def show_plan(options: argparse.Namespace) -> int:
 
 def run_sweep(options: argparse.Namespace) -> int:
     """Runs what is missing. Returns FAILED if some runs are not there in the end, INTERRUPTED after Ctrl-C."""
+    if options.launcher is None and (options.settings or options.resubmit):
+        raise ValueError(f"{' '.join(options.settings) or '--resubmit'} is for --launcher {'|'.join(PACKAGES)}")
     sweep, planned = planned_runs(options.sweep)
     if options.below is not None:
         planned = [one for one in planned if one.run.flops < options.below]
         if not planned:
             raise ValueError(f"--below {options.below:g}: no run of {sweep.name} has fewer FLOPs")
-    with Progress(sweep, planned, lambda: expected(sweep, planned, options.jobs), options.jobs, wide_console()) as view:
-        root = RUNS / sweep.name
-        if not run_missing(planned, root, CHECKOUT, view.show, jobs=options.jobs, retry=options.retry):
-            print("interrupted: all runs have saved; the same command goes on", file=sys.stderr)
+    queue, root = Queue(planned), RUNS / sweep.name
+    if options.launcher is None and (theirs := sum(state.name == "queued" for state in queue.states())):
+        raise ValueError(f"a launcher has {theirs} of the runs already; wait for them with --launcher, or end its jobs")
+    times = lambda: expected(sweep, planned, options.jobs)
+    with Progress(sweep, planned, times, options.jobs, wide_console(), queue.states) as view:
+        if options.launcher is None:
+            whole = run_missing(planned, root, CHECKOUT, view.show, jobs=options.jobs, retry=options.retry)
+        else:
+            settings, again = launcher_settings(options), {"retry": options.retry, "resubmit": options.resubmit}
+            whole = run_launched(planned, root, CHECKOUT, queue, view.show, options.launcher, settings, **again)
+        if not whole:
+            theirs = sum(state.name == "queued" or "SLURM" in state.reason for state in queue.ask())
+            told = f"{theirs} runs are SLURM's and go on" if theirs else "all runs have saved"
+            print(f"interrupted: {told}; the same command goes on", file=sys.stderr)
             return INTERRUPTED
     left = [one.directory.name for one in planned if one.state().name not in ("done", "diverged")]
     if left:
@@ -119,9 +137,19 @@ def run_sweep(options: argparse.Namespace) -> int:
     return FAILED if left else 0
 
 
+def launcher_settings(options: argparse.Namespace) -> list[str]:
+    """The settings as given; --jobs is what joblib calls n_jobs."""
+    jobs = f"{PREFIX}n_jobs"
+    given = any(setting.startswith(f"{jobs}=") for setting in options.settings)
+    return [*options.settings, *([f"{jobs}={options.jobs}"] if options.launcher == "joblib" and not given else [])]
+
+
 def show_status(options: argparse.Namespace) -> None:
     sweep, planned = planned_runs(options.sweep)
-    states = [one.state() for one in planned]
+    queue = Queue(planned)
+    states = queue.states()
+    if queue.unknown:
+        print(f"which runs are queued is not known: {queue.unknown}", file=sys.stderr)
     left = remaining(expected(sweep, planned, options.jobs), states)
     left = None if left is None else left / options.jobs
     wide_console().print(progress(sweep, planned, states, left, limit=len(planned)))

@@ -227,8 +227,7 @@ def test_memory_that_a_step_frees_is_used_again():
     )
     pages, *faults = map(int, done.stdout.split())
     assert pages > 4000, done.stderr
-    assert sorted(faults)[len(faults) // 2] < pages / 10, faults
-    assert max(faults[-4:]) < pages / 10, faults
+    assert sum(count > pages / 10 for count in faults) <= runtime.LOST_BLOCKS, faults
 
 
 def test_start_refuses_an_absent_platform(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import time
 from dataclasses import asdict
 
 import pytest
@@ -203,6 +204,9 @@ def test_wandb_offline_directories(plan, tmp_path):
         run.log(row, step=row["step"])
     run.finish()
     (directory,) = tmp_path.glob("wandb/offline-run-*")
+    deadline = time.monotonic() + 20  # W&B's own process may still be writing
+    while read_offline(directory)[3] and time.monotonic() < deadline:
+        time.sleep(0.05)
     (row,) = collect(find([directory]), identity)
     assert row["loss"] == pytest.approx(3.0)
     assert (row["run"], row["config_digest"], row["seed"]) == ("abc", one.config_digest, 0)

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling.isoflop import envelope, parabolas, slices
+from scaling.analysis import FitRequest, analyse
+from scaling.isoflop import envelope, least_losses, parabolas, slices
 from scaling.laws import HOFFMANN, predict
+from scaling.table import read_table
 
 ROOT = Path(__file__).parents[2]
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
@@ -105,6 +107,25 @@ def test_envelope_of_training_curves():
     assert law.interval[0] < EXPONENT < law.interval[1]
 
 
+def test_order_of_rows_and_kept_rows(tmp_path):
+    """Another order gives the same digits, draws included; a run that looks diverged is fitted only if asked."""
+    path = isoflop_table(tmp_path / "runs.csv")
+    header, *lines = path.read_text().splitlines()
+    fields = lines[10].split(",")
+    lines[10] = ",".join([*fields[:3], repr(float(fields[3]) * 1.8)])
+    found = []
+    for order in (lines, lines[::-1]):
+        path.write_text("\n".join([header, *order]) + "\n")
+        table = read_table(path, {"N": "N", "D": "tokens", "loss": "nats"})
+        found.append(analyse(table, FitRequest(HOFFMANN, draws=100))["fit"])
+    assert found[0] == found[1]
+    kept = analyse(table, FitRequest(HOFFMANN, draws=0, keep_all=True))
+    assert [len(table), kept["table"]["used"], len(found[0]["quantities"])] == [30, 30, 10]
+    assert kept["outliers"][0]["line"] == 21  # line 12 before the reversal
+    refused = analyse(table, FitRequest(HOFFMANN, draws=0))["refused"]
+    assert [(row["line"], "diverged" in row["reason"]) for row in refused] == [(21, True)]
+
+
 def test_slices_are_refused_with_reasons():
     n = np.array([1e7, 2e7, 4e7, 8e7] * 2)
     groups, c = np.repeat(["falls", "three"], 4), np.full(8, 1e18)
@@ -114,3 +135,38 @@ def test_slices_are_refused_with_reasons():
     assert "largest model" in found["falls"]
     assert "3 model sizes" in found["three"]
     assert parabolas(slices(n, c, loss, groups)) is None
+
+
+def test_parabolas_go_through_the_sizes_around_the_best():
+    """Sizes far too large for a budget are on no parabola: they change nothing."""
+    budgets, made = (1e18, 1e19, 1e20), {}
+    for factors in ((0.3, 0.6, 1.1, 2, 4), (0.3, 0.6, 1.1, 2, 4, 30, 300)):
+        rows = []
+        for c in budgets:
+            best = (0.3478 * 482.01 / (0.3658 * 2085.43) * (c / 6) ** 0.3658) ** (1 / (0.3478 + 0.3658))
+            rows += [(best * factor, c, str(c)) for factor in factors]
+        n, c, groups = map(np.array, zip(*rows, strict=True))
+        made[len(factors)] = slices(n, c, predict(HOFFMANN, TRUTH, {"N": n, "D": c / 6 / n}), groups)
+    near, wide = ([(one.log_n, one.loss, one.curvature) for one in made[count]] for count in (5, 7))
+    assert near == wide
+    assert parabolas(made[7]).exponent == pytest.approx(EXPONENT, abs=0.01)
+    floorless = slices(n, c, predict(HOFFMANN, TRUTH | {"E": 1e-9}, {"N": n, "D": c / 6 / n}), groups)
+    assert least_losses(floorless).exponent == pytest.approx(-0.3478 * EXPONENT, rel=1e-3)
+    assert least_losses(floorless).at(1e19) == pytest.approx(floorless[1].loss, rel=1e-3)
+
+
+def test_hardly_trained_runs_can_be_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    n, ratio = (np.exp(rng.uniform(*np.log(ends), 40)) for ends in ((1e7, 1e9), (6, 100)))
+    ratio[::4] = 2
+    loss = predict(HOFFMANN, TRUTH, {"N": n, "D": ratio * n}) * np.exp(0.002 * rng.standard_normal(40))
+    loss[::4] *= 1.1
+    table = tmp_path / "runs.csv"
+    table.write_text("N,D,loss\n" + "".join(f"{a},{a * r},{y}\n" for a, r, y in zip(n, ratio, loss, strict=True)))
+    read = read_table(table, {"N": "N", "D": "D", "loss": "loss"})
+    found = analyse(read, FitRequest(HOFFMANN, draws=0, min_ratio=5))
+    assert [row["reason"] for row in found["refused"]] == ["D / N = 2 is below --min-ratio 5"] * 10
+    alone = analyse(read.without(dict.fromkeys(range(0, 40, 4), "")), FitRequest(HOFFMANN, draws=0))
+    assert found["fit"] == alone["fit"]
+    with pytest.raises(ValueError, match="leaves no run: D / N is 2 to"):
+        analyse(read, FitRequest(HOFFMANN, draws=0, min_ratio=1e3))

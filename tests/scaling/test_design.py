@@ -59,7 +59,7 @@ def test_the_example_says_what_it_runs():
     for budget in {run.group for run in runs}:
         assert len({run.model.width for run in runs if run.group == budget}) >= 6
     assert min(run.parameters for run in runs) < 4e4
-    assert max(run.parameters for run in runs) > 4e6
+    assert max(run.parameters for run in runs) > 3e6
     assert [max(r.seed for r in runs if r.group == g) for g in dict.fromkeys(r.group for r in runs)][:3] == [2, 2, 0]
     for run in (runs[0], runs[-1]):  # what the command line gives is the model of the plan
         config = load(list(run.overrides))

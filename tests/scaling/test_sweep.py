@@ -13,8 +13,9 @@ import pytest
 
 from model.config import ModelConfig
 from scaling.design import SweepConfig, design
+from scaling.provenance import code_digest
 from scaling.rundirs import ATTEMPTS, held, read_lines, state_of
-from scaling.sweep import code_digest, measured, multirun, place, probes, run_missing
+from scaling.sweep import measured, multirun, place, probes, run_missing
 
 ROOT = Path(__file__).parents[2]
 # As train.py behaves towards the outside: takes the lock, goes on from its last save, writes metrics, has its codes.

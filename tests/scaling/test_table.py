@@ -82,6 +82,42 @@ def test_d_follows_from_compute(tmp_path):
     assert table.columns["D"] == pytest.approx([row["tokens"] for row in data])
 
 
+def test_the_same_rows_however_they_are_written(tmp_path):
+    """Line ends, encodings, the order of rows and columns that nobody asked for change no number, and no order."""
+    plain = write(tmp_path / "runs.csv", rows()).read_text()
+    lines = plain.splitlines()
+    spare = ["x,x," + lines[0], *("1,2," + line for line in lines[1:])]
+    expected = read_table(tmp_path / "runs.csv", NAMES).ordered()
+    forms = {
+        "carriage returns": plain.replace("\n", "\r").encode(),
+        "utf-16": plain.encode("utf-16"),
+        "blank first line": ("\n" + plain).encode(),
+        "reversed": "\n".join([lines[0], *reversed(lines[1:]), ""]).encode(),
+        "spare columns": ("\n".join(spare) + "\n").encode(),
+    }
+    for form, content in forms.items():
+        (tmp_path / "other.csv").write_bytes(content)
+        table = read_table(tmp_path / "other.csv", NAMES).ordered()
+        assert (*table.refused, *table.notes) == (), form
+        assert all(np.array_equal(table.columns[letter], expected.columns[letter]) for letter in NAMES), form
+
+
+def test_an_open_quote_takes_its_own_line_only(tmp_path):
+    lines = write(tmp_path / "runs.csv", rows()).read_text().splitlines()
+    lines.insert(5, '"1e8,1e9,3')  # line 6
+    (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
+    table = read_table(tmp_path / "runs.csv", NAMES)
+    assert len(table) == 24
+    assert [row.line for row in table.refused] == [6]
+
+
+def test_json_values_that_are_no_numbers(tmp_path):
+    odd = [True, [1], 10**400, None]
+    data = rows() + [{"params": value, "tokens": 1e10, "final_loss": 3.0} for value in odd]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    assert [row.line for row in read_table(tmp_path / "runs.jsonl", NAMES).refused] == [25, 26, 27, 28]
+
+
 def test_a_value_cut_in_the_middle(tmp_path):
     path = write(tmp_path / "runs.csv", rows(), end="")
     whole = path.read_text()
@@ -97,6 +133,10 @@ def test_a_value_cut_in_the_middle(tmp_path):
         ("params,tokens\n1,2\n", "has no column final_loss .for loss.; there are: params, tokens"),
         ("params,tokens,final_loss\n1,2,nan\n", "every row is refused; line 2: final_loss is nan"),
         ("params,params,final_loss\n1,2,3\n", "column params stands 2 times"),
+        ("params,tokens,final_loss\n1,2,3,\n", "every line is refused; line 2: 4 fields of 3"),
+        ("params,tokens,final_loss\n1,2," + "3" * 200_000, "line 2 does not parse as CSV"),
+        ("\0\1\2\r", "is not text"),
+        ("[" * 100_000, "does not parse, cut short"),
     ],
 )
 def test_mistakes_are_told(tmp_path, text, message):
