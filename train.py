@@ -6,10 +6,15 @@ One loop, in the order in which things happen: mesh, run directory, data, model,
 import sys
 import time
 
+from parallel import heap
+
+if __name__ == "__main__":
+    heap.start_undivided()
+    BEGAN = time.perf_counter()  # the slow imports count
+
 from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, to_yaml
 
 if __name__ == "__main__":
-    BEGAN = time.perf_counter()  # the slow imports count
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
 import contextlib
@@ -31,7 +36,7 @@ from data.shards import prepare
 from inference.generate import continuations
 from parallel.agreement import agreed
 from parallel.mesh import make_mesh, slow_network_warning
-from parallel.runtime import StopSignal, exit_now, make_room, start, transfer_guard
+from parallel.runtime import StopSignal, exit_now, start, transfer_guard
 from parallel.sharding import local_rows, put_batch, replicated
 from training.console import Console, human
 from training.flops import count_flops
@@ -67,10 +72,7 @@ def main(jobs: list[Config], began: float | None = None) -> int:
 
 def train(config: Config, began: float) -> int:
     """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
-    # ------------------------------------------------------------------------------------------------------------ mesh
     mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
-
-    # --------------------------------------------------------------------------------------------------- run directory
     run = RunDirectory(Path(config.run.dir))
     with run.held() if primary else contextlib.nullcontext():
         return train_in(run, config, mesh, began)
@@ -167,7 +169,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # -------------------------------------------------------------------------------------------------------- loop
         code, number, saved = DONE, first, first
-        make_room(memory.temp_size_in_bytes)
+        heap.make_room(memory.temp_size_in_bytes * jax.local_device_count())
         meter.start(first, first * t.batch_size * t.seq_len)
         try:
             for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
@@ -278,8 +280,7 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
 
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
-    several = jax.process_count() > 1
-    launcher = f"-m parallel.launch --processes {jax.process_count()}".split() if several else []
+    launcher = f"-m parallel.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
     command = ["python", *launcher, "train.py", *sys.argv[1:]]
     if code != DONE:
         return {"go on": shlex.join(command)}

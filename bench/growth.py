@@ -60,9 +60,10 @@ def measure(point: Point) -> dict:
 
     import config
     from model.config import parameter_count
+    from parallel import heap
     from parallel.config import RuntimeConfig
     from parallel.mesh import make_mesh
-    from parallel.runtime import make_room, start
+    from parallel.runtime import start
     from parallel.sharding import put_batch
     from training.job import make_job
     from training.parity import random_batch
@@ -77,7 +78,7 @@ def measure(point: Point) -> dict:
         step = job.compile(job.step, batch)
         compile_s, memory = time.perf_counter() - began, step.memory_analysis()
         state, seconds = job.init(0) if point.steps else None, []
-        make_room(memory.temp_size_in_bytes)
+        heap.make_room(memory.temp_size_in_bytes)
         for _ in range(point.steps and 2 + point.steps):  # two that do not count
             began = time.perf_counter()
             state, _ = step(state, batch)

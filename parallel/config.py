@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from parallel.schedules import DEFAULT_CHUNKS
 
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")
+GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")  # packages
+ACCELERATORS = (*GPU_PLUGINS, "libtpu")
 
 
 @dataclass(frozen=True)

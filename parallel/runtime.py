@@ -5,7 +5,6 @@ same path, and `jax.distributed` is started only where there is more than one pr
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import io
 import logging
@@ -28,13 +27,12 @@ import jax
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
-from parallel.config import RuntimeConfig
+from parallel import heap
+from parallel.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
 
 logger = logging.getLogger(__name__)
 
 INITIALIZATION_SECONDS = 300  # how long a process waits for the others at start-up
-GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-ACCELERATORS = (*GPU_PLUGINS, "libtpu")
 CPU_FLAGS = (
     # it widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
     "--xla_disable_hlo_passes=all-reduce-promotion",
@@ -51,12 +49,6 @@ GPU_FLAGS = (
     # and the last layer's gradients are reduced meanwhile
     "--xla_gpu_enable_pipelined_all_reduce=true",
 )
-# Options of glibc's malloc.h: blocks of any size (M_MMAP_MAX) come from one heap (M_ARENA_MAX) that never shrinks
-# (M_TRIM_THRESHOLD).
-MALLOPT = {-4: 0, -8: 1, -1: -1}
-MALLOPT_DEFAULTS = {-4: 65536, -1: 2**17}
-ROOM_BYTES = 2**29
-LOST_BLOCKS = 6  # of a step's memory: seen were 5 at most
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
 
 
@@ -82,7 +74,7 @@ def start(config: RuntimeConfig) -> None:
     gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
     _add_flags(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ())
     if cpu:
-        _keep_freed_memory()
+        heap.keep_freed_memory()
     if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY)
     if jax.config.jax_num_cpu_devices != config.cpu_devices:  # JAX refuses even the same value once it has begun
@@ -242,37 +234,6 @@ def _add_flags(flags: tuple[str, ...]) -> None:
     theirs = os.environ.get("XLA_FLAGS", "").split()
     given = {flag.partition("=")[0] for flag in theirs}
     os.environ["XLA_FLAGS"] = " ".join(theirs + [flag for flag in flags if flag.partition("=")[0] not in given])
-
-
-def _keep_freed_memory() -> None:
-    """Lets this process keep memory that it frees, where its C library is glibc.
-
-    XLA for CPUs allocates a step's temporary memory anew each time. By default glibc gives it back to the system after
-    the step, which then clears every page of it for the next: a fifth of the time of a step of GPT-2.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        for option, value in MALLOPT.items():
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def make_room(step_bytes: int) -> None:
-    """To be called before the first step, whose temporary memory this is, once all that stays is allocated.
-
-    Small objects find room here. Otherwise they nibble at the large block that each step leaves behind, which then is
-    too small for the next step. Some blocks get lost that way all the same; where memory might not do, none is kept.
-    """
-    if platform.libc_ver()[0] != "glibc" or jax.default_backend() != "cpu":
-        return
-    libc = ctypes.CDLL(None)
-    if LOST_BLOCKS * step_bytes > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        for option, value in MALLOPT_DEFAULTS.items():
-            libc.mallopt(option, value)
-        return
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    room = libc.malloc(ROOM_BYTES)  # address space, until it is used
-    libc.malloc(1)  # stays, and keeps the room apart from what lies behind it
-    libc.free(room)
 
 
 def _use_compile_cache(folder: Path) -> None:

@@ -21,10 +21,8 @@ from typing import IO
 from hydra.core.hydra_config import HydraConfig
 
 from scaling.provenance import code_digest, cores, machine
-from scaling.rundirs import FAULT, IN_USE, MISTAKE, STOPPED, append, last_line
+from scaling.rundirs import DONE, FINAL, IN_USE, MISTAKE, STOPPED, append, last_line
 
-DONE = 0
-FINAL = (DONE, MISTAKE, FAULT)  # exit codes after which a job is not started again
 BATCH, JOB_LOCK, OUTPUT = "batch.json", ".job", "output.txt"
 REQUEUE = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))  # submitit's: the time is up
 POLL_S = 0.2

@@ -26,8 +26,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from model.config import one_of
-from scaling.batch import FINAL, JOB_LOCK, Batch, Task, read_batch
-from scaling.rundirs import ATTEMPTS, held, read_lines
+from scaling.batch import JOB_LOCK, Batch, Task, read_batch
+from scaling.rundirs import ATTEMPTS, FINAL, held, read_lines
 
 PACKAGES = {
     "joblib": "hydra-joblib-launcher",

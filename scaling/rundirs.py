@@ -12,9 +12,10 @@ from pathlib import Path
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as metrics.jsonl spells them
 ATTEMPTS = "attempts.jsonl"
 STATES = ("done", "running", "queued", "partial", "missing", "diverged", "failed")
-MISTAKE, FAULT = 2, 3  # exit codes of train.py that another attempt meets again
+DONE, MISTAKE, FAULT, PREEMPTED, INTERRUPTED = 0, 2, 3, 75, 130  # exit codes of train.py
+FINAL = (DONE, MISTAKE, FAULT)  # that another attempt would meet again
+STOPPED = (PREEMPTED, INTERRUPTED)  # when it was told to stop
 IN_USE = "in use by another process"  # what train.py says of a directory that is locked
-STOPPED = (75, 130)  # exit codes of train.py when it was told to stop
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def state_of(directory: Path, steps: int, vocab_size: int) -> State:
     if end is not None:
         return State("done", **far)
     last = attempts[-1] if attempts else {}
-    if (code := last.get("code")) in (0, MISTAKE, FAULT):
+    if (code := last.get("code")) in FINAL:
         at = f"ended at step {step} of {steps}"
         return State("failed", **far, reason=f"{at} with code {code}: {last.get('said') or 'see output.txt'}")
     reason = last.get("gave_up", "")

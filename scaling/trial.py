@@ -5,7 +5,6 @@ SIGTERM makes a run save and exit with 75.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import signal
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import optuna
 
+from scaling.rundirs import DONE, FAULT, MISTAKE, PREEMPTED, held, last_line
 from scaling.search import Outcome, SearchConfig
 
-DONE, MISTAKE, FAULT, PREEMPTED = 0, 2, 3, 75  # exit codes of train.py
 POLL_S = 0.2
 PATIENCE_S = 120.0  # for a checkpoint after SIGTERM
 PRUNED_BY = "eval/loss"
@@ -133,8 +132,7 @@ class Runner:
             return "interrupted", (), ""
         if self.stop.is_set():
             return "interrupted", (), ""
-        lines = said.read_text(errors="replace").strip().splitlines() or [""]
-        last = lines[-1].removeprefix("error: ")
+        last = last_line(said).removeprefix("error: ")
         if code == MISTAKE:
             return "rejected", (), last
         if code == FAULT and metrics.diverged():
@@ -167,11 +165,7 @@ class Runner:
 
     def _wait_for_orphan(self, directory: Path) -> bool:
         """Waits for a run that a killed worker left behind there; False if asked to stop meanwhile."""
-        lock = directory / ".lock"
-        while lock.exists():
-            with open(lock, "ab") as file, contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
+        while held(directory):
             if self.stop.wait(POLL_S):
                 return False
         return True

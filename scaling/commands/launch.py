@@ -8,16 +8,15 @@ import time
 from pathlib import Path
 
 from config import combinations, multirun
-from scaling.batch import DONE, OUTPUT, Batch, Job
+from scaling.batch import OUTPUT, Batch, Job
 from scaling.launchers import PACKAGES, SAID, Unknown, check, start, still_to_do, stop, submission
 from scaling.provenance import commit
-from scaling.rundirs import ATTEMPTS, FAULT, MISTAKE, last_line, read_lines
+from scaling.rundirs import ATTEMPTS, DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED, last_line, read_lines
 
 CHECKOUT = Path(__file__).parents[2]
 FOLDER = Path("runs") / "batches"
 CHOICE = "hydra/launcher="
-STOPPED, INTERRUPTED = 75, 130
-WORST_LAST = (DONE, STOPPED, INTERRUPTED, MISTAKE, FAULT)
+WORST_LAST = (DONE, PREEMPTED, INTERRUPTED, MISTAKE, FAULT)
 WAIT_S = 0.5
 ASK_S = 10.0  # between questions to SLURM
 
@@ -62,7 +61,7 @@ def wait(batch: Batch) -> int:
                 code = exit_code(job)
                 if code is None and (running or Path(job.directory) in alive):
                     continue
-                if code in (None, STOPPED) and Path(job.directory) in alive:
+                if code in (None, PREEMPTED) and Path(job.directory) in alive:
                     continue
                 codes.append(told(number, left.pop(number), code, batch))
             time.sleep(WAIT_S if left else 0)

@@ -214,22 +214,6 @@ exit_now(3)
     assert any(of_machine.iterdir())
 
 
-def test_memory_that_a_step_frees_is_used_again():
-    """A step's memory is touched for the first time in some steps, which is chance, and not in all."""
-    done = run_python(
-        "import resource, jax, jax.numpy as jnp; from parallel.config import RuntimeConfig; "
-        "from parallel import runtime; runtime.start(RuntimeConfig(platform='cpu', compile_cache=None)); "
-        "x = jnp.ones((4096, 32)); step = jax.jit(lambda x: jnp.sin(x @ x.T) @ x).lower(x).compile(); "
-        "runtime.make_room(2**26); faults = []\n"
-        "for _ in range(32):\n"
-        "    jax.block_until_ready(step(x)); faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
-        "print(step.memory_analysis().temp_size_in_bytes // 4096, *(b - a for a, b in zip(faults, faults[1:])))"
-    )
-    pages, *faults = map(int, done.stdout.split())
-    assert pages > 16000, done.stderr
-    assert sum(faults) < len(faults) * pages / 2, faults  # 1.0 where nothing is kept; 0.1 to 0.25 were seen
-
-
 def test_start_refuses_an_absent_platform(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     with pytest.raises(
