@@ -1,6 +1,7 @@
 """Between tokens and vectors: the embedding table and the output head, which may be the same table."""
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,15 @@ from model.matmul import score
 from parallel.sharding import first_row, param, shard, splits, sum_over_stages, use
 
 NO_TOKEN = -1e30  # logit of the padding rows
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table, and the tokens that they stand for."""
+
+    table_VD: jax.Array
+    token_V: jax.Array
 
 
 class TokenTable(nnx.Module):
@@ -33,12 +43,25 @@ class TokenTable(nnx.Module):
         x_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, rows_BT, axis=0, mode="clip"), 0)
         return shard(sum_over_stages(x_BTD), "batch", "residual", "width")
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Float32 logits_BTV, V with padding (which no softmax sees: its logits are -1e30)."""
-        table_VD = use(self.table, x_BTD.dtype)
-        logits_BTV = shard(score(x_BTD, table_VD), "batch", "tokens", "vocab")
+    def rows(self, dtype) -> Rows:
+        """All rows; inside a pipeline those of this stage."""
+        table_VD = use(self.table, dtype)
+        rows = table_VD.shape[0]
+        return Rows(table_VD, first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
+
+    def cut(self, parts: int, dtype) -> Rows:
+        """All rows in at least so many parts of one size, with a first dim for the parts.
+
+        Part i has the rows i, i + n, i + 2n ...: a strided cut stays local where the table is sharded.
+        """
+        rows = self.rows(dtype)
+        V, local = len(rows.token_V), len(rows.token_V) // splits("vocab")
+        n = next(n for n in range(min(parts, local), local + 1) if local % n == 0)
+        return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(V // n, n, *x.shape[1:]), 1, 0), rows)
+
+    def logits(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+        """Float32 logits_BTV of these rows; those of padding, which no softmax sees, are -1e30."""
+        logits_BTV = shard(score(x_BTD, rows.table_VD), "batch", "tokens", "vocab")
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
-        rows = table_VD.shape[0]
-        padding_V = first_row(rows) + jnp.arange(rows) >= self.vocab_size
-        return jnp.where(padding_V, NO_TOKEN, logits_BTV)
+        return jnp.where(rows.token_V >= self.vocab_size, NO_TOKEN, logits_BTV)

@@ -10,7 +10,7 @@ from flax import nnx
 from model import parametrization
 from model.attention import Attention, TokenInfo
 from model.config import ModelConfig
-from model.heads import TokenTable
+from model.heads import Rows, TokenTable
 from model.kv_cache import LayerCache
 from model.layers import FeedForward, Norm, dropout, rope_angles
 from model.moe import MixtureOfExperts, RouterSums
@@ -150,13 +150,21 @@ class Transformer(nnx.Module):
         """The last block's output, as the head takes it."""
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
+    @property
+    def _table(self) -> TokenTable:
+        return self.tokens if self.head is None else self.head
+
+    def vocabulary(self, parts: int, dtype) -> Rows:
+        """The rows of the output table in at least so many parts, with a first dim for the parts."""
+        return self._table.cut(parts, dtype)
+
     @jax.named_scope("head")
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Float32 logits_BTV of final hidden vectors; V is padded (see TokenTable)."""
+    def logits(self, x_BTD: jax.Array, rows: Rows | None = None) -> jax.Array:
+        """Float32 logits_BTV of final hidden vectors, for all rows of the output table, V is padded, or for some."""
         x_BTD = parametrization.times(
             shard(x_BTD, "batch", "tokens", "width"), parametrization.logit_multiplier(self.config)
         )
-        return (self.tokens if self.head is None else self.head).logits(x_BTD)
+        return self._table.logits(x_BTD, rows or self._table.rows(x_BTD.dtype))
 
     @jax.named_scope("embed")
     def embed(self, tokens_BT: jax.Array, info: TokenInfo, dtype) -> jax.Array:

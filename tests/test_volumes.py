@@ -38,14 +38,14 @@ class Program:
 
 
 @functools.cache
-def program(remat: str = "none", **mesh: int) -> Program:
+def program(remat: str = "none", loss_chunk: int = 0, **mesh: int) -> Program:
     """The compiled training step.
 
     The CPU compiler has no reduce-scatter and reduces before it sums; its all-reduces are read as what the compilers
     for GPU and TPU make of them (`make test-aot` reads their own programs).
     """
     sizes = dict.fromkeys(AXES, 1) | mesh
-    cfg, mesh = config.load([*MODEL, f"train.remat={remat}"]), make_mesh(sizes)
+    cfg, mesh = config.load([*MODEL, f"train.remat={remat}", f"train.loss_chunk={loss_chunk}"]), make_mesh(sizes)
     with jax.set_mesh(mesh):
         job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
@@ -105,6 +105,15 @@ def test_remat_gathers_activations_once_more():
     gathered, scattered = (7 / 8 * ACTIVATION * (n * LAYERS + 2) for n in (6, 5))
     assert received(step, "all-gather", "tensor") == pytest.approx(gathered, rel=0.01)
     assert received(step, "reduce-scatter", "tensor") == pytest.approx(scattered, rel=0.01)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_parts_of_the_logits_gather_the_table_once_more(mesh):
+    """And reduce nothing more: the gradient of each part of the table is summed over devices once."""
+    whole, cut = (program(loss_chunk=chunk, **mesh) for chunk in (0, T // 4))
+    more = {key: cut.volume[key][1] - whole.volume.get(key, (0, 0.0))[1] for key in cut.volume}
+    assert more.pop(("all-gather", ("fsdp",))) == pytest.approx((1 - 1 / mesh["fsdp"]) * TABLE, rel=0.01)
+    assert max(more.values()) < 0.01 * TABLE, more
 
 
 def test_fsdp_and_tensor_do_not_add_to_each_other():

@@ -25,7 +25,7 @@ class TrainConfig:
     compute_dtype: str = "float32"  # float32 | bfloat16: of matmuls and activations
     param_dtype: str = "float32"  # float32 | bfloat16: of parameters and moments
     remat: str = "none"  # none | full | dots (keep weight matmuls) | attention (keep its outputs)
-    loss_chunk: int = 1024  # tokens of a sequence whose logits exist at once; 0: all
+    loss_chunk: int = 1024  # a device has as many logits at once as this many tokens of a sequence have; 0: all
     z_loss: float = 0.0  # weight of the squared log-normaliser
     nonfinite: str = "stop"  # stop | skip: what to do when the loss or a gradient is not finite
     log_every: int = 10

@@ -10,6 +10,7 @@ from model.attention import QUERY_CHUNK
 from model.config import GATED, ModelConfig, flops_per_token, keys_seen
 from parallel.sharding import platform
 from training.config import TrainConfig
+from training.loss import parts
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def count_flops(
     again = 2 * model.layers * _weights_again(model, train.remat)
     across = context_style if mesh.shape["context"] > 1 else None
     again += scores * _attention_again(model, train, packed, across)
-    if 0 < train.loss_chunk < train.seq_len:
+    if parts(train.loss_chunk, train.seq_len) > 1:
         again += 2 * model.vocab_size * model.width  # the logits
     return Flops(needed, flops_per_token(model, train.seq_len, full_attention=True), needed + again)
 

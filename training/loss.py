@@ -1,13 +1,15 @@
-"""Cross-entropy in chunks of tokens, so that the float32 logits of all tokens never exist at once."""
+"""Cross-entropy in chunks of the vocabulary, so that the float32 logits of all tokens never exist at once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from model.heads import Rows
 from model.moe import RouterSums
-from parallel.sharding import first_row, max_over_stages, sum_over_stages
+from parallel.manual import alike
+from parallel.sharding import max_over_stages, splits, sum_over_stages
 
 
 @jax.tree_util.register_dataclass
@@ -34,43 +36,75 @@ class LossSums:
         return self.nll + z_loss * self.z + auxiliary
 
 
-def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> LossSums:
-    """Sums of one chunk, from float32 logits."""
-    top_BT = max_over_stages(logits_BTV.max(-1))
-    log_z_BT = jnp.log(sum_over_stages(jnp.exp(logits_BTV - top_BT[..., None]).sum(-1))) + top_BT
-    # a comparison with iota, not a gather: it stays local where the vocabulary is sharded
-    rows = logits_BTV.shape[-1]
-    hit_BTV = first_row(rows) + jnp.arange(rows, dtype=targets_BT.dtype) == targets_BT[..., None]
-    target_BT = sum_over_stages(jnp.where(hit_BTV, logits_BTV, 0).sum(-1))
-    nll = jnp.sum((log_z_BT - target_BT) * mask_BT)
-    return LossSums(nll, jnp.sum(log_z_BT**2 * mask_BT), jnp.sum((target_BT >= top_BT) * mask_BT))
+class Head(Protocol):
+    """What the loss needs of a model."""
+
+    def vocabulary(self, parts: int, dtype) -> Rows:
+        """The rows of the output table in at least so many parts, with a first dim for the parts."""
+
+    def logits(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+        """Float32 logits_BTV of these rows."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Seen:
+    """What some rows of the vocabulary say of each token."""
+
+    top_BT: jax.Array  # the largest logit; without a gradient
+    total_BT: jax.Array  # sum of exp(logit - top)
+    target_BT: jax.Array  # the target's logit, 0 if it is none of them
+
+    @classmethod
+    def of(cls, logits_BTV: jax.Array, token_V: jax.Array, targets_BT: jax.Array) -> "Seen":
+        """What float32 logits say; `token_V`: the tokens they are for."""
+        top_BT = jax.lax.stop_gradient(logits_BTV.max(-1))
+        # a comparison, not a gather: it stays local where the vocabulary is sharded
+        hit_BTV = token_V == targets_BT[..., None]
+        return cls(top_BT, jnp.exp(logits_BTV - top_BT[..., None]).sum(-1), jnp.where(hit_BTV, logits_BTV, 0).sum(-1))
+
+    def __add__(self, other: "Seen") -> "Seen":
+        top_BT = jnp.maximum(self.top_BT, other.top_BT)
+        total = lambda seen: seen.total_BT * jnp.exp(seen.top_BT - top_BT)
+        return Seen(top_BT, total(self) + total(other), self.target_BT + other.target_BT)
+
+    def sums(self, mask_BT: jax.Array) -> LossSums:
+        """The losses, once all rows but those of other stages are seen."""
+        top_BT = max_over_stages(self.top_BT)
+        log_z_BT = jnp.log(sum_over_stages(self.total_BT * jnp.exp(self.top_BT - top_BT))) + top_BT
+        target_BT = sum_over_stages(self.target_BT)
+        nll = jnp.sum((log_z_BT - target_BT) * mask_BT)
+        return LossSums(nll, jnp.sum(log_z_BT**2 * mask_BT), jnp.sum((target_BT >= top_BT) * mask_BT))
+
+
+def parts(chunk: int, T: int) -> int:
+    """Into how many parts the vocabulary is cut at least, so that a device has logits as `chunk` tokens have at a time.
+
+    Where the mesh in context splits tokens or vocabulary, a device has fewer from the start. `chunk` 0: one part.
+    """
+    return -(-T // (chunk * splits("tokens") * splits("vocab"))) if chunk else 1
 
 
 @jax.named_scope("loss")
-def chunked_losses(
-    logits: Callable[[jax.Array], jax.Array],
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    mask_BT: jax.Array,
-    chunk: int,
-) -> LossSums:
-    """Sums over all tokens of a batch. `logits` maps final hidden vectors to logits.
+def chunked_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int) -> LossSums:
+    """Sums over all tokens of a batch, from final hidden vectors; see `parts` for `chunk`.
 
-    At most `chunk` tokens of each sequence have logits at a time (0: all); their logits are computed again in the
-    backward pass. Chunk i holds tokens i, i + n, i + 2n ...: a strided cut stays local where T is sharded.
+    The logits of several parts are computed again in the backward pass. Parts of the vocabulary and not of the tokens
+    are taken: then the gradient of a part of the table is whole at once, and summed over devices once, where that of
+    tokens would be summed for every part. The gradient of x is summed over `tensor` for every part instead.
     """
-    B, T, D = x_BTD.shape
-    n = next(n for n in range(1, T + 1) if T % n == 0 and T // n <= (chunk or T))
+    n = parts(chunk, x_BTD.shape[1])
+    rows = head.vocabulary(n, x_BTD.dtype)
     if n == 1:
-        return token_losses(logits(x_BTD), targets_BT, mask_BT)
-
-    def cut(a: jax.Array) -> jax.Array:  # (B, T, ...) to (n, B, T / n, ...)
-        return jnp.moveaxis(a.reshape(B, T // n, n, *a.shape[2:]), 2, 0)
+        rows = jax.tree.map(lambda x: x[0], rows)
+        return Seen.of(head.logits(x_BTD, rows), rows.token_V, targets_BT).sums(mask_BT)
 
     @jax.checkpoint
-    def chunk_losses(chunk) -> LossSums:
-        x_BTD, targets_BT, mask_BT = chunk
-        return token_losses(logits(x_BTD), targets_BT, mask_BT)
+    def look(seen: Seen, rows: Rows) -> tuple[Seen, None]:
+        logits_BTV = head.logits(x32_BTD.astype(x_BTD.dtype), rows)  # the gradients of x are added up in float32
+        return seen + Seen.of(logits_BTV, rows.token_V, targets_BT), None
 
-    sums = jax.lax.map(chunk_losses, (cut(x_BTD), cut(targets_BT), cut(mask_BT)))
-    return jax.tree.map(lambda a: a.sum(0), sums)
+    zero_BT = jnp.zeros(x_BTD.shape[:2], jnp.float32)
+    x32_BTD, zero_BT, _ = alike(x_BTD.astype(jnp.float32), zero_BT, rows.table_VD)
+    seen, _ = jax.lax.scan(look, Seen(zero_BT - jnp.inf, zero_BT, zero_BT), rows)
+    return seen.sums(mask_BT)

@@ -42,7 +42,7 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
     def loss(shared, x_BTD, micro):
         model = description.bind(shared)
         x_BTD = model.finish(x_BTD)
-        sums = chunked_losses(model.logits, x_BTD, micro["targets_BT"], micro["mask_BT"], config.loss_chunk)
+        sums = chunked_losses(model, x_BTD, micro["targets_BT"], micro["mask_BT"], config.loss_chunk)
         return sums.nll + config.z_loss * sums.z, sums
 
     scanned = description.config.scan_layers

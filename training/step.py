@@ -50,7 +50,7 @@ def batch_losses(description: Description, config: TrainConfig, params, batch: B
         dtype=jnp.dtype(config.compute_dtype),
         remat=config.remat,
     )
-    sums = chunked_losses(model.logits, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
+    sums = chunked_losses(model, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
     return replace(sums, router=router)
 
 

@@ -57,7 +57,7 @@ class Product:
 
 COMMON = (
     *("optimizer=adamw", "train.compute_dtype=bfloat16", "train.remat=full", "train.seq_len=4096"),
-    # a chunk of the loss gathers the output table anew, three times, and reduces its gradient: one chunk is the least
+    # logits that are cut into parts gather the output table once more
     *("train.loss_chunk=0", "model.scan_layers=true", "model.vocab_multiple=1024"),
 )
 PLAIN = ("model.attention_kernel=plain",)  # cuDNN is asked for its version when a program is traced

@@ -216,7 +216,7 @@ def test_logits_and_gradients_equal_those_of_transformers(case):
     def loss(params):
         model = description.bind(params)
         x_BTD, *_ = model(tokens)
-        sums = chunked_losses(model.logits, x_BTD, jnp.roll(tokens, -1, axis=1), mask, 8)
+        sums = chunked_losses(model, x_BTD, jnp.roll(tokens, -1, axis=1), mask, 8)
         return sums.nll / mask.sum(), model.logits(x_BTD)[..., : c.vocab_size]
 
     grads, logits = jax.jit(jax.grad(loss, has_aux=True) if theirs else lambda params: (None, loss(params)[1]))(params)
