@@ -21,8 +21,10 @@ MALLOPT_DEFAULTS = {-4: 65536, -1: 2**17, 1: 128}
 # the end of a large block makes that block too small for the next step. Only the environment turns these caches off.
 TUNABLES, NO_CACHES = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
 UNDIVIDED = NO_CACHES in os.environ.get(TUNABLES, "").split(":")
-BLOCKS = 3 if UNDIVIDED else 6  # of a step's memory that a heap may grow to; seen were 2 and 6: a step may begin before
-ROOM_BYTES = 2**29  # the last one's memory is free
+# Blocks of a step's memory that a heap may grow to. Seen were 2, as a step may begin before the last has ended, and 6.
+BLOCKS = 3 if UNDIVIDED else 7
+ROOM_BYTES = 2**29
+HOLES = 4096  # that are filled at most; seen were 350
 _keeps = False
 
 
@@ -42,7 +44,7 @@ def start_undivided() -> None:
     plain = sys.orig_argv[len(flags) + 1 :] == sys.argv and all(x.startswith("-") and x != "-m" for x in flags)
     if plain and _is_glibc() and not any(map(find_spec, ACCELERATORS)):
         tunables = ":".join([*filter(None, given), NO_CACHES])
-        os.execve(sys.executable, sys.orig_argv, os.environ | {TUNABLES: tunables})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {TUNABLES: tunables})
 
 
 def keep_freed_memory() -> None:
@@ -68,13 +70,18 @@ def make_room(step_bytes: int) -> None:
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     room = min(ROOM_BYTES, step_bytes // 2)
-    chunks = []
-    for size in (room, step_bytes + 2 * room):  # address space, until it is used
-        chunks.append(libc.malloc(size))
-        while libc.malloc(2**16) < chunks[-1]:  # stays: fills holes, until it lies behind the chunk and keeps it apart
-            pass
+    chunks = [_set_apart(libc, size) for size in (room, step_bytes + 2 * room)]  # address space, until it is used
     for chunk in chunks:
         libc.free(chunk)
+
+
+def _set_apart(libc: ctypes.CDLL, size: int) -> int | None:
+    """A chunk with another right behind it that stays; None where so much address space is not allowed."""
+    chunk = libc.malloc(size)
+    for _ in range(HOLES if chunk else 0):
+        if (libc.malloc(2**16) or 0) > chunk:
+            break  # before that, holes were filled that lie before the chunk
+    return chunk
 
 
 def _is_glibc() -> bool:

@@ -72,6 +72,19 @@ def test_a_module_or_a_command_of_its_own_does_not_start_anew(tmp_path):
         assert json.loads(said)[1:] == [False, ["x"], 0, ""]
 
 
+def test_room_that_is_not_allowed_is_done_without(tmp_path):
+    limited = """
+import resource
+from parallel import heap
+heap.keep_freed_memory()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+heap.make_room(2**26)
+print(len(bytearray(2**22)))
+"""
+    assert run(limited, tmp_path)[1] == str(2**22)
+
+
 def test_nothing_is_kept_unless_it_was_asked_for(monkeypatch):
     monkeypatch.setattr(heap, "_keeps", False)
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: pytest.fail("the heap was touched"))
