@@ -126,7 +126,8 @@ def test_failed_and_diverged_runs_are_kept_and_marked(sweep):
 def tool(checkout, root, jobs=2):
     """A process that runs the sweep of the fixture, as the command does."""
     code = f"""
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, as a test may be, ignores it
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests/scaling")!r}]
         import test_sweep
         from pathlib import Path
