@@ -78,7 +78,7 @@ def measure(point: Point) -> dict:
         step = job.compile(job.step, batch)
         compile_s, memory = time.perf_counter() - began, step.memory_analysis()
         state, seconds = job.init(0) if point.steps else None, []
-        heap.make_room(memory.temp_size_in_bytes)
+        heap.make_room(memory.temp_size_in_bytes * point.devices)
         for _ in range(point.steps and 2 + point.steps):  # two that do not count
             began = time.perf_counter()
             state, _ = step(state, batch)
