@@ -12,7 +12,7 @@ from model import attention_kernels, parametrization
 from model.attention_kernels import Case
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
-from model.layers import Norm, linear, rotate
+from model.layers import Norm, add, linear, rotate
 from model.matmul import einsum
 from parallel.context import MASKED, Rule, gather, ring, ulysses
 from parallel.manual import per_device
@@ -20,6 +20,7 @@ from parallel.sharding import param, shard, splits, use
 
 QUERY_CHUNK = 1024  # queries whose scores exist at once
 SMALLEST_PART = 128  # of a shorter sequence, queries that are given keys of their own
+WEIGHTS = "weights"  # name of what plain attention keeps for the backward pass
 
 
 @jax.tree_util.register_dataclass
@@ -104,33 +105,69 @@ def _attend(rule: Rule, kernel: str, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info,
     return per_device(fused, dims, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
 
 
+@jax.custom_vjp
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Over the last dim; keeps its result alone, by a name."""
+    return jax.nn.softmax(scores)
+
+
+def _softmax_forward(scores):
+    weights = checkpoint_name(jax.nn.softmax(scores), WEIGHTS)
+    return weights, weights
+
+
+def _softmax_backward(weights, gradient):
+    weighted = weights * gradient
+    return (weighted - weights * weighted.sum(-1, keepdims=True),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 def _plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info: TokenInfo, k_info: TokenInfo, window) -> jax.Array:
     """Attention by einsums, queries part by part.
 
     Where queries and keys are the same tokens in order, each part is given no keys after its own. Long sequences go
     through in chunks, recomputed in the backward pass, so that the scores of all queries never exist at once.
     """
-    T, S, K, chunk = q_BTNH.shape[1], k_BSKH.shape[1], k_BSKH.shape[2], rule.query_chunk
+    (B, T, N, H), (S, K), chunk = q_BTNH.shape, k_BSKH.shape[1:3], rule.query_chunk
 
-    def attend(q_BTNH, q_info: TokenInfo, keys: int = S) -> jax.Array:
-        (B, T, N, H), (k, v, k_info_) = q_BTNH.shape, jax.tree.map(lambda x: x[:, :keys], (k_BSKH, v_BSKH, k_info))
-        q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-        scores = rule.capped(einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k))
-        seen_BTS = rule.visible(q_info, k_info_, window)
-        weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, MASKED), axis=-1)
-        return einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+    def attend(q_BKGTH, k_BKSH, v_BKSH, q_info: TokenInfo, k_info: TokenInfo) -> jax.Array:
+        scores = rule.capped(einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
+        seen_BTS = rule.visible(q_info, k_info, window)
+        weights = _softmax(jnp.where(seen_BTS[:, None, None], scores, MASKED))
+        return einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH).astype(q_BKGTH.dtype)
 
-    def chunks(x: jax.Array) -> jax.Array:  # (B, T, ...) to (chunks, B, T / chunks, ...)
-        return jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
+    def in_chunks(q_BKGTH, k_BKSH, v_BKSH) -> jax.Array:
+        def chunks(x: jax.Array, axis: int) -> jax.Array:  # (..., T, ...) to (chunks, ..., T / chunks, ...)
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], T // chunk, chunk, *x.shape[axis + 1 :]), axis, 0)
+
+        one = jax.checkpoint(lambda part: attend(part[0], k_BKSH, v_BKSH, part[1], k_info))
+        out = jax.lax.map(one, (chunks(q_BKGTH, 3), jax.tree.map(partial(chunks, axis=1), q_info)))
+        return jnp.moveaxis(out, 0, 3).reshape(q_BKGTH.shape)
+
+    def in_parts(q_BKGTH, k_BKSH, v_BKSH) -> jax.Array:
+        def part(start: int) -> jax.Array:
+            end = start + size
+            of_queries = jax.tree.map(lambda x: x[:, start:end], q_info)
+            of_keys = jax.tree.map(lambda x: x[:, :end], k_info)
+            return attend(q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :end], v_BKSH[:, :, :end], of_queries, of_keys)
+
+        size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and T // n >= min(T, SMALLEST_PART))
+        return jnp.concatenate([part(start) for start in range(0, T, size)], axis=3)
 
     if chunk * 2 < T and T % chunk == 0:
-        out = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), (chunks(q_BTNH), jax.tree.map(chunks, q_info)))
-        return jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape)
-    if not (case.causal and case.in_order and T == S):
-        return attend(q_BTNH, q_info)
-    size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and T // n >= min(T, SMALLEST_PART))
-    part = lambda start: jax.tree.map(lambda x: x[:, start : start + size], (q_BTNH, q_info))
-    return jnp.concatenate([attend(*part(start), start + size) for start in range(0, T, size)], axis=1)
+        attention = in_chunks
+    else:
+        at_once = partial(attend, q_info=q_info, k_info=k_info)
+        attention = in_parts if case.causal and case.in_order and T == S else at_once
+        # of all that is computed, the weights alone are kept for the backward pass
+        policy = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+        attention = jax.checkpoint(attention, policy=policy, prevent_cse=False)
+    # heads before tokens, as matmuls want them, once and not in each part
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    out_BKGTH = attention(q_BKGTH, *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)))
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 class Attention(nnx.Module):
@@ -161,7 +198,7 @@ class Attention(nnx.Module):
     def _heads(self, x_BTD, matrix, bias, norm, angles, heads: str) -> jax.Array:
         y_BTNH = linear(x_BTD, use(matrix, x_BTD.dtype), self.config.matmul_dtype)
         if bias is not None:
-            y_BTNH = y_BTNH + use(bias, x_BTD.dtype)
+            y_BTNH = add(y_BTNH, bias)
         y_BTNH = shard(y_BTNH, "batch", "tokens", heads, "head_dim")
         if norm is not None:
             y_BTNH = norm(y_BTNH)
@@ -191,4 +228,4 @@ class Attention(nnx.Module):
         )  # fmt: skip
         out_BTNH = shard(out_BTNH, "batch", "tokens", "heads", "head_dim")
         y_BTD = linear(out_BTNH, use(self.out, x_BTD.dtype), c.matmul_dtype)
-        return (y_BTD if self.out_bias is None else y_BTD + use(self.out_bias, x_BTD.dtype)), cache
+        return (y_BTD if self.out_bias is None else add(y_BTD, self.out_bias)), cache

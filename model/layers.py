@@ -1,6 +1,7 @@
 """Norms, the feed-forward block, rotary positions, dropout."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +28,17 @@ class Norm(nnx.Module):
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Any (..., size) to the same shape and dtype."""
+        scale, bias = use(self.scale, jnp.float32), None if self.bias is None else use(self.bias, jnp.float32)
+        return jax.checkpoint(self._normalised, prevent_cse=False)(x, scale, bias)
+
+    def _normalised(self, x, scale, bias):
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * use(self.scale, jnp.float32)
-        if self.bias is not None:
-            y = y + use(self.bias, jnp.float32)
+        y = y * scale
+        if bias is not None:
+            y = y + bias
         return y.astype(x.dtype)
 
 
@@ -42,11 +47,24 @@ def linear(x: jax.Array, matrix: jax.Array, matmul_dtype: str) -> jax.Array:
     return low_precision.dot(x, matrix) if matmul_dtype == "float8" else project(x, matrix)
 
 
+def add(y: jax.Array, bias: nnx.Param) -> jax.Array:
+    """y + bias in y's dtype. The bias's gradient is a sum over all tokens, which is wanted in float32."""
+    return (y + use(bias, jnp.float32)).astype(y.dtype)
+
+
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     """The hidden vector of a feed-forward block: `gate` is None where the kind has none."""
+    return jax.checkpoint(partial(_activate, kind), prevent_cse=False)(up, gate)
+
+
+def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    x = up.astype(jnp.float32)
     if gate is not None:
-        return up * (jax.nn.silu(gate) if kind == "swiglu" else jax.nn.gelu(gate))
-    return jax.nn.gelu(up) if kind == "gelu" else jnp.square(jax.nn.relu(up))
+        gate = gate.astype(jnp.float32)
+        y = x * (jax.nn.silu(gate) if kind == "swiglu" else jax.nn.gelu(gate))
+    else:
+        y = jax.nn.gelu(x) if kind == "gelu" else jnp.square(jax.nn.relu(x))
+    return y.astype(up.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -68,7 +86,7 @@ class FeedForward(nnx.Module):
     def _project(self, x_BTD: jax.Array, matrix: nnx.Param, bias: nnx.Param | None) -> jax.Array:
         y_BTF = linear(x_BTD, use(matrix, x_BTD.dtype), self.matmul_dtype)
         if bias is not None:
-            y_BTF = y_BTF + use(bias, x_BTD.dtype)
+            y_BTF = add(y_BTF, bias)
         return shard(y_BTF, "batch", "tokens", "ffn")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -76,7 +94,7 @@ class FeedForward(nnx.Module):
         gate_BTF = None if self.gate is None else self._project(x_BTD, self.gate, self.gate_bias)
         h_BTF = activate(self.activation, self._project(x_BTD, self.up, self.up_bias), gate_BTF)
         y_BTD = linear(h_BTF, use(self.down, x_BTD.dtype), self.matmul_dtype)
-        return y_BTD if self.down_bias is None else y_BTD + use(self.down_bias, x_BTD.dtype)
+        return y_BTD if self.down_bias is None else add(y_BTD, self.down_bias)
 
 
 # -------------------------------------------------------------------------------------------------- rotary positions

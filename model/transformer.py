@@ -14,6 +14,7 @@ from model.heads import Rows, TokenTable
 from model.kv_cache import LayerCache
 from model.layers import FeedForward, Norm, dropout, rope_angles
 from model.moe import MixtureOfExperts, RouterSums
+from model.saved import stackable
 from parallel.sharding import param, shard, use
 
 REMAT_POLICIES = {
@@ -179,10 +180,12 @@ class Transformer(nnx.Module):
         c = self.config
         graphdef, parameters = nnx.split(self.layers)
         block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
+        if c.scan_layers and cache is None:
+            block = stackable(block)
 
         def body(x_BTD, layer):
             parameters, row, cache = layer
-            x_BTD, cache, sums = block(parameters, row, info, x_BTD, cache)
+            x_BTD, cache, sums = block(parameters, x_BTD, row, info, cache)
             return x_BTD, (cache, sums)
 
         xs = (parameters, rows_of(c, range(c.layers)), cache)
@@ -199,9 +202,9 @@ def rows_of(config: ModelConfig, layers: Iterable[int]) -> dict:
 
 
 def block_of(graphdef: nnx.GraphDef) -> Callable:
-    """One layer as a function (parameters, row of `rows_of`, info, x_BTD, cache) -> what Block returns."""
+    """One layer as a function (parameters, x_BTD, row of `rows_of`, info, cache) -> what Block returns."""
 
-    def block(parameters, row, info, x_BTD, cache=None):
+    def block(parameters, x_BTD, row, info, cache=None):
         return nnx.merge(graphdef, parameters)(x_BTD, info, row["layer"], row.get("window"), cache)
 
     return block

@@ -39,7 +39,8 @@ def activations(description: Description, params: dict, batch: dict) -> dict[str
     block = block_of(description.block)
 
     def body(x_BTD, layer):
-        x_BTD = block(*layer, info, x_BTD)[0]
+        parameters, row = layer
+        x_BTD = block(parameters, x_BTD, row, info)[0]
         return x_BTD, x_BTD
 
     x_BTD, blocks_LBTD = jax.lax.scan(body, embedded_BTD, (params["layers"], rows_of(config, range(config.layers))))

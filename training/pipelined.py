@@ -36,7 +36,7 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
 
     def layer(params, constants, x_BTD):
         row, info = constants
-        x_BTD, _, aux = block(params, row, info, x_BTD)
+        x_BTD, _, aux = block(params, x_BTD, row, info)
         return x_BTD, None if aux is None else aux.objective, aux
 
     def loss(shared, x_BTD, micro):
