@@ -45,9 +45,8 @@ def stackable(function: Callable) -> Callable:
 
     def forward(parameters, x, rest):
         out, pull = jax.vjp(lambda parameters, x: function(parameters, x, *rest), parameters, x)
-        given = {id(leaf) for leaf in jax.tree.leaves((parameters, rest))}  # these are stacks already
-        keep = lambda leaf: Bits(bitcast_convert_type(leaf, jnp.uint16), leaf.dtype)
-        return out, jax.tree.map(lambda leaf: keep(leaf) if is_half(leaf) and id(leaf) not in given else leaf, pull)
+        keep = lambda leaf: Bits(bitcast_convert_type(leaf, jnp.uint16), leaf.dtype) if is_half(leaf) else leaf
+        return out, jax.tree.map(keep, pull)
 
     def backward(pull, gradient):
         is_bits = lambda leaf: isinstance(leaf, Bits)
