@@ -13,14 +13,12 @@ from model.attention_kernels import Case
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
 from model.layers import Norm, add, linear, rotate
-from model.matmul import einsum
-from parallel.context import MASKED, Rule, gather, ring, ulysses
+from model.plain_attention import plain
+from parallel.context import Rule, gather, ring, ulysses
 from parallel.manual import per_device
 from parallel.sharding import param, shard, splits, use
 
 QUERY_CHUNK = 1024  # queries whose scores exist at once
-SMALLEST_PART = 128  # of a shorter sequence, queries that are given keys of their own
-WEIGHTS = "weights"  # name of what plain attention keeps for the backward pass
 
 
 @jax.tree_util.register_dataclass
@@ -97,77 +95,12 @@ def _attend(rule: Rule, kernel: str, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info,
     segments_BT = q_info.segments_BT
     fused = attention_kernels.choose(kernel, case, q_BTNH, k_BSKH, segments_BT)
     if fused is None:
-        return checkpoint_name(_plain(rule, case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window), "attention")
+        return checkpoint_name(plain(rule, case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window), "attention")
     if segments_BT is not None:
         segments_BT = jnp.broadcast_to(segments_BT, q_BTNH.shape[:2])
     tokens, heads, kv_heads = ("batch", "tokens"), ("heads", "head_dim"), ("kv_heads", "head_dim")
     dims = ((*tokens, *heads), (*tokens, *kv_heads), (*tokens, *kv_heads), tokens, ())
     return per_device(fused, dims, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
-
-
-@jax.custom_vjp
-def _softmax(scores: jax.Array) -> jax.Array:
-    """Over the last dim; keeps its result alone, by a name."""
-    return jax.nn.softmax(scores)
-
-
-def _softmax_forward(scores):
-    weights = checkpoint_name(jax.nn.softmax(scores), WEIGHTS)
-    return weights, weights
-
-
-def _softmax_backward(weights, gradient):
-    weighted = weights * gradient
-    return (weighted - weights * weighted.sum(-1, keepdims=True),)
-
-
-_softmax.defvjp(_softmax_forward, _softmax_backward)
-
-
-def _plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info: TokenInfo, k_info: TokenInfo, window) -> jax.Array:
-    """Attention by einsums, queries part by part.
-
-    Where queries and keys are the same tokens in order, each part is given no keys after its own. Long sequences go
-    through in chunks, recomputed in the backward pass, so that the scores of all queries never exist at once.
-    """
-    (B, T, N, H), (S, K), chunk = q_BTNH.shape, k_BSKH.shape[1:3], rule.query_chunk
-
-    def attend(q_BKGTH, k_BKSH, v_BKSH, q_info: TokenInfo, k_info: TokenInfo) -> jax.Array:
-        scores = rule.capped(einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH))
-        seen_BTS = rule.visible(q_info, k_info, window)
-        weights = _softmax(jnp.where(seen_BTS[:, None, None], scores, MASKED))
-        return einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH).astype(q_BKGTH.dtype)
-
-    def in_chunks(q_BKGTH, k_BKSH, v_BKSH) -> jax.Array:
-        def chunks(x: jax.Array, axis: int) -> jax.Array:  # (..., T, ...) to (chunks, ..., T / chunks, ...)
-            return jnp.moveaxis(x.reshape(*x.shape[:axis], T // chunk, chunk, *x.shape[axis + 1 :]), axis, 0)
-
-        one = jax.checkpoint(lambda part: attend(part[0], k_BKSH, v_BKSH, part[1], k_info))
-        out = jax.lax.map(one, (chunks(q_BKGTH, 3), jax.tree.map(partial(chunks, axis=1), q_info)))
-        return jnp.moveaxis(out, 0, 3).reshape(q_BKGTH.shape)
-
-    def in_parts(q_BKGTH, k_BKSH, v_BKSH) -> jax.Array:
-        def part(start: int) -> jax.Array:
-            end = start + size
-            of_queries = jax.tree.map(lambda x: x[:, start:end], q_info)
-            of_keys = jax.tree.map(lambda x: x[:, :end], k_info)
-            return attend(q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :end], v_BKSH[:, :, :end], of_queries, of_keys)
-
-        size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and T // n >= min(T, SMALLEST_PART))
-        return jnp.concatenate([part(start) for start in range(0, T, size)], axis=3)
-
-    if chunk * 2 < T and T % chunk == 0:
-        attention = in_chunks
-    else:
-        at_once = partial(attend, q_info=q_info, k_info=k_info)
-        attention = in_parts if case.causal and case.in_order and T == S else at_once
-        # of all that is computed, the weights alone are kept for the backward pass
-        policy = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
-        attention = jax.checkpoint(attention, policy=policy, prevent_cse=False)
-    # heads before tokens, as matmuls want them, once and not in each part
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    out_BKGTH = attention(q_BKGTH, *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)))
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 class Attention(nnx.Module):

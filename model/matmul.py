@@ -1,7 +1,6 @@
 """Matmuls that are summed in float32, with gradients in the dtype and layout that is fast."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -61,34 +60,6 @@ def _score_backward(residuals, dy_BTV):
 _score.defvjp(_score_forward, _score_backward)
 
 
-def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """jnp.einsum of two arrays of one dtype, float32, whose gradients are taken in their dtype.
-
-    Every letter must stand in two of the three terms.
-    """
-    return _einsum(spec, *alike(a, b))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(spec, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _einsum_forward(spec, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32), (a, b)
-
-
-def _einsum_backward(spec, residuals, dy):
-    a, b = residuals
-    (of_a, of_b), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
-    dy = dy.astype(a.dtype)
-    da = einsum(f"{of_y},{of_b}->{of_a}", dy, b)
-    return da.astype(a.dtype), einsum(f"{of_a},{of_y}->{of_b}", a, dy).astype(b.dtype)
-
-
-_einsum.defvjp(_einsum_forward, _einsum_backward)
-
-
 def _inner(x: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
     inputs = x.ndim - 2
     return tuple(range(2, x.ndim)), tuple(range(inputs))
@@ -114,6 +85,13 @@ def over_tokens(x: jax.Array, dy: jax.Array, dtype) -> jax.Array:
             return _contract(x, dy, tokens, dtype)
         gradient, outputs = _contract(dy, x, tokens, dtype), dy.ndim - 2
         return jnp.transpose(gradient, (*range(outputs, outputs + inputs), *range(outputs)))
-    # half as fast where a 16-bit x^T does not lie in memory as its shape says
-    x = with_layout_constraint(jnp.transpose(x, (*range(2, x.ndim), 0, 1)), Layout(tuple(range(x.ndim))))
+    x = in_memory(jnp.transpose(x, (*range(2, x.ndim), 0, 1)))
     return _contract(x, dy, ((inputs, inputs + 1), (0, 1)), dtype)
+
+
+def in_memory(x: jax.Array) -> jax.Array:
+    """The same array, which on CPUs lies in memory as its shape says.
+
+    For a transposed argument, whose matmuls of 16 bits are half as fast otherwise.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if platform() == "cpu" else x

@@ -199,7 +199,9 @@ class Rule:
 
     def capped(self, products: jax.Array) -> jax.Array:
         """Scores of the products of queries and keys."""
-        scores = products * self.scale
+        return self.cap(products * self.scale)
+
+    def cap(self, scores: jax.Array) -> jax.Array:
         return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
 
 

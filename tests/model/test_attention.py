@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from model import attention as module
+from model import plain_attention
 from model.attention import TokenInfo, attention
 
 B, T, N, K, H = 2, 12, 4, 2, 8
@@ -52,11 +53,11 @@ def test_chunks_of_queries_change_nothing(case, segments_BT, monkeypatch):
 def test_keys_after_a_part_of_the_queries_are_left_out_and_change_nothing(case, segments_BT, monkeypatch):
     options = OPTIONS[case] | {"windows": (3,)}
     whole = value_and_gradients(drawn(), segments_BT, **options)
-    monkeypatch.setattr(module, "SMALLEST_PART", 3)
+    monkeypatch.setattr(plain_attention, "SMALLEST_PART", 3)
     parts = value_and_gradients(drawn(), segments_BT, in_order=True, **options)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), parts, whole)
     loss = lambda *arrays: value_and_gradients(arrays, segments_BT, in_order=True, **options)[0].sum()
-    sizes = {f"{K}x{N // K}x3x{keys}xf32" for keys in (3, 6, 9, 12)}
+    sizes = {f"{B}x{K}x{N // K * 3}x{keys}xf32" for keys in (3, 6, 9, 12)}
     text = jax.jit(loss).lower(*drawn()).as_text()
     assert {size for size in sizes if size in text} == (sizes if OPTIONS[case]["causal"] else set())
 
@@ -66,8 +67,58 @@ def test_scores_of_all_queries_never_exist_at_once_when_chunked(monkeypatch):
     info = TokenInfo(POSITIONS_1T)
     loss = lambda *arrays: attention(*arrays, info, info, causal=True, window=None, scale=1.0).sum()
     text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*drawn()).as_text()
-    assert f"{K}x{N // K}x3x{T}xf32" in text
-    assert f"{K}x{N // K}x{T}x{T}xf32" not in text
+    assert f"{B}x{K}x{N // K * 3}x{T}xf32" in text
+    assert f"{B}x{K}x{N // K * T}x{T}xf32" not in text
+
+
+def by_definition(q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, window, softcap=0.0):
+    """Attention of scale 1 in one piece, which JAX differentiates by itself."""
+    k_BSNH, v_BSNH = (jnp.repeat(x, N // K, axis=2) for x in (k_BSKH, v_BSKH))
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)
+    seen = (distance >= 0) | (not causal)
+    if window is not None:
+        seen &= abs(distance) < window
+    seen = seen[None] if segments_BT is None else seen & (segments_BT[:, :, None] == segments_BT[:, None])
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["one document", "documents"])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_gradients_are_those_of_the_definition(case, segments_BT, dtype, monkeypatch):
+    monkeypatch.setattr(plain_attention, "SMALLEST_PART", 3)
+    info = TokenInfo(POSITIONS_1T, segments_BT, in_order=True)
+    options = OPTIONS[case]
+    arrays = [x.astype(dtype) for x in drawn()]
+    dout = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, N, H)), dtype)
+    run = lambda *arrays: attention(*arrays, info, info, scale=1.0, windows=(3,), **options)
+    reference = lambda *arrays: by_definition(*arrays, segments_BT, **options)
+    found, expected = (
+        jax.jit(lambda arrays, dout, f=f: (lambda out, pull: (out, *pull(dout)))(*jax.vjp(f, *arrays)))(arrays, dout)
+        for f, arrays, dout in (
+            (run, arrays, dout),
+            (reference, [x.astype(jnp.float32) for x in arrays], dout.astype(jnp.float32)),
+        )
+    )
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        # in bfloat16 weights and their gradients are rounded too
+        size = float(jnp.abs(exact).max()) * (1e-6 if dtype == "float32" else 2.0**-6)
+        np.testing.assert_allclose(np.asarray(ours, np.float32), exact, rtol=0, atol=size)
+
+
+def test_16_bit_attention_multiplies_16_bit_numbers_in_the_backward_pass_too():
+    arrays = [x.astype(jnp.bfloat16) for x in drawn()]
+    info = TokenInfo(POSITIONS_1T, in_order=True)
+    run = lambda *arrays: attention(*arrays, info, info, causal=True, window=None, scale=1.0)
+    text = jax.jit(lambda arrays: jax.vjp(run, *arrays)[1](arrays[0])).lower(arrays).as_text()
+    dots = [line.split(" : ")[-1] for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) == 5  # scores; gradients of weights, queries, keys and values
+    assert all(line.split("->")[0].count("bf16") == 2 for line in dots)
 
 
 def test_equals_a_plain_loop_over_tokens():

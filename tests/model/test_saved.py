@@ -80,7 +80,7 @@ def test_a_layer_keeps_what_matmuls_and_norms_read(family):
     kept = [leaf.shape for leaf in jax.tree.leaves(pull) if hasattr(leaf, "shape")]
     hidden = [shape for shape in kept if shape == (B, T, c.ffn)]
     assert len(hidden) == (2 if family == "gpt2" else 3)  # before the activation (with its gate), and after it
-    scores = [shape for shape in kept if len(shape) == 5 and shape[-1] == T and shape[-2] == T]
+    scores = [shape for shape in kept if shape == (B, c.kv_heads, c.heads // c.kv_heads * T, T)]
     assert len(scores) == 1  # the weights, not the scores as well
 
 
