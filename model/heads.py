@@ -64,4 +64,6 @@ class TokenTable(nnx.Module):
         logits_BTV = shard(score(x_BTD, rows.table_VD), "batch", "tokens", "vocab")
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
+        if self.table.shape[0] == self.vocab_size:
+            return logits_BTV
         return jnp.where(rows.token_V >= self.vocab_size, NO_TOKEN, logits_BTV)

@@ -59,9 +59,8 @@ class Seen:
     def of(cls, logits_BTV: jax.Array, token_V: jax.Array, targets_BT: jax.Array) -> "Seen":
         """What float32 logits say; `token_V`: the tokens they are for."""
         top_BT = jax.lax.stop_gradient(logits_BTV.max(-1))
-        # a comparison, not a gather: it stays local where the vocabulary is sharded
-        hit_BTV = token_V == targets_BT[..., None]
-        return cls(top_BT, jnp.exp(logits_BTV - top_BT[..., None]).sum(-1), jnp.where(hit_BTV, logits_BTV, 0).sum(-1))
+        total_BT = jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)
+        return cls(top_BT, total_BT, _at_targets(*alike(logits_BTV, token_V, targets_BT)))
 
     def __add__(self, other: "Seen") -> "Seen":
         top_BT = jnp.maximum(self.top_BT, other.top_BT)
@@ -75,6 +74,30 @@ class Seen:
         target_BT = sum_over_stages(self.target_BT)
         nll = jnp.sum((log_z_BT - target_BT) * mask_BT)
         return LossSums(nll, jnp.sum(log_z_BT**2 * mask_BT), jnp.sum((target_BT >= top_BT) * mask_BT))
+
+
+@jax.custom_vjp
+def _at_targets(logits_BTV: jax.Array, token_V: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """The target's logit, 0 if it is none of `token_V`, which are evenly spaced (`TokenTable.cut`)."""
+    if splits("vocab") > 1:  # then a gather would not stay local
+        return jnp.where(token_V == targets_BT[..., None], logits_BTV, 0).sum(-1)
+    V = len(token_V)
+    spacing = token_V[1] - token_V[0] if V > 1 else 1
+    column_BT = jnp.clip((targets_BT - token_V[0]) // spacing, 0, V - 1)
+    logits_BT = jnp.take_along_axis(logits_BTV, column_BT[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+    return jnp.where(token_V[column_BT] == targets_BT, logits_BT, 0)
+
+
+def _at_targets_forward(logits_BTV, token_V, targets_BT):
+    return _at_targets(logits_BTV, token_V, targets_BT), (token_V, targets_BT)
+
+
+def _at_targets_backward(residuals, dlogits_BT):
+    token_V, targets_BT = residuals  # no scatter: a comparison is part of the pass that the softmax's gradient takes
+    return jnp.where(token_V == targets_BT[..., None], dlogits_BT[..., None], 0), None, None
+
+
+_at_targets.defvjp(_at_targets_forward, _at_targets_backward)
 
 
 def parts(chunk: int, T: int) -> int:
