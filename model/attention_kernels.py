@@ -2,9 +2,9 @@
 
 On TPUs splash attention (Pallas, ships with JAX) covers every mask of the model; on GPUs cuDNN's flash attention does
 what is one document, and a Triton kernel (Pallas, ships with JAX) packed documents. What a kernel does not cover is
-left to model/plain_attention.py. A window must be static to them: since layers that are scanned are one
-program, a layer chooses between its model's two windows when it runs. They are imported where they are used: it takes a
-second that a CPU need not spend.
+left to model/plain_attention.py. A window must be static to them: since layers that are scanned are one program, a
+layer chooses between its model's two windows when it runs. They are imported where they are used: it takes a second
+that a CPU need not spend.
 """
 
 import logging

@@ -78,20 +78,27 @@ def over_tokens(x: jax.Array, dy: jax.Array, dtype) -> jax.Array:
     JAX would compute (dy^T x)^T always. One of the two is transposed in memory, which CPUs are slow at.
     """
     tokens, inputs = ((0, 1), (0, 1)), x.ndim - 2
-    if platform() != "cpu":
-        return _contract(x, dy, tokens, dtype)
-    if x.dtype == jnp.float32:  # then it shall be the smaller one
+    if platform() == "cpu" and x.dtype == jnp.float32:  # then it shall be the smaller one
         if math.prod(x.shape[2:]) <= math.prod(dy.shape[2:]):
             return _contract(x, dy, tokens, dtype)
         gradient, outputs = _contract(dy, x, tokens, dtype), dy.ndim - 2
         return jnp.transpose(gradient, (*range(outputs, outputs + inputs), *range(outputs)))
+    if not lays_out():
+        return _contract(x, dy, tokens, dtype)
+    # half as fast in 16 bits where x^T does not lie in memory as its shape says
     x = in_memory(jnp.transpose(x, (*range(2, x.ndim), 0, 1)))
     return _contract(x, dy, ((inputs, inputs + 1), (0, 1)), dtype)
 
 
-def in_memory(x: jax.Array) -> jax.Array:
-    """The same array, which on CPUs lies in memory as its shape says.
+def lays_out() -> bool:
+    """Whether `in_memory` does anything: on CPUs, unless the compiler splits arrays over a mesh here.
 
-    For a transposed argument, whose matmuls of 16 bits are half as fast otherwise.
+    XLA's partitioner gathers what a layout is asked for.
     """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if platform() == "cpu" else x
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or all(mesh.shape[axis] == 1 for axis in mesh.auto_axes))
+
+
+def in_memory(x: jax.Array) -> jax.Array:
+    """The same array, which lies in memory as its shape says: for arguments of matmuls that are transposed."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if lays_out() else x

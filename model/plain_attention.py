@@ -1,6 +1,7 @@
 """Attention by matmuls, some queries at a time: what runs where no fused kernel does.
 
-Dims beside those of docs: P parts of the queries, R rows of a part, which are its queries for each head of a group.
+Here P are parts of the queries, and R the rows of a part, which are its queries for each head of a group; other dims
+are those of model/config.py.
 """
 
 from functools import partial
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from model.attention_kernels import Case
-from model.matmul import in_memory
+from model.matmul import in_memory, lays_out
 from parallel.context import MASKED, Rule
 from parallel.manual import alike
 
@@ -20,8 +21,8 @@ def plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window
     """Attention (B, T, N, H) by `rule`, of queries and keys with their marks (model.attention.TokenInfo).
 
     Where queries and keys are the same tokens in order, each part of the queries is given no keys after its own. Long
-    sequences go through part by part, recomputed in the backward pass, so that the scores of all queries never exist at
-    once.
+    sequences that `rule.query_chunk` divides go through part by part, recomputed in the backward pass, so that the
+    scores of all queries never exist at once.
     """
     (B, T, _, H), (S, K), G = q_BTNH.shape, k_BSKH.shape[1:3], q_BTNH.shape[2] // k_BSKH.shape[2]
     in_turn = rule.query_chunk * 2 < T and T % rule.query_chunk == 0
@@ -42,10 +43,10 @@ def plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window
         return _attend(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_info, window)
 
     if in_turn:
-        cut = lambda axis: lambda x: jnp.moveaxis(jnp.expand_dims(x, axis), axis + 1, 0)  # one part an entry
-        one = jax.checkpoint(lambda part: attend(*part, (S,)))
-        out = jax.lax.map(one, (cut(2)(q_BKPRH), jax.tree.map(cut(1), q_marks)))
-        out_BKPRH = jnp.moveaxis(out, 0, 3).squeeze(2)
+        q_parts, marks_parts = jnp.moveaxis(q_BKPRH, 2, 0), jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), q_marks)
+        one_part = lambda q_BKRH, marks: attend(q_BKRH[:, :, None], jax.tree.map(lambda x: x[:, None], marks), (S,))
+        out_PBKRH = jax.lax.map(jax.checkpoint(lambda part: one_part(*part)[:, :, 0]), (q_parts, marks_parts))
+        out_BKPRH = jnp.moveaxis(out_PBKRH, 0, 2)
     else:
         out_BKPRH = attend(q_BKPRH, q_marks, tuple((p + 1) * S // P for p in range(P)))
     out_BPTKGH = out_BKPRH.reshape(B, K, P, G, T // P, H).transpose(0, 2, 4, 1, 3, 5)
@@ -73,21 +74,19 @@ def _attend_forward(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, windo
 
 def _attend_backward(rule, ends, residuals, dout_BKPRH):
     q_BKPRH, k_BKSH, v_BKSH, kept = residuals
-    dtype, S = q_BKPRH.dtype, k_BKSH.shape[2]
-    dqs, all_dscores, all_weights = [], [], []
+    dtype = q_BKPRH.dtype
+    dqs, all_dscores = [], []
     for p, (end, weights) in enumerate(zip(ends, kept, strict=True)):
         weighted = weights * _score(dout_BKPRH[:, :, p], v_BKSH[:, :, :end])
         dcapped = weighted - weights * weighted.sum(-1, keepdims=True)
         # the scores are computed again if there is a soft-cap: nothing else reads them
         uncap = jax.vjp(rule.cap, rule.scale * _score(q_BKPRH[:, :, p], k_BKSH[:, :, :end]))[1]
-        dscores = uncap(dcapped)[0].astype(dtype)
-        dqs.append(rule.scale * _weigh(dscores, k_BKSH[:, :, :end]))
-        rest = ((0, 0),) * 3 + ((0, S - end),)
-        all_dscores.append(jnp.pad(dscores, rest))
-        all_weights.append(jnp.pad(weights.astype(dtype), rest))
+        all_dscores.append(uncap(dcapped)[0].astype(dtype))
+        dqs.append(rule.scale * _weigh(all_dscores[-1], k_BKSH[:, :, :end]))
     dq_BKPRH = jnp.stack(dqs, axis=2).astype(dtype)
-    dk_BKSH = _over_rows(all_dscores, q_BKPRH, rule.scale)
-    return dq_BKPRH, dk_BKSH, _over_rows(all_weights, dout_BKPRH), None, None, None
+    dk_BKSH = (rule.scale * _over_rows(all_dscores, q_BKPRH)).astype(dtype)
+    dv_BKSH = _over_rows([weights.astype(dtype) for weights in kept], dout_BKPRH).astype(dtype)
+    return dq_BKPRH, dk_BKSH, dv_BKSH, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -105,12 +104,19 @@ def _weigh(weights_BKRS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
     return jnp.einsum("BKRS,BKSH->BKRH", weights_BKRS, v_BKSH, preferred_element_type=jnp.float32)
 
 
-def _over_rows(parts_BKRS: list[jax.Array], x_BKPRH: jax.Array, scale: float = 1.0) -> jax.Array:
-    """The transpose of all parts below one another, times x and `scale`: (B, K, S, H).
-
-    One matmul, though half of its first argument may be zeros: adding parts of the result in memory takes longer.
-    """
-    weights_BKRS = jnp.concatenate(parts_BKRS, axis=2)
-    x_BKHR = in_memory(x_BKPRH.reshape(*weights_BKRS.shape[:3], -1).transpose(0, 1, 3, 2))
-    y_BKHS = jnp.einsum("BKHR,BKRS->BKHS", x_BKHR, weights_BKRS, preferred_element_type=jnp.float32)
-    return in_memory((scale * y_BKHS).astype(x_BKPRH.dtype)).transpose(0, 1, 3, 2)
+def _over_rows(parts_BKRS: list[jax.Array], x_BKPRH: jax.Array) -> jax.Array:
+    """Sum over parts of part^T x: float32 (B, K, S, H) for the keys of the last part, which has all."""
+    S = parts_BKRS[-1].shape[3]
+    missing = lambda part_BKRS: (0, S - part_BKRS.shape[3])
+    if not (lays_out() and x_BKPRH.dtype.itemsize == 2):
+        sums = 0.0
+        for p, part_BKRS in enumerate(parts_BKRS):
+            y_BKSH = jnp.einsum("BKRS,BKRH->BKSH", part_BKRS, x_BKPRH[:, :, p], preferred_element_type=jnp.float32)
+            sums += jnp.pad(y_BKSH, ((0, 0), (0, 0), missing(part_BKRS), (0, 0)))
+        return sums
+    # one matmul with x^T laid out in memory, though half of what it reads are zeros: twice as fast in 16 bits
+    all_BKRS = jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, 0), missing(x))) for x in parts_BKRS], axis=2)
+    x_BKHR = in_memory(x_BKPRH.reshape(*all_BKRS.shape[:3], -1).transpose(0, 1, 3, 2))
+    y_BKHS = jnp.einsum("BKHR,BKRS->BKHS", x_BKHR, all_BKRS, preferred_element_type=jnp.float32)
+    # laid out before it is transposed: else XLA makes both one matmul, for which it has no 16-bit kernel
+    return in_memory(y_BKHS).transpose(0, 1, 3, 2)

@@ -38,14 +38,15 @@ class Program:
 
 
 @functools.cache
-def program(remat: str = "none", loss_chunk: int = 0, **mesh: int) -> Program:
+def program(remat: str = "none", loss_chunk: int = 0, dtype: str = "float32", **mesh: int) -> Program:
     """The compiled training step.
 
     The CPU compiler has no reduce-scatter and reduces before it sums; its all-reduces are read as what the compilers
     for GPU and TPU make of them (`make test-aot` reads their own programs).
     """
     sizes = dict.fromkeys(AXES, 1) | mesh
-    cfg, mesh = config.load([*MODEL, f"train.remat={remat}", f"train.loss_chunk={loss_chunk}"]), make_mesh(sizes)
+    settings = [f"train.remat={remat}", f"train.loss_chunk={loss_chunk}", f"train.compute_dtype={dtype}"]
+    cfg, mesh = config.load([*MODEL, *settings]), make_mesh(sizes)
     with jax.set_mesh(mesh):
         job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
@@ -59,9 +60,10 @@ def received(program: Program, kind: str, *axes: str) -> float:
     return program.volume.get((kind, axes), (0, 0.0))[1]
 
 
-def test_data_reduces_each_gradient_once():
-    """2 x parameters: one all-reduce of the gradients, and nothing else."""
-    step = program(data=8)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_data_reduces_each_gradient_once(dtype):
+    """2 x parameters: one all-reduce of the gradients, which are float32, and nothing else."""
+    step = program(data=8, dtype=dtype)
     assert received(step, "all-reduce", "data") == pytest.approx(2 * 7 / 8 * PARAMETERS, rel=0.01)
     assert step.volume.keys() == {("all-reduce", ("data",))}
 

@@ -69,18 +69,18 @@ def _attention_again(model: ModelConfig, train: TrainConfig, packed: bool, conte
     chunked = train.seq_len > 2 * QUERY_CHUNK and train.seq_len % QUERY_CHUNK == 0
     # without remat: all but the plain form compute the scores again, rather than keep them
     inside = 1 if fused or chunked or context_style else 0
-    # the weights, which the plain form keeps, do not tell the gradient of a soft-cap
-    capped = 1 if model.attention_softcap and not fused and context_style != "ring" else 0
+    if train.remat == "none" and not inside and model.attention_softcap and model.scan_layers:
+        return 1  # weights, which layers keep, do not tell its gradient; XLA merges what else computes scores again
     if fused and context_style:  # what goes through an all-to-all or a gather runs its forward pass again
         inside += 2
     if train.remat == "none":
-        return inside + capped
+        return inside
     if train.remat in ("full", "dots"):
-        return inside + capped + 2
+        return inside + 2
     # remat=attention: the result is kept, but not the plain form's weights, nor the softmax sums of a GPU's kernels
     if fused and not context_style:
         return inside + (2 if platform() == "gpu" else 0)
-    return max(inside, 1) + capped
+    return max(inside, 1)
 
 
 def _fused(model: ModelConfig, train: TrainConfig, packed: bool) -> bool:
