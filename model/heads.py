@@ -31,6 +31,7 @@ class TokenTable(nnx.Module):
         self.vocab_size, self.softcap = config.vocab_size, config.logit_softcap
         multiple = math.lcm(config.vocab_multiple, splits("vocab", stored=True))
         rows = -(-config.vocab_size // multiple) * multiple
+        self.padded = rows > config.vocab_size
         init = parametrization.table(config, config.vocab_size)
         self.table = param(key, (rows, config.width), ("vocab", "width"), init)
 
@@ -64,6 +65,4 @@ class TokenTable(nnx.Module):
         logits_BTV = shard(score(x_BTD, rows.table_VD), "batch", "tokens", "vocab")
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
-        if self.table.shape[0] == self.vocab_size:
-            return logits_BTV
-        return jnp.where(rows.token_V >= self.vocab_size, NO_TOKEN, logits_BTV)
+        return jnp.where(rows.token_V >= self.vocab_size, NO_TOKEN, logits_BTV) if self.padded else logits_BTV

@@ -19,6 +19,7 @@ CASES = {
     "six stages": ("llama", {"pipe": 6}, ["pipeline.schedule=zero_bubble", "pipeline.microbatches=3"], SIX),
     # two tables, learned positions, dropout, a vocabulary that nothing divides
     "tables": ("gpt2", {"pipe": 2, "data": 2, "tensor": 2}, ["pipeline.schedule=zero_bubble"], ()),
+    "a stage of padding rows": ("llama", {"pipe": 2}, [], ("model.vocab_size=256", "model.vocab_multiple=512")),
     "remat": ("gpt2", {"pipe": 2, "fsdp": 2}, ["train.remat=full", "train.loss_chunk=4"], ()),
     "dots": ("gpt2", {"pipe": 2}, ["train.remat=dots", "pipeline.schedule=zero_bubble", "model.scan_layers=false"], ()),
     # windows, packed documents, accumulation of pipelines
