@@ -202,6 +202,7 @@ class Rule:
         return self.cap(products * self.scale)
 
     def cap(self, scores: jax.Array) -> jax.Array:
+        """The scores after the soft-cap, if there is one."""
         return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
 
 
