@@ -32,12 +32,13 @@ from data.corpus import DataConfig
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from inference.config import SampleConfig
 from model.config import ModelConfig, one_of
-from parallel.config import ContextConfig, PipelineConfig, RuntimeConfig
+from parallel.config import ContextConfig, PipelineConfig
 from parallel.mesh import MeshConfig, MicrobatchRequirement, Requirement, StageRequirement, resolve
-from parallel.schedules import DEFAULT_CHUNKS, Schedule, make, read_csv
+from parallel.pipeline.schedules import DEFAULT_CHUNKS, Schedule, make, read_csv
+from runtime.config import RuntimeConfig
+from tracking.sinks import MetricsConfig, WandbConfig
 from training import recipes
 from training.config import OptimizerConfig, TrainConfig
-from training.metrics import MetricsConfig, WandbConfig
 
 CONF = Path(__file__).parent / "conf"
 SEARCH = "hydra/sweeper=search"

@@ -6,7 +6,7 @@ One loop, in the order in which things happen: mesh, run directory, data, model,
 import sys
 import time
 
-from parallel import heap
+from runtime import heap
 
 if __name__ == "__main__":
     heap.start_undivided()
@@ -34,23 +34,25 @@ from checkpoint.store import CheckpointStore, Restored
 from data.loader import Loader, heldout_batches
 from data.shards import prepare
 from inference.generate import continuations
-from parallel.agreement import agreed
 from parallel.mesh import make_mesh, slow_network_warning
-from parallel.runtime import StopSignal, exit_now, start, transfer_guard
 from parallel.sharding import local_rows, put_batch, replicated
-from training.console import Console, human
-from training.flops import count_flops
-from training.hardware import peak_flops
+from performance.flops import count_flops
+from performance.hardware import peak_flops
+from performance.profile import ProfiledStep
+from performance.throughput import Spent, Throughput
+from runtime.agreement import agreed
+from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
+from runtime.start import start, transfer_guard
+from runtime.stop import StopSignal, exit_now
+from tracking.console import Console, human
+from tracking.metrics_file import MetricsFile, last_value
+from tracking.reporting import Reporter, header
+from tracking.run_directory import RunDirectory
+from tracking.sinks import Sinks, TensorBoardSink, WandbSink
 from training.job import make_job
-from training.metrics import MetricsFile, Sinks, TensorBoardSink, WandbSink
-from training.profile import ProfiledStep
-from training.reporting import Reporter, header
-from training.rundir import RunDirectory
 from training.state import TrainState, is_vocabulary
-from training.throughput import Spent, Throughput
 
 log = logging.getLogger("isomesh.train")
-DONE, MISTAKE, FAULT, PREEMPTED, INTERRUPTED = 0, 2, 3, 75, 130
 
 
 def main(jobs: list[Config], began: float | None = None) -> int:
@@ -142,7 +144,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         told = asdict(config) | {"peak": asdict(peak)}
         sinks.append(WandbSink(**asdict(config.wandb), run_id=config.run.id, config=told, directory=run.path))
         sinks = Sinks(sinks, primary)
-        earlier = Spent.before(run.metrics, restored and restored.record)
+        earlier = Spent.before(last_value(run.metrics, "perf/wall_s"), restored and restored.record)
         meter = Throughput(flops, peak, mesh.size, job.table, began, compile_s, earlier)
         if restored is None and primary and run.set_metrics_aside():
             console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
@@ -280,7 +282,7 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
 
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
-    launcher = f"-m parallel.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
+    launcher = f"-m runtime.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
     command = ["python", *launcher, "train.py", *sys.argv[1:]]
     if code != DONE:
         return {"go on": shlex.join(command)}

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from scaling.fit import fit
-from scaling.laws import HOFFMANN, predict
-from scaling.solver import Objective
-from scaling.uncertainty import bootstrap
+from scaling.fit.law_fit import fit
+from scaling.fit.laws import HOFFMANN, predict
+from scaling.fit.solver import Objective
+from scaling.fit.uncertainty import bootstrap
 
 LAW = replace(HOFFMANN, optimum=None)  # parameters only: derived quantities would double the time
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}

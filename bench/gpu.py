@@ -106,10 +106,10 @@ def train(given: dict) -> dict:
     """Times steps on random tokens."""
     import jax
 
-    from parallel.config import RuntimeConfig
     from parallel.mesh import make_mesh
-    from parallel.runtime import start
     from parallel.sharding import put_batch
+    from runtime.config import RuntimeConfig
+    from runtime.start import start
     from training.job import make_job
     from training.parity import random_batch
 
@@ -156,8 +156,8 @@ def matmul(given: dict) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from parallel.config import RuntimeConfig
-    from parallel.runtime import start
+    from runtime.config import RuntimeConfig
+    from runtime.start import start
 
     start(RuntimeConfig(platform=given["platform"]))
     size, times = 512 if given["tiny"] else 8192, 20

@@ -60,11 +60,11 @@ def measure(point: Point) -> dict:
 
     import config
     from model.config import parameter_count
-    from parallel import heap
-    from parallel.config import RuntimeConfig
     from parallel.mesh import make_mesh
-    from parallel.runtime import start
     from parallel.sharding import put_batch
+    from runtime import heap
+    from runtime.config import RuntimeConfig
+    from runtime.start import start
     from training.job import make_job
     from training.parity import random_batch
 

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax
 
 import config
-from parallel.config import RuntimeConfig
 from parallel.mesh import AXES, make_mesh
-from parallel.runtime import start
-from parallel.schedules import DEFAULT_CHUNKS
+from parallel.pipeline.schedules import DEFAULT_CHUNKS
 from parallel.sharding import put_batch
+from runtime.config import RuntimeConfig
+from runtime.start import start
 from training.job import make_job
 from training.parity import random_batch
 

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from checkpoint.config import CheckpointConfig
 from checkpoint.digests import MANIFEST, find_damage, read_manifest, seal, write_manifest
 from checkpoint.leaves import by_path, check_leaves, fit, shape_to_read
-from parallel.agreement import agreed, any_process
+from runtime.agreement import agreed, any_process
 
 log = logging.getLogger("isomesh.checkpoint")
 

@@ -7,7 +7,6 @@ An entry is written beside its place and renamed into it, whole or not at all; a
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 
 from data.corpus import DataConfig, Document, kind, source_files, split
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from runtime.locks import Locked, locked
 
 FORMAT = 1  # raise it when the same source and settings would give other files
 SPLITS = ("train", "heldout")
@@ -233,12 +233,8 @@ def _publish(folder: Path, entry: Path) -> None:
 @contextlib.contextmanager
 def _lock(cache: Path, digest: str, progress: Progress) -> Iterator[None]:
     """Holds the lock of an entry, which ends with the process however it ends, and removes what killed ones left."""
-    with open(cache / f".lock-{digest}", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another process to prepare the data", 0, 1)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    waiting = lambda: progress("waiting for another process to prepare the data", 0, 1)
+    with locked(cache / f".lock-{digest}", on_wait=waiting):
         _remove_stale(cache, digest)
         yield
 
@@ -250,8 +246,7 @@ def _remove_stale(cache: Path, held: str) -> None:
         if digest == held:
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        with open(cache / f".lock-{digest}", "w") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(Locked), locked(cache / f".lock-{digest}"):
             shutil.rmtree(folder, ignore_errors=True)
 
 

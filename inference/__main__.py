@@ -5,7 +5,8 @@ Prompts with their continuations go to stdout, everything else to stderr. Exit c
 
 import sys
 
-from inference.options import BEST, MISTAKE, NEWEST, parse
+from inference.options import BEST, NEWEST, parse
+from runtime.exit_codes import MISTAKE
 
 if __name__ == "__main__":
     OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
@@ -25,9 +26,9 @@ from data.tokenizer import load_tokenizer
 from inference.generate import check, generate
 from model.transformer import Description, describe
 from parallel.mesh import make_mesh, resolve
-from parallel.runtime import start
 from parallel.sharding import parameter_shardings
-from training.rundir import RunDirectory
+from runtime.start import start
+from tracking.run_directory import RunDirectory
 from training.state import is_vocabulary
 
 

@@ -3,21 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from parallel.config import PLATFORMS
 from parallel.mesh import AXES, MeshConfig
+from runtime.arguments import Parser
+from runtime.config import PLATFORMS
 
-MISTAKE = 2  # exit code
 NEWEST, BEST = "last", "best"  # choices of --step besides a number
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process with exit code 2."""
-        self.exit(MISTAKE, f"error: {message}\n")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

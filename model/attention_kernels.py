@@ -15,7 +15,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 
-from parallel.sharding import platform
+from runtime.platform import platform
 
 log = logging.getLogger("isomesh.model")
 

@@ -66,3 +66,11 @@ class TokenTable(nnx.Module):
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
         return jnp.where(rows.token_V >= self.vocab_size, NO_TOKEN, logits_BTV) if self.padded else logits_BTV
+
+
+def vocabulary_parts(chunk: int, T: int) -> int:
+    """Into how many parts the vocabulary is cut at least, so that a device has logits as `chunk` tokens have at a time.
+
+    Where the mesh in context splits tokens or vocabulary, a device has fewer from the start. `chunk` 0: one part.
+    """
+    return -(-T // (chunk * splits("tokens") * splits("vocab"))) if chunk else 1

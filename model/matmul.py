@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from parallel.manual import alike
-from parallel.sharding import platform
+from runtime.platform import platform
 
 
 def project(x: jax.Array, matrix: jax.Array) -> jax.Array:

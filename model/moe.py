@@ -11,7 +11,7 @@ from flax import nnx
 from model import parametrization
 from model.config import GATED, ModelConfig
 from model.layers import FeedForward, activate
-from parallel.expert_dispatch import dispatch
+from parallel.experts import dispatch
 from parallel.sharding import param, shard, use
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import bitcast_convert_type
 
-from parallel.sharding import platform
+from runtime.platform import platform
 
 
 @jax.tree_util.register_dataclass

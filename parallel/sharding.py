@@ -28,7 +28,7 @@ PARAMETER_AXES = {
     "vocab": ("pipe", "tensor"),  # the two largest tables; logits come out split by vocabulary
     "positions": (),  # learned positions: looked up by a contiguous slice
     "norm": (),  # vectors: too small to be worth a gather
-    "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.slots
+    "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.run.slots
 }
 
 # Where activations live between operations.
@@ -230,9 +230,3 @@ def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch_size: int) -> di
         return jax.make_array_from_callback((batch_size, local.shape[1]), sharding, cut)
 
     return {name: put(local) for name, local in rows.items()}
-
-
-def platform() -> str:
-    """cpu, gpu or tpu: of the mesh in context, which need not be of this machine."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()

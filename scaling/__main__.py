@@ -8,7 +8,9 @@ import argparse
 import importlib
 import sys
 
-MISTAKE = 2
+from runtime.arguments import Parser
+from runtime.exit_codes import MISTAKE
+
 # Command -> (module in scaling/commands, what it does)
 COMMANDS = {
     "plan": ("sweep", "show the runs of a sweep.yaml and the bill"),
@@ -24,19 +26,11 @@ COMMANDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str):
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(MISTAKE)
-
-
 def parser(name: str | None) -> Parser:
     """The parser of a command, whose module alone is imported; for None the one that lists them."""
     if name:
         module, words = COMMANDS[name]
-        options = Parser(prog=f"python -m scaling {name}", description=words, allow_abbrev=False)
+        options = Parser(prog=f"python -m scaling {name}", description=words)
         getattr(importlib.import_module(f"scaling.commands.{module}"), f"add_{name.replace('-', '_')}")(options)
         return options
     listed = "commands:\n" + "\n".join(f"  {name:12} {words}" for name, (_, words) in COMMANDS.items())

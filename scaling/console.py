@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from scaling.coordinates import Check, Line
+from scaling.transfer.coordinates import Check, Line
 
 
 def wide_console() -> Console:

@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0",
         "--xla_cpu_use_fusion_emitters=false",
-        "--xla_disable_hlo_passes=all-reduce-promotion",  # as parallel.runtime.start does on a CPU, and the next
+        "--xla_disable_hlo_passes=all-reduce-promotion",  # as runtime.start.start does on a CPU, and the next
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     )
 )

@@ -16,8 +16,8 @@ import yaml
 import config
 import train
 from checkpoint.digests import read_manifest
-from training.hardware import Peak
-from training.metrics import read_metrics
+from performance.hardware import Peak
+from tracking.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 8
@@ -77,7 +77,7 @@ def command(
     arguments: list[str], devices: int = DEVICES, processes: int = 1, program: Sequence[str] = ("train.py",)
 ) -> list[str]:
     """The command line of a run with `devices` devices in all."""
-    launch = ["-m", "parallel.launch", "--processes", str(processes)] if processes > 1 else []
+    launch = ["-m", "runtime.launch", "--processes", str(processes)] if processes > 1 else []
     return [sys.executable, *launch, *program, *arguments, f"runtime.cpu_devices={devices // processes}"]
 
 

@@ -9,19 +9,32 @@ ROOT = Path(__file__).parent.parent
 
 # What the modules of a folder may import of the project, besides their own folder.
 ALLOWED = {
-    "parallel": set(),
-    "data": set(),
-    "model": {"parallel"},
-    "training": {"model", "parallel"},
-    "checkpoint": {"model", "parallel"},
-    "inference": {"model", "parallel"},
-    "scaling": {"model.config"},
+    "runtime": set(),  # the ground: how a process starts and ends
+    "parallel": {"runtime"},
+    "data": {"runtime"},  # locks of what is prepared once
+    "model": {"parallel", "runtime"},
+    "performance": {"model", "parallel", "runtime", "training.config"},  # what a program costs; settings of a step
+    "training": {"performance", "model", "parallel", "runtime"},
+    "checkpoint": {"model", "parallel", "runtime"},
+    "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
+    "inference": {"model", "parallel", "runtime"},
+    "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps
+    # reads what runs wrote, and starts them as processes of their own: no JAX
+    "scaling": {"model.config", "runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"},
 }
 # Programs put the folders together, and are imported by nobody.
-ENTRY_POINTS = {"train.py", "training/parity.py", "training/memory.py", "inference/__main__.py", "scaling/__main__.py"}
+ENTRY_POINTS = {
+    "train.py",
+    "training/parity.py",
+    "performance/memory.py",
+    "parallel/pipeline/__main__.py",
+    "inference/__main__.py",
+    "scaling/__main__.py",
+}
 PARTS = "scaling/commands/"  # of the entry point scaling/__main__.py, which looks them up by name
 MODULES = {"config", "train"}  # that stand beside the folders
 
+ROOMS = {place.partition("/")[0] for place in ALLOWED}
 NOT_OURS = {"tests", "bench", "experiments", "conf", "docs", "runs"}
 
 
@@ -45,7 +58,7 @@ def imported(file: str) -> set[str]:
 
 
 def test_there_is_something_to_check():
-    assert {file.partition("/")[0] for file in sources()} == {*ALLOWED, "config.py", "train.py"}
+    assert {file.partition("/")[0] for file in sources()} == {*ROOMS, "config.py", "train.py"}
     assert set(sources()) >= ENTRY_POINTS
 
 
@@ -53,16 +66,17 @@ def test_there_is_something_to_check():
 def test_imports_run_one_way(file):
     folder = file.partition("/")[0]
     modules = imported(file)
-    tops = {module.partition(".")[0] for module in modules} & (ALLOWED.keys() | MODULES | NOT_OURS)
+    tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
     assert not tops & {"tests", "bench", "experiments"}
     entries = {entry.removesuffix(".py").replace("/", ".") for entry in [*ENTRY_POINTS, PARTS.rstrip("/")]}
     assert not modules & entries, "an entry point is imported by nobody"
     if file == "config.py":  # it nests the folders' dataclasses
         assert "config" not in tops
     elif file not in ENTRY_POINTS and not file.startswith(PARTS):
-        allowed = {name for name in ALLOWED[folder] if "." not in name}
-        modules -= {name for name in modules for whole in ALLOWED[folder] if f"{name}.".startswith(f"{whole}.")}
-        tops = {module.partition(".")[0] for module in modules} & (ALLOWED.keys() | MODULES | NOT_OURS)
+        row = set().union(*(names for place, names in ALLOWED.items() if file.startswith(f"{place}/")))
+        allowed = {name for name in row if "." not in name}
+        modules -= {name for name in modules for whole in row if f"{name}.".startswith(f"{whole}.")}
+        tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
         assert tops - {folder} <= allowed, f"{file} imports {tops - {folder} - allowed}"
 
 

@@ -3,7 +3,7 @@
 import pytest
 from meshes import assert_changes_nothing
 
-from parallel import schedules
+from parallel.pipeline import schedules
 
 SIX = ("model.layers=6",)
 # (model, mesh, overrides that must not matter, overrides of the model)

@@ -12,7 +12,7 @@ from meshes import MODELS, assert_changes_nothing
 
 import config
 from parallel.mesh import AXES, factorizations
-from parallel.schedules import DEFAULT_CHUNKS
+from parallel.pipeline.schedules import DEFAULT_CHUNKS
 
 SEED = int(os.environ.get("ISOMESH_SEED", "0"))  # of the random meshes: another one draws others
 

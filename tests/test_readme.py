@@ -33,7 +33,7 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         return
     assert words[0] == "python"
     words = words[1:]
-    if words[:2] == ["-m", "parallel.launch"]:
+    if words[:2] == ["-m", "runtime.launch"]:
         words = words[words.index("train.py") :]
     if words[:2] == ["-m", "inference"]:
         run = tmp_path / words[2]
@@ -51,7 +51,7 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         assert words[:2] == ["-m", "training.parity"]
         words = words[2:]
     for job in config.command_line(words):
-        devices = job.runtime.cpu_devices * (2 if "parallel.launch" in line else 1)
+        devices = job.runtime.cpu_devices * (2 if "runtime.launch" in line else 1)
         assert config.mesh_sizes(job, devices)
 
 

@@ -22,7 +22,7 @@ import train
 from checkpoint.leaves import by_path
 from data.loader import Loader
 from data.shards import prepare
-from training.metrics import last_value
+from tracking.metrics_file import last_value
 
 DONE, MISTAKE, PREEMPTED = 0, 2, 75
 SEED = 7  # of the moments at which runs are killed

@@ -16,8 +16,8 @@ import runs
 import config
 import train
 from data.loader import Loader
+from tracking.run_directory import RunDirectory
 from training import job
-from training.rundir import RunDirectory
 
 DONE, MISTAKE, FAULT = 0, 2, 3
 COMPILING = re.compile(r"Compiling (\S+)")

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import pytest
 
 import config
-from parallel.collectives import collectives, summary
-from parallel.hlo import arrays, parse
 from parallel.mesh import AXES, make_mesh
 from parallel.sharding import batch_sharding
+from performance.collectives import collectives, summary
+from performance.hlo import arrays, parse
 from training.job import make_job
 
 B, T, D, F, N, H, V, LAYERS = 16, 64, 128, 384, 8, 16, 2048, 4

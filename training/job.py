@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.transformer import Description, describe
-from parallel import pipeline
-from parallel.schedules import Schedule
+from parallel.pipeline.run import slots
+from parallel.pipeline.schedules import Schedule
 from parallel.sharding import parameter_shardings, replicated
+from performance.collectives import check_pipeline
 from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
 from training.state import TrainState, abstract_state, init_state, reordered
@@ -51,7 +52,7 @@ class Job:
         """`step` or `step_and_gradients`, compiled ahead for batches like this one, and checked. Raises ValueError."""
         compiled = function.lower(self.abstract, batch).compile()
         if self.table is not None and self.mesh.devices.flat[0].platform == "cpu":
-            pipeline.check_program(compiled.as_text(), self.mesh)
+            check_pipeline(compiled.as_text(), self.mesh)
         return compiled
 
     @property
@@ -122,7 +123,7 @@ def make_job(
 ) -> Job:
     """A job on `mesh`, which must be in context. `table` is the pipeline's schedule if mesh.pipe > 1."""
     stored = describe(model, context_style=context_style)
-    description = stored if table is None else describe(model, pipeline.slots(model.layers, table), context_style)
+    description = stored if table is None else describe(model, slots(model.layers, table), context_style)
     direction = make_optimizer(optimizer, description.inputs, description.factors)
     abstract = lambda description: abstract_state(mesh, description, direction, jnp.dtype(train.param_dtype))
     return Job(

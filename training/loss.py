@@ -6,7 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from model.heads import Rows
+from model.heads import Rows, vocabulary_parts
 from model.moe import RouterSums
 from parallel.manual import alike
 from parallel.sharding import max_over_stages, splits, sum_over_stages
@@ -100,23 +100,15 @@ def _at_targets_backward(residuals, dlogits_BT):
 _at_targets.defvjp(_at_targets_forward, _at_targets_backward)
 
 
-def parts(chunk: int, T: int) -> int:
-    """Into how many parts the vocabulary is cut at least, so that a device has logits as `chunk` tokens have at a time.
-
-    Where the mesh in context splits tokens or vocabulary, a device has fewer from the start. `chunk` 0: one part.
-    """
-    return -(-T // (chunk * splits("tokens") * splits("vocab"))) if chunk else 1
-
-
 @jax.named_scope("loss")
 def chunked_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int) -> LossSums:
-    """Sums over all tokens of a batch, from final hidden vectors; see `parts` for `chunk`.
+    """Sums over all tokens of a batch, from final hidden vectors; see `vocabulary_parts` for `chunk`.
 
     The logits of several parts are computed again in the backward pass. Parts of the vocabulary and not of the tokens
     are taken: then the gradient of a part of the table is whole at once, and summed over devices once, where that of
     tokens would be summed for every part. The gradient of x is summed over `tensor` for every part instead.
     """
-    n = parts(chunk, x_BTD.shape[1])
+    n = vocabulary_parts(chunk, x_BTD.shape[1])
     rows = head.vocabulary(n, x_BTD.dtype)
     if n == 1:
         rows = jax.tree.map(lambda x: x[0], rows)

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from parallel.mesh import AXES, make_mesh
-from parallel.runtime import start
 from parallel.sharding import local_rows, put_batch, replicated
+from runtime.start import start
 from training.job import make_job
 
 STEPS = 3

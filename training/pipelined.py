@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from model.transformer import Description, block_of, rematerialised, rows_of
-from parallel import pipeline, schedules
-from parallel.schedules import Schedule
+from parallel.pipeline import run as pipeline
+from parallel.pipeline import schedules
+from parallel.pipeline.schedules import Schedule
 from parallel.sharding import stored_over_stages
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses

@@ -11,7 +11,7 @@ import optax
 from model.moe import RouterSums
 from model.transformer import Description
 from parallel.context import zigzag
-from parallel.schedules import Schedule
+from parallel.pipeline.schedules import Schedule
 from parallel.sharding import shard, splits
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses

@@ -21,9 +21,10 @@ import config
 from data.loader import Loader, heldout_batches
 from data.shards import prepare
 from parallel.mesh import AXES, make_mesh
-from parallel.runtime import start
-from scaling import search_loop, search_report
-from scaling.search import Outcome, Search, outcome
+from runtime.start import start
+from scaling.search import loop as search_loop
+from scaling.search import report as search_report
+from scaling.search.study import Outcome, Search, outcome
 from training.job import make_job
 from training.optimizer import learning_rate, make_optimizer
 from training.step import make_eval_step, make_train_step

@@ -9,10 +9,10 @@ import jax
 
 from config import load, mesh_sizes, pipeline_table
 from parallel.mesh import make_mesh
-from parallel.runtime import start
+from runtime.start import start
 from scaling.console import show_coordinates, wide_console
-from scaling.coordinates import Check, judge, picture
-from training.coordinates import at_width, measure
+from scaling.transfer.activations import at_width, measure
+from scaling.transfer.coordinates import Check, judge, picture
 from training.job import make_job
 
 NOT_FLAT = 1
@@ -58,7 +58,7 @@ def run_coordinate_check(options: argparse.Namespace) -> int:
 
 
 def coordinates(config, dial: str, size: int, seeds: int, steps: int):
-    """The measurements of training.coordinates for one size, on the mesh that the config asks for."""
+    """The measurements of scaling.transfer.activations for one size, on the mesh that the config asks for."""
     model = at_width(config.model, size) if dial == "width" else replace(config.model, layers=size)
     config = replace(config, model=model, train=replace(config.train, grad_accumulation=1))
     start(config.runtime)

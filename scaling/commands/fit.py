@@ -5,12 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from scaling.analysis import FitRequest, analyse
-from scaling.columns import add_columns, check_flops, chosen_columns
 from scaling.console import show, wide_console
-from scaling.laws import LAWS
-from scaling.solver import KINDS, Objective
-from scaling.table import read_table
+from scaling.fit.analysis import FitRequest, analyse
+from scaling.fit.columns import add_columns, check_flops, chosen_columns
+from scaling.fit.laws import LAWS
+from scaling.fit.runs_table import read_table
+from scaling.fit.solver import KINDS, Objective
 
 
 def add_fit(options: argparse.ArgumentParser) -> None:

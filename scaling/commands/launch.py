@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from config import combinations, multirun
-from scaling.batch import OUTPUT, Batch, Job
-from scaling.launchers import PACKAGES, SAID, Unknown, check, start, still_to_do, stop, submission
-from scaling.provenance import commit
-from scaling.rundirs import ATTEMPTS, DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED, last_line, read_lines
+from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
+from scaling.sweep.batch import OUTPUT, Batch, Job
+from scaling.sweep.launchers import PACKAGES, SAID, Unknown, check, start, still_to_do, stop, submission
+from scaling.sweep.provenance import commit
+from scaling.sweep.run_directories import ATTEMPTS, last_line, read_lines
 
 CHECKOUT = Path(__file__).parents[2]
 FOLDER = Path("runs") / "batches"

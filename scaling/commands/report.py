@@ -4,11 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from scaling.columns import COLUMNS, add_columns, check_flops, chosen_columns
-from scaling.figures import draw
-from scaling.laws import LAWS
-from scaling.page import page
-from scaling.report import AS_COLLECTED, RESULTS, SWEEP, ReportRequest, assemble, columns_of, locate
+from scaling.fit.columns import COLUMNS, add_columns, check_flops, chosen_columns
+from scaling.fit.laws import LAWS
+from scaling.report.content import AS_COLLECTED, RESULTS, SWEEP, ReportRequest, assemble, columns_of, locate
+from scaling.report.figures import draw
+from scaling.report.page import page
 
 PAGE, NUMBERS, FIGURES = "report.html", "report.json", "figures"
 

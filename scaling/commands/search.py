@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 import config
+from runtime.exit_codes import DONE, PREEMPTED
 from training import recipes
 
-STOPPED = 75
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -32,7 +32,10 @@ def run_search(options: argparse.Namespace) -> int:
     """Goes on with a search until its trials are done. Raises ValueError for the user's mistakes."""
     if importlib.util.find_spec("optuna") is None:
         raise ValueError("a search needs optuna; install it with `make setup EXTRAS=search`")
-    from scaling import search, search_loop, search_report, space, trial
+    from scaling.search import loop as search_loop
+    from scaling.search import report as search_report
+    from scaling.search import space, trial
+    from scaling.search import study as search
 
     from_hydra(options)
     files = [word for word in options.words if "=" not in word]
@@ -63,7 +66,7 @@ def run_search(options: argparse.Namespace) -> int:
     search_report.show(study, console)
     if importlib.util.find_spec("matplotlib") and search_report.front(study):
         search_report.draw(study, out / "search.png")
-    return 0 if done else STOPPED
+    return DONE if done else PREEMPTED
 
 
 def numbered(settings):

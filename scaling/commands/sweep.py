@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from config import Config, build, finish, identity, load
-from scaling.collect import collect, find, write
+from runtime.exit_codes import DONE, FAULT, INTERRUPTED
 from scaling.console import wide_console
-from scaling.design import Run, SweepConfig, design, expected_seconds, load_sweep
-from scaling.launched import Queue, run_launched
-from scaling.launchers import PACKAGES, PREFIX
-from scaling.provenance import code_digest
-from scaling.sweep import Planned, measured, multirun, place, probes, run_missing, share
-from scaling.sweep_view import Progress, bill, plan_table, progress, remaining
+from scaling.sweep.collect import collect, find, write
+from scaling.sweep.design import Run, SweepConfig, design, expected_seconds, load_sweep
+from scaling.sweep.launchers import PACKAGES, PREFIX
+from scaling.sweep.provenance import code_digest
+from scaling.sweep.run import Planned, measured, multirun, place, probes, run_missing, share
+from scaling.sweep.submitted import Queue, run_launched
+from scaling.sweep.view import Progress, bill, plan_table, progress, remaining
 
-FAILED, INTERRUPTED = 3, 130
 CHECKOUT = Path(__file__).parents[2]
 RUNS = Path("runs")  # of all sweeps, below the checkout
 
@@ -106,7 +106,7 @@ def show_plan(options: argparse.Namespace) -> int:
 
 
 def run_sweep(options: argparse.Namespace) -> int:
-    """Runs what is missing. Returns FAILED if some runs are not there in the end, INTERRUPTED after Ctrl-C."""
+    """Runs what is missing. Returns FAULT if some runs are not there in the end, INTERRUPTED after Ctrl-C."""
     if options.launcher is None and (options.settings or options.resubmit):
         raise ValueError(f"{' '.join(options.settings) or '--resubmit'} is for --launcher {'|'.join(PACKAGES)}")
     sweep, planned = planned_runs(options.sweep)
@@ -134,7 +134,7 @@ def run_sweep(options: argparse.Namespace) -> int:
         print(
             f"{len(left)} runs are not there: {', '.join(left[:4])}; --retry tries failed ones again", file=sys.stderr
         )
-    return FAILED if left else 0
+    return FAULT if left else DONE
 
 
 def launcher_settings(options: argparse.Namespace) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from scaling.console import wide_console
-from scaling.transfer import Transfer, picture, transfers
+from scaling.transfer.optimum import Transfer, picture, transfers
 
 MOVED = 1
 

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 
 import config
 from model.config import flops_per_token, parameter_count
-from parallel.collectives import Collective, collectives, describe
 from parallel.mesh import AXES, crossings, make_mesh, slow_network_warning
 from parallel.sharding import batch_sharding
+from performance.collectives import Collective, collectives, describe
 from tests.aot.machines import COMMON, MACHINES, PRODUCTS, Machine, Product
 from training.job import Job, make_job
 

@@ -10,10 +10,10 @@ from model import attention as module
 from model.attention import TokenInfo, attention
 from model.kv_cache import make_cache
 from model.layers import dropout
-from parallel.collectives import collectives
 from parallel.context import zigzag
 from parallel.mesh import AXES, make_mesh
 from parallel.sharding import shard
+from performance.collectives import collectives
 from training.config import TrainConfig
 from training.step import gradients, in_context_order
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from parallel.collectives import collectives
 from parallel.context import Rule, gather, ring, ulysses, zigzag
 from parallel.mesh import AXES, make_mesh
+from performance.collectives import collectives
 
 B, T, N, K, H = 2, 48, 4, 2, 8
 SCALE = 0.35

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling.analysis import FitRequest, analyse
-from scaling.isoflop import envelope, least_losses, parabolas, slices
-from scaling.laws import HOFFMANN, predict
-from scaling.table import read_table
+from scaling.fit.analysis import FitRequest, analyse
+from scaling.fit.isoflop import envelope, least_losses, parabolas, slices
+from scaling.fit.laws import HOFFMANN, predict
+from scaling.fit.runs_table import read_table
 
 ROOT = Path(__file__).parents[2]
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}

@@ -1,0 +1,53 @@
+"""What a run would need: python -m performance.memory [key=value ...] prints bytes a device as one JSON line.
+
+Compiles the training step as train.py would and reads the compiler's account of it; no array is allocated, so a
+layout that cannot fit is told before it is run. Exit code 2 for a mistake.
+"""
+
+import json
+import sys
+
+from config import Config, command_line, mesh_sizes, pipeline_table
+
+if __name__ == "__main__":
+    JOBS = command_line(sys.argv[1:])
+
+import jax
+import jax.numpy as jnp
+
+from parallel.mesh import make_mesh
+from parallel.sharding import batch_sharding
+from runtime.start import start
+from training.job import make_job
+
+
+def needed(config: Config) -> dict[str, int]:
+    """Bytes a device: `arguments` (state and batch), `temporary`, and their sum `total`, as train.py's header says."""
+    t, mesh = config.train, make_mesh(mesh_sizes(config, jax.device_count()))
+    with jax.set_mesh(mesh):
+        table = pipeline_table(config, dict(mesh.shape))
+        job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
+        dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
+        if config.data.segments:
+            dtypes["segments_BT"] = jnp.int32
+        shape, layout = (t.batch_size, t.seq_len), batch_sharding(mesh)
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+        memory = job.compile(job.step, batch).memory_analysis()
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary}
+
+
+def main(config: Config) -> int:
+    """Prints what one run needs; returns the exit code."""
+    try:
+        start(config.runtime)
+        found = needed(config)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(max(map(main, JOBS)))

@@ -1,0 +1,149 @@
+"""Starts one process of a run: its platform and XLA flags, the compile cache, joining the other processes.
+
+`start` comes before any JAX computation. Nothing here knows of meshes: one process with one device and a pod take the
+same path, and `jax.distributed` is started only where there is more than one process.
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import platform
+import stat
+import sys
+import zlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import jax
+
+from runtime import heap
+from runtime.cluster import INITIALIZATION_SECONDS, find_cluster
+from runtime.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
+
+logger = logging.getLogger(__name__)
+
+CPU_FLAGS = (
+    # it widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
+    "--xla_disable_hlo_passes=all-reduce-promotion",
+    # it may start independent collectives in a different order on each device, which then wait for each other
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
+# All known to jaxlib 0.10.2 to 0.12: an unknown flag would end the process. On without being asked are full autotuning,
+# Triton matmuls, command buffers, a stream of high priority for collectives and pipelined reduce-scatters.
+GPU_FLAGS = (
+    # collectives start as early, and are waited for as late, as they can
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    # in a scan over layers, the next layer's weights are gathered while this one computes
+    "--xla_gpu_enable_pipelined_all_gather=true",
+    # and the last layer's gradients are reduced meanwhile
+    "--xla_gpu_enable_pipelined_all_reduce=true",
+)
+GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
+
+
+def start(config: RuntimeConfig) -> None:
+    """Sets JAX up for this process and joins the others, if any. Call it once, before any JAX computation.
+
+    Raises ValueError where the flags are incomplete or the platform that was asked for is absent.
+    """
+    cluster = find_cluster(config)
+    if config.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
+    gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
+    _add_flags(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ())
+    if cpu:
+        heap.keep_freed_memory()
+    if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY)
+    if jax.config.jax_num_cpu_devices != config.cpu_devices:  # JAX refuses even the same value once it has begun
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # a cached program of several CPU devices may run its collectives out of order: wrong numbers, or a hang
+    if config.compile_cache and not (cpu and (config.cpu_devices > 1 or cluster is not None)):
+        _use_compile_cache(Path(config.compile_cache).expanduser())
+    if cluster is not None:
+        jax.distributed.initialize(
+            coordinator_address=cluster.coordinator,
+            num_processes=cluster.processes,
+            process_id=cluster.process_id,
+            local_device_ids=cluster.device_ids,
+            cluster_detection_method="deactivate",  # find_cluster has looked already
+            initialization_timeout=INITIALIZATION_SECONDS,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+        )
+    _check_platform(config.platform)
+    if cluster is not None and jax.default_backend() == "cpu":
+        _keep_gloo_quiet()
+
+
+def transfer_guard(config: RuntimeConfig) -> AbstractContextManager:
+    """The guard for the training step: inside it an implicit transfer raises, where `config.transfer_guard` asks so.
+
+    It is for the step and not for the whole process: even `jax.random.key(0)` transfers its seed implicitly.
+    """
+    return jax.transfer_guard("disallow") if config.transfer_guard else contextlib.nullcontext()
+
+
+def _check_platform(asked: str) -> None:
+    found = jax.default_backend()
+    if asked in ("auto", found):
+        return
+    extra = {"gpu": "cuda"}.get(asked, asked)
+    forced = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set)" if os.environ.get("JAX_PLATFORMS") else ""
+    raise ValueError(
+        f"runtime.platform={asked} but JAX found {found} only{forced}; "
+        f"install with `make setup EXTRAS={extra}` or set runtime.platform={found}"
+    )
+
+
+def _add_flags(flags: tuple[str, ...]) -> None:
+    """Adds XLA flags to those of the environment, which win."""
+    theirs = os.environ.get("XLA_FLAGS", "").split()
+    given = {flag.partition("=")[0] for flag in theirs}
+    os.environ["XLA_FLAGS"] = " ".join(theirs + [flag for flag in flags if flag.partition("=")[0] not in given])
+
+
+def _use_compile_cache(folder: Path) -> None:
+    """Turns the persistent cache on, unless others can write there: they could make this user run their code."""
+    of_machine = folder / _machine()
+    for part in (folder, of_machine):
+        try:
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = part.stat()
+        except OSError as error:
+            logger.warning("no compile cache: %s", error)
+            return
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            logger.warning("no compile cache: others can write %s; chmod 700 it or set runtime.compile_cache", part)
+            return
+    jax.config.update("jax_compilation_cache_dir", str(of_machine))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _machine() -> str:
+    """A folder name by CPU type. JAX's cache key has none, and a home folder is often shared by unlike machines."""
+    features = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
+        features = next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+
+
+def _keep_gloo_quiet() -> None:
+    """Leaves stdout to Python: gloo's C++ code announces each connection there, in fragments from several threads.
+
+    Python's stdout moves to a copy of file descriptor 1 (in place, so that references to it stay good), and 1 itself
+    goes nowhere, for this process and for programs that it starts.
+    """
+    buffer = getattr(sys.stdout, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer between
+    if not isinstance(raw, io.FileIO) or raw.fileno() != 1:
+        return  # somebody has captured stdout
+    sys.stdout.flush()
+    raw.__init__(os.dup(1), "wb", closefd=False)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

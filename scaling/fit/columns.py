@@ -1,0 +1,55 @@
+"""Options that say which column of a table holds what: the same for every command that reads one."""
+
+import argparse
+from collections.abc import Mapping
+
+from scaling.fit.laws import Law
+
+# Letter -> (option, what it holds)
+COLUMNS = {
+    "N": ("--n", "parameters"),
+    "D": ("--d", "training tokens"),
+    "C": ("--c", "training FLOPs; with --n alone, D = C / (6 N)"),
+    "U": ("--unique", "unique tokens"),
+    "S1": ("--s1", "sum of learning rates"),
+    "S2": ("--s2", "annealing area"),
+    "F": ("--flops", "FLOPs of a step"),
+    "P": ("--devices", "devices"),
+    "V": ("--bytes", "bytes that a device exchanges in a step"),
+    "group": ("--group", "budget that a run belongs to: isoFLOP parabolas"),
+    "run": ("--run", "run that a row is a point of: envelope of training curves"),
+}
+LOSS = "loss in nats a token; seconds for step_time"
+
+
+def add_columns(options: argparse.ArgumentParser, defaults: Mapping[str, str] = {}) -> None:
+    """Adds an option for each column; `defaults` are told in the help only, as not every table has them."""
+    told = lambda letter: f" (default: {defaults[letter]})" if letter in defaults else ""
+    required = "loss" not in defaults
+    options.add_argument("--loss", required=required, metavar="COLUMN", help=LOSS + told("loss"))
+    for letter, (flag, words) in COLUMNS.items():
+        options.add_argument(flag, dest=letter, metavar="COLUMN", help=words + told(letter))
+    words = "leave out runs of fewer tokens a parameter (default: 0)"
+    options.add_argument("--min-ratio", type=float, default=0.0, metavar="D/N", help=words)
+
+
+def chosen_columns(options: argparse.Namespace, law: Law, defaults: Mapping[str, str] = {}) -> dict[str, str]:
+    """Letter, or loss -> column: those given, then defaults. Raises ValueError where the law needs another."""
+    given = {letter: getattr(options, letter) for letter in (*COLUMNS, "loss")}
+    names = {**defaults, **{letter: name for letter, name in given.items() if name is not None}}
+    there = {*names, "D"} if {"N", "C"} <= names.keys() else {*names}
+    if missing := [letter for letter in law.inputs if letter not in there]:
+        flags = ", ".join(COLUMNS[letter][0] for letter in missing)
+        raise ValueError(f"the law {law.name} ({law.formula}) needs {flags}: the name of a column each")
+    return names
+
+
+def check_flops(options: argparse.Namespace, law: Law) -> None:
+    """Raises ValueError for a --budget, --holdout-above or --min-ratio out of range, or of no use to the law."""
+    for name in ("budget", "holdout_above"):
+        if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must be above 0, in FLOPs")
+    if not 0 <= options.min_ratio < float("inf"):
+        raise ValueError(f"--min-ratio {options.min_ratio:g} must be 0 or more tokens a parameter")
+    if options.budget and law.optimum is None:
+        raise ValueError(f"--budget: {law.name} has no best N and D for a budget; hoffmann, kaplan and gadre have")

@@ -1,0 +1,130 @@
+"""What a step's metrics become: log lines, progress, warnings. Reads them one step late, to keep the device busy."""
+
+import logging
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from model.config import ModelConfig, parameter_count
+from parallel.pipeline.schedules import Schedule
+from performance.flops import Flops
+from performance.hardware import Peak
+from performance.throughput import Throughput
+from tracking.console import Console, bytes_text, duration, human
+from tracking.sinks import Sinks
+from training.config import TrainConfig
+
+log = logging.getLogger("isomesh.train")
+EXPECTED_MFU = 0.35  # for the duration in the header, before anything was measured
+SPIKE = 6.0  # standard deviations above the running mean that make a warning
+
+
+def header(
+    model: ModelConfig,
+    train: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    table: Schedule | None,
+    peak: Peak,
+    flops: Flops,
+    memory,
+    steps: int,
+) -> dict[str, str]:
+    """What a run says of itself before its first step. `memory` is the compiled step's."""
+    count, tokens = parameter_count(model), train.batch_size * train.seq_len
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    seconds = steps * tokens * flops.model / (peak.flops * mesh.size * EXPECTED_MFU)
+    active = f", {human(count.active)} active in a token" if count.idle else ""
+    expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
+    pipeline = (
+        ""
+        if table is None
+        else (
+            f"{table.name}: {table.stages} stages, {table.microbatches} microbatches, {table.ticks} ticks, at most "
+            f"{max(table.peak_in_flight())} in flight, predicted bubble {table.bubble():.0%}"
+            + (
+                f", {table.lockstep_bubble():.0%} in lockstep"
+                if table.lockstep_bubble() > table.bubble() + 0.005
+                else ""
+            )
+        )
+    )
+    return {
+        "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings{active}",
+        "mesh": " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device",
+        **({"pipeline": pipeline} if pipeline else {}),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}",
+        "a step": f"{human(tokens)} tokens ({train.batch_size} x {train.seq_len}), {train.compute_dtype}",
+        "FLOPs a token": f"{human(flops.model)}, attention as the mask has it; {human(flops.full_attention)} with full "
+        f"attention; {human(flops.hardware)} with what is computed again",
+        "peak a device": f"{peak.flops / 1e9:,.1f} GFLOP/s, {peak.name}",
+        "memory a device": f"{bytes_text(used)}, {bytes_text(memory.temp_size_in_bytes)} of them temporary",
+        "expected": f"{expected} at {EXPECTED_MFU:.0%} of the peak",
+    }
+
+
+def _scalars(values: dict[str, jax.Array]) -> Iterator[tuple[str, float]]:
+    """Metrics on the host; those by layer under a name for each layer."""
+    for name, value in values.items():
+        if value.ndim:
+            yield from ((f"{name}/{layer:03d}", x) for layer, x in enumerate(np.asarray(value).tolist()))
+        else:
+            yield name, float(value)
+
+
+class Reporter:
+    """Tells of the steps of one run."""
+
+    def __init__(self, config: TrainConfig, first: int, meter: Throughput, sinks: Sinks, console: Console, epoch):
+        self.config, self.first, self.meter, self.sinks, self.console = config, first, meter, sinks, console
+        self.epoch = epoch  # step -> epochs of data read
+        self.tokens_a_step = config.batch_size * config.seq_len
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> int | None:
+        """Takes the metrics of a step just dispatched, and settles the step before."""
+        self.meter.dispatched(metrics["train/loss"])
+        if step == self.first + 1 and self.config.log_every:  # now, so that a life that ends early has left its trace
+            self.sinks.log(self.first, {"tokens": self.first * self.tokens_a_step, **self.meter.facts()})
+        bad = self.settle()
+        self._pending = (step, metrics)
+        return bad
+
+    def settle(self) -> int | None:
+        """Waits for the step pushed last and tells of it. Returns its number if the run has to stop for it."""
+        if self._pending is None:
+            return None
+        (step, values), self._pending = self._pending, None
+        metrics = dict(_scalars(values))
+        self.meter.finished()
+        loss, norm, size = (metrics[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
+        healthy, every = all(map(math.isfinite, (loss, norm, size))), self.config.log_every
+        if not healthy:
+            skips, applied = self.config.nonfinite == "skip", math.isfinite(loss) and math.isfinite(norm)
+            then = "the update was skipped" if skips else "stopping before it"
+            if applied:  # the step decides before it updates
+                then = "entries that would overflow stay as they were" + ("" if skips else "; stopping after it")
+            values = f"loss {loss}, gradient norm {norm}, parameter norm after it {size}"
+            log.warning("step %d is not finite: %s; %s", step, values, then)
+        elif metrics["train/loss_spike"] > SPIKE:
+            log.warning(
+                "step %d: loss %.4f lies %.1f deviations above its mean", step, loss, metrics["train/loss_spike"]
+            )
+        if (every and (step % every == 0 or step in (self.first + 1, self.config.steps))) or not healthy:
+            self._tell(step, metrics)
+        return None if healthy or self.config.nonfinite == "skip" else step
+
+    def _tell(self, step: int, metrics: dict[str, float]) -> None:
+        tokens = step * self.tokens_a_step
+        speed = self.meter.report(step, tokens)
+        self.sinks.log(step, {"tokens": tokens, "epoch": self.epoch(step), **metrics, **speed})
+        rate = speed.get("perf/tokens_per_s", math.nan)
+        eta = (self.config.steps - step) * self.tokens_a_step / rate if rate > 0 else None
+        self.console.progress(step, metrics["train/loss"], rate, speed.get("perf/mfu"), eta)
+
+    def evaluated(self, step: int, loss: float, bits_per_byte: float, best: bool) -> None:
+        """Tells of an evaluation."""
+        values = {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
+        self.sinks.log(step, {"tokens": step * self.tokens_a_step, **values})
+        self.console.evaluation(step, loss, bits_per_byte, best)

@@ -1,0 +1,171 @@
+"""Where a run's metrics are written: metrics.jsonl, W&B, TensorBoard. What they mean: docs/metrics.md."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger("isomesh.metrics")
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    mode: str = "offline"  # offline (upload later with `wandb sync`) | online | disabled
+    project: str = "isomesh"  # W&B project
+    entity: str | None = None  # W&B user or team; None: the account's default
+    name: str | None = None  # display name; None: W&B invents one
+    group: str | None = None  # groups the runs of a sweep or of several seeds
+    tags: tuple[str, ...] = ()  # labels to filter by
+
+    def __post_init__(self):
+        if self.mode not in WANDB_MODES:
+            raise ValueError(f"wandb.mode={self.mode} is unknown; choose one of {', '.join(WANDB_MODES)}")
+        if not self.project:
+            raise ValueError("wandb.project is empty; name a project, or set wandb.mode=disabled")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    tensorboard: bool = False  # also write TensorBoard event files (needs the extra `tensorboard`)
+
+    def __post_init__(self):
+        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise ValueError(NO_TENSORBOARD)
+
+
+NO_TENSORBOARD = "tensorboardX is not installed; install the extra `tensorboard`, or set metrics.tensorboard=false"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sinks: none of them may stop a run that trains
+
+
+class Sink:
+    """Where metrics go. Constructing a sink touches nothing; `start`, or else the first use, opens it."""
+
+    def start(self) -> None: ...
+    def resume(self, step: int) -> None: ...
+    def log(self, step: int, metrics: dict) -> None: ...
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sinks(Sink):
+    """Hands everything to each sink in turn; on any but the primary process to none."""
+
+    def __init__(self, sinks: list[Sink], primary: bool):
+        self.sinks = sinks if primary else []
+
+    def start(self) -> None:
+        for sink in self.sinks:
+            sink.start()
+
+    def resume(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.resume(step)
+
+    def log(self, step: int, metrics: dict) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        for sink in self.sinks:
+            sink.log_samples(step, rows)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class WandbSink(Sink):
+    """The same keys in Weights & Biases, under a run id that stays the same across restarts.
+
+    mode: offline (files under directory/wandb, uploaded later by `wandb sync`), online, or disabled, which does not
+    even import wandb. Whatever fails in W&B is one warning, and the run trains on without it.
+    """
+
+    def __init__(self, mode, project, entity, run_id, name, group, tags, config: dict, directory):
+        self.mode, self.directory = mode, Path(directory)
+        self._options = {"mode": mode, "project": project, "entity": entity, "id": run_id, "resume": "allow"}
+        self._options |= {"name": name, "group": group, "tags": list(tags), "config": config, "dir": str(directory)}
+        self._run = None
+
+    def start(self) -> None:
+        if self.mode == "disabled" or self._run is not None:
+            return
+        with self._guard():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            import wandb
+
+            # The console belongs to the run: W&B neither prints nor captures.
+            self._run = wandb.init(**self._options, settings=wandb.Settings(silent=True, console="off"))
+
+    def log(self, step: int, metrics: dict) -> None:
+        self.start()
+        with self._guard():
+            if self._run is not None:
+                values = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+                self._run.log({"step": step, **values}, step=step)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """Logs (prompt, continuation) pairs as the table `samples`."""
+        self.start()
+        with self._guard():
+            if self._run is not None:
+                import wandb
+
+                table = wandb.Table(columns=["step", "prompt", "continuation"], data=[[step, *row] for row in rows])
+                self._run.log({"samples": table}, step=step)
+
+    def finish(self) -> None:
+        """Flushes and ends the W&B run; it can be resumed under the same id."""
+        with self._guard():
+            run, self._run = self._run, None
+            if run is not None:
+                run.finish()
+
+    close = finish  # the name that all sinks share
+
+    @contextlib.contextmanager
+    def _guard(self):
+        try:
+            yield
+        except Exception as error:
+            self._run, self.mode = None, "disabled"
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            log.warning("W&B failed (%s); the run goes on without it", lines[0])
+
+
+class TensorBoardSink(Sink):
+    """The same keys as TensorBoard event files. Raises ValueError when tensorboardX is not installed."""
+
+    def __init__(self, directory: str | os.PathLike):
+        if importlib.util.find_spec("tensorboardX") is None:
+            raise ValueError(NO_TENSORBOARD)
+        self.directory = Path(directory)
+        self._writer = None
+
+    def log(self, step: int, metrics: dict) -> None:
+        for key, value in metrics.items():
+            if not isinstance(value, str):
+                self._open(step).add_scalar(key, float(value), step)
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        for number, (prompt, continuation) in enumerate(rows):
+            self._open(step).add_text(f"samples/{number}", f"**{prompt}**{continuation}", step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self, step: int):
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            # An earlier life of the run may have gone further than its last checkpoint: this one begins here.
+            self._writer = SummaryWriter(str(self.directory), purge_step=step)
+        return self._writer
