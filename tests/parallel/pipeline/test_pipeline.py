@@ -9,8 +9,8 @@ import pytest
 
 import config
 from parallel.mesh import AXES, make_mesh
-from parallel.pipeline.buffers import allocate
 from parallel.pipeline import run as pipeline
+from parallel.pipeline.buffers import allocate
 from parallel.pipeline.schedules import DEFAULT_CHUNKS, make
 from parallel.sharding import batch_sharding
 from performance.collectives import check_pipeline, collectives

@@ -17,12 +17,11 @@ from test_sweep import FAKE, identify
 
 from model.config import ModelConfig
 from scaling.__main__ import main
-from scaling.sweep import batch
-from scaling.sweep import submitted
-from scaling.sweep.run import place
+from scaling.sweep import batch, submitted
 from scaling.sweep.batch import JOB_LOCK
 from scaling.sweep.design import SweepConfig, design
 from scaling.sweep.provenance import code_digest
+from scaling.sweep.run import place
 from scaling.sweep.run_directories import ATTEMPTS, held, read_lines
 from scaling.sweep.submitted import Queue, run_launched, submit
 
