@@ -7,7 +7,7 @@ const COLORS = 8; // --c0 to --c7 of the style
 const EVERY = 2000; // milliseconds between two questions of a live page
 const SHARES = ["perf/mfu_full_attention", "perf/hfu", "perf/bubble", "perf/goodput", "train/accuracy", "moe/dropped"];
 const STEP_PARTS = [["perf/device_ms", "device"], ["perf/data_wait_ms", "waiting for data"], ["perf/host_ms", "host"]];
-const EVALUATED = { dashed: true, dots: true };
+const EVALUATED = { dashed: true, dots: true, tone: 1 };
 
 // What every page shows, by the keys of docs/metrics.md.
 const KINDS = [
@@ -78,8 +78,8 @@ function facts(run) {
 function linesOf(kind) {
   return () => shownRuns().filter((run) => !kind.run || kind.run === run.name).flatMap((run) => kind.parts.map(([key, name, style], part) => {
     const many = data.runs.length > 1 && !kind.run;
-    const label = !many ? name : kind.parts.length > 1 ? `${run.name}, ${name}` : run.name;
-    return { name: label, color: color(many ? data.runs.indexOf(run) : part), ...style, points: run.series[key], last: run.last };
+    const label = !many ? name : kind.parts.length > 1 ? `${name}, ${run.name}` : run.name;
+    return { name: label, color: color(many ? data.runs.indexOf(run) : (style?.tone ?? part)), ...style, points: run.series[key], last: run.last };
   })).filter((line) => line.points?.step.length);
 }
 
