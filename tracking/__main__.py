@@ -15,14 +15,24 @@ from tracking.page import page, write_page
 from tracking.run import open_runs
 
 
-def write(arguments: list[str]) -> None:
+def options(arguments: list[str]) -> argparse.Namespace:
+    """What was asked for: `command` is `write` or `live`. Ends the process where that is a mistake."""
+    if arguments[:1] == ["live"]:
+        parser = Parser(prog="python -m tracking live", description="Serves the page of runs while they go on.")
+        parser.add_argument("--port", type=port, default=PORT, help="of 127.0.0.1 (default: %(default)s; 0 for any)")
+        parser.set_defaults(command=live)
+    else:
+        parser = Parser(prog="python -m tracking", description="Writes one HTML page with the curves of runs.")
+        parser.epilog = "python -m tracking live RUN serves the page while the run goes on"
+        default = "RUN/page.html; of several runs, page.html in this directory"
+        parser.add_argument("--out", type=Path, metavar="FILE", help=f"where the page goes (default: {default})")
+        parser.set_defaults(command=write)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    return parser.parse_intermixed_args(arguments[1:] if arguments[:1] == ["live"] else arguments)
+
+
+def write(given: argparse.Namespace) -> None:
     """python -m tracking RUN [RUN ...]"""
-    options = Parser(prog="python -m tracking", description="Writes one HTML page with the curves of runs.")
-    options.epilog = "python -m tracking live RUN serves the page while the run goes on"
-    options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
-    default = "RUN/page.html; of several runs, page.html in this directory"
-    options.add_argument("--out", type=Path, metavar="FILE", help=f"where the page goes (default: {default})")
-    given = options.parse_intermixed_args(arguments)
     runs = open_runs(given.runs)
     drawn = [run for run in runs if run.series]
     notes = [note for run in runs for note in run.notes()]
@@ -34,12 +44,8 @@ def write(arguments: list[str]) -> None:
     print(file)
 
 
-def live(arguments: list[str]) -> None:
+def live(given: argparse.Namespace) -> None:
     """python -m tracking live RUN [RUN ...]"""
-    options = Parser(prog="python -m tracking live", description="Serves the page of runs while they go on.")
-    options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
-    options.add_argument("--port", type=port, default=PORT, help="of 127.0.0.1 (default: %(default)s; 0 for any)")
-    given = options.parse_intermixed_args(arguments)
     runs = open_runs(given.runs)
     tell([note for run in runs for note in run.notes()])
     serve(runs, given.port)
@@ -58,11 +64,9 @@ def tell(notes: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit code."""
+    given = options(arguments)
     try:
-        if arguments[:1] == ["live"]:
-            live(arguments[1:])
-        else:
-            write(arguments)
+        given.command(given)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:

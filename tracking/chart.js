@@ -26,7 +26,7 @@ function trimmed(text) {
   return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
 }
 
-// 12.35k, 3.281, 0.0012, 1.5e-5, NaN
+// 12.35k, 3.280, 0.001200, 1.5e-5, 8, NaN
 function number(value, digits = 4) {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "NaN" : value > 0 ? "∞" : "−∞";
   const size = Math.abs(value);
@@ -35,11 +35,18 @@ function number(value, digits = 4) {
     return `${trimmed(mantissa)}e${Number(exponent)}`;
   }
   for (const [unit, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-    if (size >= unit && size >= 1e4) return trimmed((value / unit).toPrecision(digits)) + suffix;
-  return trimmed(value.toPrecision(size >= 1e3 ? Math.max(digits, 4) : digits));
+    if (size >= unit && size >= 1e4) return plain(value / unit, digits) + suffix;
+  return plain(value, size >= 1e3 ? Math.max(digits, 4) : digits);
 }
 
-const percent = (value) => (Number.isFinite(value) ? `${trimmed((100 * value).toPrecision(3))}%` : number(value));
+// With all digits, so that a column of them can be compared; whole numbers without.
+function plain(value, digits) {
+  return Number.isInteger(value) ? trimmed(value.toPrecision(digits)) : value.toPrecision(digits);
+}
+
+const percent = (value) => (Number.isFinite(value) ? `${plain(100 * value, 3)}%` : number(value));
+// As short as it can be, for an axis: 2.5, not 2.500.
+const short = (text) => text.replace(/(\.\d*?)0+(?=\D*$)/, "$1").replace(/\.(?=\D*$)/, "");
 const whole = (value) => Math.round(value).toLocaleString("en-US");
 
 // -------------------------------------------------------------------------------------------------------------- scales
@@ -140,9 +147,10 @@ class Chart {
   }
 
   draw() {
-    const width = this.svg.clientWidth, height = this.svg.clientHeight;
-    if (!width) return; // folded away
     this.shown = this.lines();
+    this.node.hidden = !this.shown.length;
+    const width = this.svg.clientWidth, height = this.svg.clientHeight;
+    if (!width) return; // folded away, or nothing to show
     this.x = scale(this.view.from, this.view.to, MARGIN.left, width - MARGIN.right, this.view.logX);
     const [low, high] = this.extent();
     this.y = scale(low, high, height - MARGIN.bottom, MARGIN.top, this.logY && !this.nothingPositive);
@@ -173,7 +181,7 @@ class Chart {
     }
     this.nothingPositive = this.logY && !positive;
     if (low > high) return this.logY ? [0.1, 1] : [0, 1];
-    if (low === high) return low > 0 ? [low * 0.9, high * 1.1] : [low - 1, high + 1];
+    if (low === high) return low === 0 ? [0, 1] : low > 0 ? [low * 0.9, high * 1.1] : [low - 1, high + 1];
     if (this.logY) return [low / (high / low) ** 0.04, high * (high / low) ** 0.04];
     const air = (high - low) * 0.04;
     return [low >= 0 && low < 2 * air ? 0 : low - air, high + air];
@@ -185,11 +193,11 @@ class Chart {
       drawn("text", { x, y, "text-anchor": anchor }, text));
     for (const value of this.y.ticks((bottom - MARGIN.top) / 40)) {
       const y = this.y(value);
-      add(MARGIN.left, y, right, y, MARGIN.left - 6, y + 4, "end", write(value, 3));
+      add(MARGIN.left, y, right, y, MARGIN.left - 6, y + 4, "end", short(write(value, 3)));
     }
     for (const value of this.x.ticks((right - MARGIN.left) / 80, true)) {
       const x = this.x(value), anchor = x > right - 16 ? "end" : "middle";
-      add(x, bottom, x, bottom + 4, anchor === "end" ? right : x, bottom + 17, anchor, value < 1e4 ? String(value) : number(value, 6));
+      add(x, bottom, x, bottom + 4, anchor === "end" ? right : x, bottom + 17, anchor, value < 1e4 ? String(value) : short(number(value, 6)));
     }
     found.push(drawn("line", { class: "grid", x1: MARGIN.left, x2: right, y1: bottom, y2: bottom }));
     return found;
@@ -282,7 +290,7 @@ class Chart {
 
   // Draws the cursor and writes the values below the chart. Returns them as a sentence.
   point() {
-    if (!this.shown || !this.over) return "";
+    if (!this.over || !this.shown.length) return "";
     const { cursor } = this.view, write = this.kind.write || number, said = [], marks = [];
     const items = this.shown.map((line, order) => {
       const found = this.value(line, order);

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import re
 import sys
 import threading
 from http import HTTPStatus
@@ -13,6 +14,8 @@ from tracking.page import contents, page
 from tracking.run import Run
 
 ADDRESS, PORT = "127.0.0.1", 6464
+# Another site's name that was made to lead here is another host. A tunnel (ssh -L) may change the port.
+HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 
 
 class Server(ThreadingHTTPServer):
@@ -32,11 +35,7 @@ class Server(ThreadingHTTPServer):
             why = "in use" if error.errno == errno.EADDRINUSE else "not for this user"
             raise ValueError(f"port {port} is {why}; choose another with --port, or --port 0 for any") from None
         self.runs, self.lock = runs, threading.Lock()
-        port = self.server_address[1]
-        self.url = f"http://{ADDRESS}:{port}/"
-        # Another site's name that was made to lead here would be another Host.
-        self.hosts = {f"{name}:{port}" for name in (ADDRESS, "localhost")}
-        self.hosts |= {ADDRESS, "localhost"} if port == 80 else set()
+        self.url = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request, client_address):
         """Tells an error in one line; a browser that went away is none."""
@@ -51,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, url = self.server, urlsplit(self.path)
-        if self.headers.get_all("Host", []) not in [[host] for host in server.hosts]:
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             self._answer(HTTPStatus.FORBIDDEN, "this page is served under its own address only\n")
         elif url.path not in ("/", "/data"):
             self._answer(HTTPStatus.NOT_FOUND, "there is / and /data\n")

@@ -87,12 +87,13 @@ function allKinds() {
   const several = data.runs.length > 1;
   const stacks = data.runs.filter((run) => STEP_PARTS.every(([key]) => run.series[key])).map((run) => (
     { title: several ? `Shares of a step: ${run.name}` : "Shares of a step", unit: "of its time", stack: true, write: percent, run: run.name, parts: STEP_PARTS }));
-  const main = [...KINDS, ...stacks];
-  const drawn = new Set([...main.flatMap((kind) => kind.parts.map(([key]) => key)), ...NO_CURVE]);
+  const many = stacks.length > 3; // one for each run would bury the rest
+  const main = [...KINDS, ...(many ? [] : stacks)];
+  const drawn = new Set([...[...KINDS, ...stacks].flatMap((kind) => kind.parts.map(([key]) => key)), ...NO_CURVE]);
   const others = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((key) => !drawn.has(key)).sort();
   const rest = others.map((key) => ({ title: key, write: SHARES.includes(key) ? percent : undefined, parts: [[key, key]] }));
   const there = (kind) => data.runs.some((run) => (!kind.run || kind.run === run.name) && kind.parts.some(([key]) => run.series[key]));
-  return { main: main.filter(there), rest };
+  return { main: main.filter(there), rest: [...(many ? stacks : []), ...rest] };
 }
 
 const charts = new Map(); // title -> Chart
@@ -114,7 +115,7 @@ function arrangeCharts() {
     const nodes = some.map((kind) => chartOf(kind).node);
     if (nodes.length !== where.children.length || nodes.some((node, i) => node !== where.children[i])) where.replaceChildren(...nodes);
   }
-  restTitle.textContent = `${kinds.rest.length} other metrics`;
+  restTitle.textContent = `${kinds.rest.length} more charts`;
   rest.hidden = !kinds.rest.length;
 }
 
@@ -213,7 +214,7 @@ function runSwitch(run, number) {
     hidden[box.checked ? "delete" : "add"](run.name);
     draw();
   });
-  return element("label", { class: "run", color: color(number) }, box, element("span", { class: "swatch", color: color(number) }), run.name);
+  return element("label", { class: "run", title: run.path, color: color(number) }, box, element("span", { class: "swatch", color: color(number) }), run.name);
 }
 
 function table(heads, rows, kind = "") {
@@ -244,11 +245,13 @@ function showSettings() {
   const rows = Object.entries(data.differences).map(([key, values]) => [key, ...values.map((value) => value ?? "–")]);
   const several = data.runs.length > 1, names = data.runs.map((run) => run.name);
   const same = several && !rows.length ? [element("p", {}, "All settings are the same, the runs' names and places aside.")] : [];
-  const all = data.runs.filter((run) => Object.keys(run.settings).length).map((run) => element("details", {},
-    element("summary", {}, several ? `All settings of ${run.name}` : "All settings"), table(["setting", "value"], Object.entries(run.settings), "words")));
-  const none = all.length ? [] : [element("p", { class: "soft" }, "There is no config.yaml that can be read.")];
+  const keys = [...new Set(data.runs.flatMap((run) => Object.keys(run.settings)))];
+  const every = keys.map((key) => [key, ...data.runs.map((run) => run.settings[key] ?? "–")]);
+  const all = keys.length
+    ? element("details", {}, element("summary", {}, `All ${keys.length} settings`), table(["setting", ...(several ? names : ["value"])], every, "words"))
+    : element("p", { class: "soft" }, "There is no config.yaml that can be read.");
   settings.replaceChildren(element("h2", {}, several ? "What differs in the settings" : "Settings"),
-    ...(rows.length ? [table(["setting", ...names], rows, "words")] : []), ...same, ...all, ...none);
+    ...(rows.length ? [table(["setting", ...names], rows, "words")] : []), ...same, all);
 }
 
 function showSamples() {
@@ -303,7 +306,7 @@ async function follow() {
 }
 
 data.runs.forEach(decode);
-document.body.append(element("header", {}, element("h1", {}, data.title), element("p", { class: "soft" }, data.runs.map((run) => run.path).join(", "))),
+document.body.append(element("header", {}, element("h1", {}, data.title), ...(data.runs.length > 1 ? [] : [element("p", { class: "soft" }, data.runs[0].path)])),
   about, tools(), element("h2", { class: "hidden" }, "Charts"), mainCharts, rest, settings, samples, loud);
 show();
 if (data.live) {

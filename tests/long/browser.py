@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -32,24 +33,33 @@ def program() -> str:
 @contextlib.contextmanager
 def browser() -> Iterator["Browser"]:
     """A browser of its own, with an empty profile; it ends with the block."""
-    to_read, to_write = os.pipe(), os.pipe()  # the browser reads its commands from file 3, answers to file 4
+    commands, answers = os.pipe(), os.pipe()
+
+    def connect():
+        """The browser reads commands from its file 3 and answers to its file 4."""
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands[0], answers[1])]
+        for number, end in enumerate(ends, 3):
+            os.dup2(end, number)
+            os.close(end)
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = ["--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
         options += ["--disable-dev-shm-usage", "--disable-extensions", f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "sh", program(), *options],
-            pass_fds=(to_read[0], to_write[1]),
+            [program(), *options],
+            preexec_fn=connect,
+            close_fds=False,  # Python's own are closed anyway
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        os.close(to_read[0])
-        os.close(to_write[1])
+        os.close(commands[0])
+        os.close(answers[1])
         try:
-            yield Browser(to_write[0], to_read[1])
+            yield Browser(answers[0], commands[1])
         finally:
-            os.close(to_read[1])
-            os.close(to_write[0])
+            os.close(commands[1])
+            os.close(answers[0])
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -124,13 +134,22 @@ class Browser:
         """kind: mouseMoved, mousePressed, mouseReleased."""
         self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
-    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """With the left button, in a few moves."""
+    def drag(self, start: tuple[float, float], end: tuple[float, float], finger: bool = False) -> None:
+        """With the left button, or a finger, in a few moves."""
+        between = [[a + part * (b - a) for a, b in zip(start, end, strict=True)] for part in (0.1, 0.3, 0.7, 1)]
+        if finger:
+            touch = lambda kind, *points: self.send("Input.dispatchTouchEvent", type=kind, touchPoints=list(points))
+            touch("touchStart", {"x": start[0], "y": start[1]})
+            for x, y in between:
+                touch("touchMove", {"x": x, "y": y})
+            touch("touchEnd")
+            self.frames()
+            return
         left = {"button": "left", "buttons": 1, "clickCount": 1}
         self.mouse("mouseMoved", *start)
         self.mouse("mousePressed", *start, **left)
-        for part in (0.3, 0.7, 1):
-            self.mouse("mouseMoved", *(a + part * (b - a) for a, b in zip(start, end, strict=True)), buttons=1)
+        for x, y in between:
+            self.mouse("mouseMoved", x, y, button="left", buttons=1)
         self.mouse("mouseReleased", *end, **left)
         self.frames()
 
