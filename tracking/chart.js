@@ -1,5 +1,4 @@
-"use strict";
-// One chart: its scales, its lines, and what a pointer or the keyboard does in it. Nothing here knows of the page.
+// One chart: its lines, and what a pointer or the keyboard does in it. Nothing here knows of the page.
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 52, right: 12, top: 12, bottom: 24 };
@@ -20,101 +19,6 @@ function filled(made, { color, ...attributes }, children) {
   return made;
 }
 
-// ------------------------------------------------------------------------------------------------------------ numbers
-
-function trimmed(text) {
-  return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
-}
-
-// 12.35k, 3.280, 0.001200, 1.5e-5, 8, NaN
-function number(value, digits = 4) {
-  if (!Number.isFinite(value)) return Number.isNaN(value) ? "NaN" : value > 0 ? "∞" : "−∞";
-  const size = Math.abs(value);
-  if (size >= 1e15 || (size > 0 && size < 1e-3)) {
-    const [mantissa, exponent] = value.toExponential(digits - 2).split("e");
-    return `${trimmed(mantissa)}e${Number(exponent)}`;
-  }
-  for (const [unit, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-    if (size >= unit && size >= 1e4) return plain(value / unit, digits) + suffix;
-  return plain(value, size >= 1e3 ? Math.max(digits, 4) : digits);
-}
-
-// With all digits, so that a column of them can be compared; whole numbers without.
-function plain(value, digits) {
-  return Number.isInteger(value) ? trimmed(value.toPrecision(digits)) : value.toPrecision(digits);
-}
-
-const percent = (value) => (Number.isFinite(value) ? `${plain(100 * value, 3)}%` : number(value));
-// As short as it can be, for an axis: 2.5, not 2.500.
-const short = (text) => text.replace(/(\.\d*?)0+(?=\D*$)/, "$1").replace(/\.(?=\D*$)/, "");
-const whole = (value) => Math.round(value).toLocaleString("en-US");
-
-// -------------------------------------------------------------------------------------------------------------- scales
-
-// Maps [from, to] to [start, end], by logarithms if `log`; with the way back and the places of its ticks.
-function scale(from, to, start, end, log) {
-  const map = log ? Math.log10 : (x) => x, back = log ? (x) => 10 ** x : (x) => x;
-  const low = map(from), span = map(to) - low || 1;
-  const at = (value) => start + ((map(value) - low) / span) * (end - start);
-  at.back = (place) => back(low + ((place - start) / (end - start)) * span);
-  at.ticks = (count, whole) => (log ? logTicks(from, to, count) : linearTicks(from, to, count, whole));
-  at.holds = (value) => Number.isFinite(value) && (!log || value > 0);
-  return at;
-}
-
-function linearTicks(from, to, count, whole) {
-  const rough = (to - from) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
-  let step = [1, 2, 5, 10].find((factor) => factor * power >= rough) * power;
-  if (whole) step = Math.max(1, step);
-  const found = [];
-  for (let k = Math.ceil(from / step - 1e-9); k * step <= to + step * 1e-9; k++) found.push(Number((k * step).toPrecision(12)));
-  return found;
-}
-
-function logTicks(from, to, count) {
-  const low = Math.floor(Math.log10(from)), high = Math.ceil(Math.log10(to));
-  if (to / from < 8) return linearTicks(from, to, count);
-  const stride = Math.max(1, Math.ceil((high - low) / count));
-  const factors = high - low <= count / 3 ? [1, 2, 5] : [1];
-  const found = [];
-  for (let power = low; power <= high; power += stride) for (const factor of factors) found.push(Number((factor * 10 ** power).toPrecision(12)));
-  return found.filter((value) => value >= from * 0.999 && value <= to * 1.001);
-}
-
-// The first place in an ascending array whose value is at least `value`.
-function place(array, value) {
-  let low = 0, high = array.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (array[middle] < value) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
-// The values of points between two steps, and those where their line enters and leaves.
-function within({ step, value }, from, to) {
-  const begin = place(step, from), end = place(step, to + 1e-9), found = value.slice(begin, end);
-  for (const [edge, i] of [[from, begin], [to, end]])
-    if (i > 0 && i < step.length)
-      found.push(value[i - 1] + ((value[i] - value[i - 1]) * (edge - step[i - 1])) / (step[i] - step[i - 1] || 1));
-  return found;
-}
-
-// Exponential moving mean with the weight of the missing past taken out; what is not finite is passed over.
-function smoothed(steps, values, weight) {
-  const found = { step: [], value: [] };
-  let sum = 0, total = 0;
-  values.forEach((value, i) => {
-    if (!Number.isFinite(value)) return;
-    sum = weight * sum + (1 - weight) * value;
-    total = weight * total + (1 - weight);
-    found.step.push(steps[i]);
-    found.value.push(sum / total);
-  });
-  return found;
-}
-
 // --------------------------------------------------------------------------------------------------------------- chart
 
 class Chart {
@@ -123,13 +27,22 @@ class Chart {
   constructor(kind, lines, view, told) {
     Object.assign(this, { kind, lines, view, told, logY: false, drag: null });
     this.clip = `clip${Chart.count++}`;
-    this.svg = drawn("svg", { tabindex: 0, role: "group", "aria-label":
-      `${kind.title} by step. Left and right read values, plus and minus zoom, Escape shows all.` });
+    this.svg = drawn("svg", {
+      tabindex: 0,
+      role: "group",
+      "aria-label": `${kind.title} by step. Left and right read values, plus and minus zoom, Escape shows all.`,
+    });
     this.reading = element("ul", { class: "reading" });
     this.why = element("p", { class: "why", hidden: "" });
     const head = element("h3", {}, kind.title, ...(kind.unit ? [element("small", {}, kind.unit)] : []));
-    this.node = element("section", { class: kind.first ? "chart first" : "chart", "data-chart": kind.title },
-      element("div", { class: "top" }, head), this.svg, this.reading, this.why);
+    this.node = element(
+      "section",
+      { class: kind.first ? "chart first" : "chart", "data-chart": kind.title },
+      element("div", { class: "top" }, head),
+      this.svg,
+      this.reading,
+      this.why,
+    );
     if (!kind.stack) this.node.firstChild.append(this.logButton());
     this.node.style.setProperty("--height", `${kind.height || 200}px`);
     this.listen();
@@ -137,7 +50,11 @@ class Chart {
   }
 
   logButton() {
-    const button = element("button", { type: "button", "aria-pressed": "false", "aria-label": `log axis of ${this.kind.title}` }, "log");
+    const button = element(
+      "button",
+      { type: "button", "aria-pressed": "false", "aria-label": `log axis of ${this.kind.title}` },
+      "log",
+    );
     button.addEventListener("click", () => {
       this.logY = !this.logY;
       button.setAttribute("aria-pressed", this.logY);
@@ -149,7 +66,8 @@ class Chart {
   draw() {
     this.shown = this.lines();
     this.node.hidden = !this.shown.length;
-    const width = this.svg.clientWidth, height = this.svg.clientHeight;
+    const width = this.svg.clientWidth,
+      height = this.svg.clientHeight;
     if (!width) return; // folded away, or nothing to show
     this.x = scale(this.view.from, this.view.to, MARGIN.left, width - MARGIN.right, this.view.logX);
     const [low, high] = this.extent();
@@ -158,11 +76,17 @@ class Chart {
     const box = { x: MARGIN.left - 4, y: 0, width: right - MARGIN.left + 8, height: bottom + 1 };
     const body = drawn("g", { "clip-path": `url(#${this.clip})` });
     const lines = this.kind.stack ? [] : this.shown.map((line) => this.paths(line)); // what is smoothed lies below
-    body.append(...(this.kind.stack ? this.areas() : [...lines.flatMap(([raw]) => raw), ...lines.flatMap(([, over]) => over)]));
+    body.append(
+      ...(this.kind.stack ? this.areas() : [...lines.flatMap(([raw]) => raw), ...lines.flatMap(([, over]) => over)]),
+    );
     this.over = drawn("g");
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    this.svg.replaceChildren(drawn("clipPath", { id: this.clip }, drawn("rect", box)),
-      ...this.axes(width, right, bottom), body, this.over);
+    this.svg.replaceChildren(
+      drawn("clipPath", { id: this.clip }, drawn("rect", box)),
+      ...this.axes(width, right, bottom),
+      body,
+      this.over,
+    );
     this.explain();
     this.point();
   }
@@ -170,7 +94,9 @@ class Chart {
   // The least and the greatest value to be seen, with some air.
   extent() {
     if (this.kind.stack) return [0, 1];
-    let low = Infinity, high = -Infinity, positive = false;
+    let low = Infinity,
+      high = -Infinity,
+      positive = false;
     for (const { points } of this.shown) {
       for (const value of within(points, this.view.from, this.view.to)) {
         positive ||= value > 0 && Number.isFinite(value);
@@ -188,16 +114,30 @@ class Chart {
   }
 
   axes(width, right, bottom) {
-    const found = [], write = this.kind.write || number;
-    const add = (x1, y1, x2, y2, x, y, anchor, text) => found.push(drawn("line", { class: "grid", x1, y1, x2, y2 }),
-      drawn("text", { x, y, "text-anchor": anchor }, text));
+    const found = [],
+      write = this.kind.write || number;
+    const add = (x1, y1, x2, y2, x, y, anchor, text) =>
+      found.push(
+        drawn("line", { class: "grid", x1, y1, x2, y2 }),
+        drawn("text", { x, y, "text-anchor": anchor }, text),
+      );
     for (const value of this.y.ticks((bottom - MARGIN.top) / 40)) {
       const y = this.y(value);
       add(MARGIN.left, y, right, y, MARGIN.left - 6, y + 4, "end", short(write(value, 3)));
     }
     for (const value of this.x.ticks((right - MARGIN.left) / 80, true)) {
-      const x = this.x(value), anchor = x > right - 16 ? "end" : "middle";
-      add(x, bottom, x, bottom + 4, anchor === "end" ? right : x, bottom + 17, anchor, value < 1e4 ? String(value) : short(number(value, 6)));
+      const x = this.x(value),
+        anchor = x > right - 16 ? "end" : "middle";
+      add(
+        x,
+        bottom,
+        x,
+        bottom + 4,
+        anchor === "end" ? right : x,
+        bottom + 17,
+        anchor,
+        value < 1e4 ? String(value) : short(number(value, 6)),
+      );
     }
     found.push(drawn("line", { class: "grid", x1: MARGIN.left, x2: right, y1: bottom, y2: bottom }));
     return found;
@@ -206,10 +146,15 @@ class Chart {
   // Where the axes can show it: the line, or what is smoothed; and above: the smoothed line, dots, crosses for what is
   // not finite.
   paths({ points, color, dashed, dots }) {
-    const { smoothing } = this.view, style = dashed ? "line dashed" : "line", raw = this.path(points);
-    const below = [drawn("path", { class: smoothing ? `${style} raw` : style, color, d: raw.text })], above = [];
+    const { smoothing } = this.view,
+      style = dashed ? "line dashed" : "line",
+      raw = this.path(points);
+    const below = [drawn("path", { class: smoothing ? `${style} raw` : style, color, d: raw.text })],
+      above = [];
     if (smoothing) {
-      const mean = points.mean ? smoothed(points.mean_step, points.mean, smoothing) : smoothed(points.step, points.value, smoothing);
+      const mean = points.mean
+        ? smoothed(points.mean_step, points.mean, smoothing)
+        : smoothed(points.step, points.value, smoothing);
       above.push(drawn("path", { class: style, color, d: this.path(mean).text }));
     }
     const seen = dots && raw.seen.length <= 200 ? raw.seen : raw.alone;
@@ -220,7 +165,8 @@ class Chart {
 
   // The SVG path of points around the range; a value that the axes cannot show breaks it.
   path({ step, value }) {
-    const begin = Math.max(0, place(step, this.view.from) - 1), end = Math.min(step.length, place(step, this.view.to + 1e-9) + 1);
+    const begin = Math.max(0, place(step, this.view.from) - 1),
+      end = Math.min(step.length, place(step, this.view.to + 1e-9) + 1);
     const found = { text: "", seen: [], alone: [], odd: [] };
     let open = 0;
     const close = () => {
@@ -248,13 +194,19 @@ class Chart {
 
   // Shares on top of each other: each part of the sum of all at a step.
   areas() {
-    const means = this.shown.map(({ points }) => points.mean || points.value), steps = this.stackSteps();
-    const base = steps.map(() => 0), total = steps.map((_, i) => means.reduce((sum, part) => sum + (part[i] || 0), 0));
+    const means = this.shown.map(({ points }) => points.mean || points.value),
+      steps = this.stackSteps();
+    const base = steps.map(() => 0),
+      total = steps.map((_, i) => means.reduce((sum, part) => sum + (part[i] || 0), 0));
     return this.shown.map((line, place) => {
       const low = base.map((value, i) => [steps[i], value]);
       steps.forEach((_, i) => (base[i] += total[i] > 0 ? (means[place][i] || 0) / total[i] : 0));
-      const outline = [...base.map((value, i) => [steps[i], value]), ...low.reverse()].filter(([step]) => this.x.holds(step));
-      const text = outline.map(([step, value], i) => `${i ? "L" : "M"}${this.x(step).toFixed(1)},${this.y(value).toFixed(1)}`).join("");
+      const outline = [...base.map((value, i) => [steps[i], value]), ...low.reverse()].filter(([step]) =>
+        this.x.holds(step),
+      );
+      const text = outline
+        .map(([step, value], i) => `${i ? "L" : "M"}${this.x(step).toFixed(1)},${this.y(value).toFixed(1)}`)
+        .join("");
       return drawn("path", { class: "area", color: line.color, d: text && `${text}Z` });
     });
   }
@@ -291,22 +243,41 @@ class Chart {
   // Draws the cursor and writes the values below the chart. Returns them as a sentence.
   point() {
     if (!this.over || !this.shown.length) return "";
-    const { cursor } = this.view, write = this.kind.write || number, said = [], marks = [];
+    const { cursor } = this.view,
+      write = this.kind.write || number,
+      said = [],
+      marks = [];
     const items = this.shown.map((line, order) => {
       const found = this.value(line, order);
       const late = found && cursor !== null && found.step !== cursor ? ` at ${whole(found.step)}` : "";
       const text = found ? write(found.value, 5) + late : "–";
       said.push(`${line.name} ${text}`);
       if (found && cursor !== null && !this.kind.stack && this.y.holds(found.value) && this.x.holds(found.step))
-        marks.push(drawn("circle", { class: "mark", color: line.color, cx: this.x(found.step), cy: this.y(found.value), r: 4, "clip-path": `url(#${this.clip})` }));
-      return element("li", { title: `${line.name} ${text}` }, element("span", { class: line.dashed ? "swatch dashed" : "swatch", color: line.color }),
-        element("span", { class: "name" }, line.name), element("b", {}, text));
+        marks.push(
+          drawn("circle", {
+            class: "mark",
+            color: line.color,
+            cx: this.x(found.step),
+            cy: this.y(found.value),
+            r: 4,
+            "clip-path": `url(#${this.clip})`,
+          }),
+        );
+      return element(
+        "li",
+        { title: `${line.name} ${text}` },
+        element("span", { class: line.dashed ? "swatch dashed" : "swatch", color: line.color }),
+        element("span", { class: "name" }, line.name),
+        element("b", {}, text),
+      );
     });
     const label = cursor === null ? "last" : `step ${whole(cursor)}`;
     this.reading.replaceChildren(element("li", {}, element("b", {}, label)), ...items);
     const x = cursor !== null && this.x.holds(cursor) ? this.x(cursor) : NaN;
     const seen = x >= MARGIN.left - 0.5 && x <= this.svg.clientWidth - MARGIN.right + 0.5;
-    const bar = seen ? [drawn("line", { class: "cursor", x1: x, x2: x, y1: 0, y2: this.svg.clientHeight - MARGIN.bottom })] : [];
+    const bar = seen
+      ? [drawn("line", { class: "cursor", x1: x, x2: x, y1: 0, y2: this.svg.clientHeight - MARGIN.bottom })]
+      : [];
     this.over.replaceChildren(...bar, ...marks, ...this.selection());
     return `${this.kind.title}, ${label}: ${said.join(", ")}`;
   }
@@ -314,12 +285,21 @@ class Chart {
   selection() {
     if (!this.drag || Math.abs(this.drag.to - this.drag.from) < 5) return [];
     const [from, to] = [this.drag.from, this.drag.to].sort((a, b) => a - b);
-    return [drawn("rect", { class: "chosen", x: from, width: to - from, y: 0, height: this.svg.clientHeight - MARGIN.bottom })];
+    return [
+      drawn("rect", {
+        class: "chosen",
+        x: from,
+        width: to - from,
+        y: 0,
+        height: this.svg.clientHeight - MARGIN.bottom,
+      }),
+    ];
   }
 
   // The measured step nearest to a place in the chart.
   nearest(pixel) {
-    let best = null, far = Infinity;
+    let best = null,
+      far = Infinity;
     for (const { points } of this.shown) {
       const i = place(points.step, this.x.back(pixel));
       for (const step of [points.step[i - 1], points.step[i]]) {
@@ -332,8 +312,11 @@ class Chart {
 
   // The next measured step after (by: 1) or before (by: -1) the cursor.
   next(by) {
-    const { cursor, from, to } = this.view, at = cursor === null ? (by > 0 ? from - 1 : to + 1) : cursor;
-    const steps = this.shown.map(({ points: { step } }) => step[by > 0 ? place(step, at + 0.5) : place(step, at - 0.5) - 1]);
+    const { cursor, from, to } = this.view,
+      at = cursor === null ? (by > 0 ? from - 1 : to + 1) : cursor;
+    const steps = this.shown.map(
+      ({ points: { step } }) => step[by > 0 ? place(step, at + 0.5) : place(step, at - 0.5) - 1],
+    );
     const there = steps.filter((step) => step !== undefined && step >= from && step <= to);
     return there.length ? Math[by > 0 ? "min" : "max"](...there) : cursor;
   }
@@ -375,14 +358,17 @@ class Chart {
 
   key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const { from, to, cursor } = this.view, middle = cursor ?? (from + to) / 2;
+    const { from, to, cursor } = this.view,
+      middle = cursor ?? (from + to) / 2;
     const around = (factor) => this.told.zoom(middle - (middle - from) * factor, middle + (to - middle) * factor);
     const does = {
       ArrowLeft: () => this.told.cursor(this.next(-1), this, true),
       ArrowRight: () => this.told.cursor(this.next(1), this, true),
       Home: () => this.told.cursor(this.nearest(MARGIN.left), this, true),
       End: () => this.told.cursor(this.nearest(this.svg.clientWidth - MARGIN.right), this, true),
-      "+": () => around(0.5), "=": () => around(0.5), "-": () => around(2),
+      "+": () => around(0.5),
+      "=": () => around(0.5),
+      "-": () => around(2),
       Escape: () => this.told.zoom(null, null),
     }[event.key];
     if (!does) return;

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import re
+import secrets
 import sys
 import threading
 from http import HTTPStatus
@@ -19,8 +20,9 @@ HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 
 
 class Server(ThreadingHTTPServer):
-    """`/` is the page; `/data?known=GENERATION.STEP,...` what the runs have written since, see `contents`.
+    """`/` is the page; `/data?server=TOKEN&known=GENERATION.STEP,...` what the runs have written since, see `contents`.
 
+    The token tells a page of this server from one that was left open when another server had the port.
     Raises ValueError where the port is taken.
     """
 
@@ -34,7 +36,7 @@ class Server(ThreadingHTTPServer):
                 raise
             why = "in use" if error.errno == errno.EADDRINUSE else "not for this user"
             raise ValueError(f"port {port} is {why}; choose another with --port, or --port 0 for any") from None
-        self.runs, self.lock = runs, threading.Lock()
+        self.runs, self.lock, self.token = runs, threading.Lock(), secrets.token_hex(8)
         self.url = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def handle_error(self, request, client_address):
@@ -50,19 +52,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, url = self.server, urlsplit(self.path)
+        asked = parse_qs(url.query)
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
             self._answer(HTTPStatus.FORBIDDEN, "this page is served under its own address only\n")
         elif url.path not in ("/", "/data"):
             self._answer(HTTPStatus.NOT_FOUND, "there is / and /data\n")
+        elif url.path == "/data" and asked.get("server") != [server.token]:
+            self._answer(HTTPStatus.CONFLICT, "this is another server than that of the page: load the page again\n")
         else:
             with server.lock:
                 for run in server.runs:
                     run.refresh()
                 if url.path == "/":
-                    text, kind = page(server.runs, live=True), "text/html"
+                    text, kind = page(server.runs, server.token), "text/html"
                 else:
-                    known = parse_known(url.query, len(server.runs))
+                    known = parse_known(asked.get("known", [""])[0], len(server.runs))
                     text, kind = json.dumps(contents(server.runs, known), allow_nan=False), "application/json"
             self._answer(HTTPStatus.OK, text, kind)
 
@@ -82,10 +87,10 @@ class Handler(BaseHTTPRequestHandler):
         """Requests are not told."""
 
 
-def parse_known(query: str, runs: int) -> list[tuple[int, int]] | None:
-    """`known=1.200,1.150` as [(1, 200), (1, 150)]; None where it does not fit the runs."""
-    with contextlib.suppress(KeyError, ValueError):
-        pairs = [tuple(map(int, pair.split("."))) for pair in parse_qs(query)["known"][0].split(",")]
+def parse_known(text: str, runs: int) -> list[tuple[int, int]] | None:
+    """`1.200,1.150` as [(1, 200), (1, 150)]; None where it does not fit the runs."""
+    with contextlib.suppress(ValueError):
+        pairs = [tuple(map(int, pair.split("."))) for pair in text.split(",")]
         if len(pairs) == runs and all(len(pair) == 2 and pair[1] >= -1 for pair in pairs):
             return pairs
     return None

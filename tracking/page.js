@@ -6,12 +6,25 @@ const hidden = new Set(); // names of runs that are switched off
 const COLORS = 8; // --c0 to --c7 of the style
 const EVERY = 2000; // milliseconds between two questions of a live page
 const SHARES = ["perf/mfu_full_attention", "perf/hfu", "perf/bubble", "perf/goodput", "train/accuracy", "moe/dropped"];
-const STEP_PARTS = [["perf/device_ms", "device"], ["perf/data_wait_ms", "waiting for data"], ["perf/host_ms", "host"]];
+const STEP_PARTS = [
+  ["perf/device_ms", "device"],
+  ["perf/data_wait_ms", "waiting for data"],
+  ["perf/host_ms", "host"],
+];
 const EVALUATED = { dashed: true, dots: true, tone: 1 };
 
 // What every page shows, by the keys of docs/metrics.md.
 const KINDS = [
-  { title: "Loss", unit: "nats a token", first: true, height: 300, parts: [["train/loss", "train"], ["eval/loss", "held out", EVALUATED]] },
+  {
+    title: "Loss",
+    unit: "nats a token",
+    first: true,
+    height: 300,
+    parts: [
+      ["train/loss", "train"],
+      ["eval/loss", "held out", EVALUATED],
+    ],
+  },
   { title: "Bits per byte", unit: "held out", parts: [["eval/bits_per_byte", "held out", EVALUATED]] },
   { title: "Learning rate", parts: [["train/lr", "learning rate"]] },
   { title: "Gradient norm", unit: "before clipping", parts: [["train/grad_norm", "gradient norm"]] },
@@ -34,7 +47,10 @@ function merge(run, news) {
   if (news.generation === run.generation) {
     for (const [key, points] of Object.entries(run.series)) {
       const fresh = news.series[key] || {};
-      for (const [steps, values] of [["step", "value"], ["mean_step", "mean"]]) {
+      for (const [steps, values] of [
+        ["step", "value"],
+        ["mean_step", "mean"],
+      ]) {
         if (!points[steps]) continue;
         const end = place(points[steps], news.from);
         fresh[steps] = points[steps].slice(0, end).concat(fresh[steps] || []);
@@ -76,23 +92,50 @@ function facts(run) {
 
 // The lines of a kind of chart: each of its parts, of each run that is shown.
 function linesOf(kind) {
-  return () => shownRuns().filter((run) => !kind.run || kind.run === run.name).flatMap((run) => kind.parts.map(([key, name, style], part) => {
-    const many = data.runs.length > 1 && !kind.run;
-    const label = !many ? name : kind.parts.length > 1 ? `${name}, ${run.name}` : run.name;
-    return { name: label, color: color(many ? data.runs.indexOf(run) : (style?.tone ?? part)), ...style, points: run.series[key], last: run.last };
-  })).filter((line) => line.points?.step.length);
+  return () =>
+    shownRuns()
+      .filter((run) => !kind.run || kind.run === run.name)
+      .flatMap((run) =>
+        kind.parts.map(([key, name, style], part) => {
+          const many = data.runs.length > 1 && !kind.run;
+          const label = !many ? name : kind.parts.length > 1 ? `${name}, ${run.name}` : run.name;
+          return {
+            name: label,
+            color: color(many ? data.runs.indexOf(run) : (style?.tone ?? part)),
+            ...style,
+            points: run.series[key],
+            last: run.last,
+          };
+        }),
+      )
+      .filter((line) => line.points?.step.length);
 }
 
 function allKinds() {
   const several = data.runs.length > 1;
-  const stacks = data.runs.filter((run) => STEP_PARTS.every(([key]) => run.series[key])).map((run) => (
-    { title: several ? `Shares of a step: ${run.name}` : "Shares of a step", unit: "of its time", stack: true, write: percent, run: run.name, parts: STEP_PARTS }));
+  const stacks = data.runs
+    .filter((run) => STEP_PARTS.every(([key]) => run.series[key]))
+    .map((run) => ({
+      title: several ? `Shares of a step: ${run.name}` : "Shares of a step",
+      unit: "of its time",
+      stack: true,
+      write: percent,
+      run: run.name,
+      parts: STEP_PARTS,
+    }));
   const many = stacks.length > 3; // one for each run would bury the rest
   const main = [...KINDS, ...(many ? [] : stacks)];
-  const drawn = new Set([...[...KINDS, ...stacks].flatMap((kind) => kind.parts.map(([key]) => key)), ...NO_CURVE]);
-  const others = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((key) => !drawn.has(key)).sort();
-  const rest = others.map((key) => ({ title: key, write: SHARES.includes(key) ? percent : undefined, parts: [[key, key]] }));
-  const there = (kind) => data.runs.some((run) => (!kind.run || kind.run === run.name) && kind.parts.some(([key]) => run.series[key]));
+  const taken = new Set([...[...KINDS, ...stacks].flatMap((kind) => kind.parts.map(([key]) => key)), ...NO_CURVE]);
+  const others = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))]
+    .filter((key) => !taken.has(key))
+    .sort();
+  const rest = others.map((key) => ({
+    title: key,
+    write: SHARES.includes(key) ? percent : undefined,
+    parts: [[key, key]],
+  }));
+  const there = (kind) =>
+    data.runs.some((run) => (!kind.run || kind.run === run.name) && kind.parts.some(([key]) => run.series[key]));
   return { main: main.filter(there), rest: [...(many ? stacks : []), ...rest] };
 }
 
@@ -111,9 +154,13 @@ function chartOf(kind) {
 // Puts the charts of all metrics that are there into the page, keeping those that stand in it.
 function arrangeCharts() {
   const kinds = allKinds();
-  for (const [where, some] of [[mainCharts, kinds.main], [restCharts, kinds.rest]]) {
+  for (const [where, some] of [
+    [mainCharts, kinds.main],
+    [restCharts, kinds.rest],
+  ]) {
     const nodes = some.map((kind) => chartOf(kind).node);
-    if (nodes.length !== where.children.length || nodes.some((node, i) => node !== where.children[i])) where.replaceChildren(...nodes);
+    if (nodes.length !== where.children.length || nodes.some((node, i) => node !== where.children[i]))
+      where.replaceChildren(...nodes);
   }
   restTitle.textContent = `${kinds.rest.length} more charts`;
   rest.hidden = !kinds.rest.length;
@@ -130,11 +177,12 @@ function zoom(from, to) {
 
 // The first and the last step of the runs shown.
 function extent() {
-  let first = Infinity, last = -Infinity;
+  let first = Infinity,
+    last = -Infinity;
   for (const run of shownRuns()) {
     for (const [key, { step }] of Object.entries(run.series)) {
       if (NO_CURVE.includes(key) || !step.length) continue;
-      const low = view.logX ? step[place(step, 1)] ?? Infinity : step[0];
+      const low = view.logX ? (step[place(step, 1)] ?? Infinity) : step[0];
       first = Math.min(first, low);
       last = Math.max(last, step.at(-1));
     }
@@ -196,8 +244,15 @@ function tools() {
   });
   const theme = toggle("Dark", (on) => (document.documentElement.dataset.theme = on ? "dark" : "light"));
   theme.setAttribute("aria-pressed", matchMedia("(prefers-color-scheme: dark)").matches);
-  return element("div", { class: "tools", role: "toolbar", "aria-label": "charts" },
-    element("label", {}, "Smoothing", slider, output), logX, reset, theme, state);
+  return element(
+    "div",
+    { class: "tools", role: "toolbar", "aria-label": "charts" },
+    element("label", {}, "Smoothing", slider, output),
+    logX,
+    reset,
+    theme,
+    state,
+  );
 }
 
 // ------------------------------------------------------------------------------------------------------------ sections
@@ -214,26 +269,44 @@ function runSwitch(run, number) {
     hidden[box.checked ? "delete" : "add"](run.name);
     draw();
   });
-  return element("label", { class: "run", title: run.path, color: color(number) }, box, element("span", { class: "swatch", color: color(number) }), run.name);
+  return element(
+    "label",
+    { class: "run", title: run.path, color: color(number) },
+    box,
+    element("span", { class: "swatch", color: color(number) }),
+    run.name,
+  );
 }
 
 function table(heads, rows, kind = "") {
   const head = element("tr", {}, ...heads.map((text) => element("th", { scope: "col" }, text)));
-  const body = rows.map(([first, ...cells]) => element("tr", {}, element("th", { scope: "row" }, first), ...cells.map((cell) => element("td", {}, cell))));
-  return element("div", { class: `wide ${kind}`, tabindex: 0 }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
+  const body = rows.map(([first, ...cells]) =>
+    element("tr", {}, element("th", { scope: "row" }, first), ...cells.map((cell) => element("td", {}, cell))),
+  );
+  return element(
+    "div",
+    { class: `wide ${kind}`, tabindex: 0 },
+    element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)),
+  );
 }
 
 function showFacts() {
   const notes = data.runs.flatMap((run) => run.notes).map((note) => element("p", { class: "note" }, note));
   const peaks = [...new Set(data.runs.map((run) => run.facts["perf/peak"]).filter(Boolean))];
   const compiling = data.runs.length === 1 ? lastOf(data.runs[0], "perf/compile_s") : undefined;
-  const words = [...(peaks.length ? [`MFU is relative to ${peaks.join("; ")}.`] : []),
-    ...(compiling === undefined ? [] : [`Compiling took ${duration(compiling)}.`])];
+  const words = [
+    ...(peaks.length ? [`MFU is relative to ${peaks.join("; ")}.`] : []),
+    ...(compiling === undefined ? [] : [`Compiling took ${duration(compiling)}.`]),
+  ];
   if (data.runs.some((run) => Object.values(run.series).some((points) => points.mean)))
-    words.push("Long runs are drawn by the least and the greatest value of each bucket of steps, and smoothed by its means.");
+    words.push(
+      "Long runs are drawn by the least and the greatest value of each bucket of steps, and smoothed by its means.",
+    );
   const peak = words.length ? [element("p", { class: "soft" }, words.join(" "))] : [];
   if (data.runs.length === 1) {
-    const tiles = facts(data.runs[0]).map(([label, text]) => element("div", {}, element("dt", {}, label), element("dd", {}, text)));
+    const tiles = facts(data.runs[0]).map(([label, text]) =>
+      element("div", {}, element("dt", {}, label), element("dd", {}, text)),
+    );
     about.replaceChildren(...notes, element("dl", { class: "facts" }, ...tiles), ...peak);
   } else {
     const rows = data.runs.map((run, i) => [runSwitch(run, i), ...facts(run).map(([, text]) => text)]);
@@ -243,26 +316,48 @@ function showFacts() {
 
 function showSettings() {
   const rows = Object.entries(data.differences).map(([key, values]) => [key, ...values.map((value) => value ?? "–")]);
-  const several = data.runs.length > 1, names = data.runs.map((run) => run.name);
-  const same = several && !rows.length ? [element("p", {}, "All settings are the same, the runs' names and places aside.")] : [];
+  const several = data.runs.length > 1,
+    names = data.runs.map((run) => run.name);
+  const same =
+    several && !rows.length ? [element("p", {}, "All settings are the same, the runs' names and places aside.")] : [];
   const keys = [...new Set(data.runs.flatMap((run) => Object.keys(run.settings)))];
   const every = keys.map((key) => [key, ...data.runs.map((run) => run.settings[key] ?? "–")]);
   const all = keys.length
-    ? element("details", {}, element("summary", {}, `All ${keys.length} settings`), table(["setting", ...(several ? names : ["value"])], every, "words"))
+    ? element(
+        "details",
+        {},
+        element("summary", {}, `All ${keys.length} settings`),
+        table(["setting", ...(several ? names : ["value"])], every, "words"),
+      )
     : element("p", { class: "soft" }, "There is no config.yaml that can be read.");
-  settings.replaceChildren(element("h2", {}, several ? "What differs in the settings" : "Settings"),
-    ...(rows.length ? [table(["setting", ...names], rows, "words")] : []), ...same, all);
+  settings.replaceChildren(
+    element("h2", {}, several ? "What differs in the settings" : "Settings"),
+    ...(rows.length ? [table(["setting", ...names], rows, "words")] : []),
+    ...same,
+    all,
+  );
 }
 
 function showSamples() {
   const text = ({ prompt, text }) => element("pre", { tabindex: 0 }, element("b", {}, prompt), text);
-  const blocks = data.runs.filter((run) => run.samples.length).flatMap((run) => {
-    const last = run.samples.at(-1).step, title = data.runs.length > 1 ? `${run.name}, step ${whole(last)}` : `Step ${whole(last)}`;
-    const newest = run.samples.filter(({ step }) => step === last), older = run.samples.filter(({ step }) => step !== last);
-    const before = older.map((sample) => element("div", {}, element("p", { class: "soft" }, `step ${whole(sample.step)}`), text(sample)));
-    return [element("h3", {}, title), ...newest.map(text),
-      ...(older.length ? [element("details", {}, element("summary", {}, `${older.length} earlier samples`), ...before)] : [])];
-  });
+  const blocks = data.runs
+    .filter((run) => run.samples.length)
+    .flatMap((run) => {
+      const last = run.samples.at(-1).step,
+        title = data.runs.length > 1 ? `${run.name}, step ${whole(last)}` : `Step ${whole(last)}`;
+      const newest = run.samples.filter(({ step }) => step === last),
+        older = run.samples.filter(({ step }) => step !== last);
+      const before = older.map((sample) =>
+        element("div", {}, element("p", { class: "soft" }, `step ${whole(sample.step)}`), text(sample)),
+      );
+      return [
+        element("h3", {}, title),
+        ...newest.map(text),
+        ...(older.length
+          ? [element("details", {}, element("summary", {}, `${older.length} earlier samples`), ...before)]
+          : []),
+      ];
+    });
   samples.replaceChildren(...(blocks.length ? [element("h2", {}, "Samples"), ...blocks] : []));
 }
 
@@ -276,9 +371,15 @@ function refreshed(show, what) {
 }
 
 function show() {
-  refreshed(showFacts, data.runs.map((run) => [run.name, run.notes, facts(run), run.facts]));
+  refreshed(
+    showFacts,
+    data.runs.map((run) => [run.name, run.notes, facts(run), run.facts]),
+  );
   refreshed(showSettings, [data.differences, data.runs.map((run) => run.settings)]);
-  refreshed(showSamples, data.runs.map((run) => run.samples));
+  refreshed(
+    showSamples,
+    data.runs.map((run) => run.samples),
+  );
   arrangeCharts();
   draw();
 }
@@ -288,7 +389,9 @@ function show() {
 async function ask() {
   try {
     const known = data.runs.map((run) => `${run.generation}.${run.last}`).join(",");
-    const news = await (await fetch(`data?known=${known}`)).json();
+    const answer = await fetch(`data?server=${data.live}&known=${known}`);
+    if (answer.status === 409) location.reload(); // another server has this address now
+    const news = await answer.json();
     data.runs = data.runs.map((run, i) => merge(run, news.runs[i]));
     data.differences = news.differences;
     show();
@@ -306,8 +409,22 @@ async function follow() {
 }
 
 data.runs.forEach(decode);
-document.body.append(element("header", {}, element("h1", {}, data.title), ...(data.runs.length > 1 ? [] : [element("p", { class: "soft" }, data.runs[0].path)])),
-  about, tools(), element("h2", { class: "hidden" }, "Charts"), mainCharts, rest, settings, samples, loud);
+document.body.append(
+  element(
+    "header",
+    {},
+    element("h1", {}, data.title),
+    ...(data.runs.length > 1 ? [] : [element("p", { class: "soft" }, data.runs[0].path)]),
+  ),
+  about,
+  tools(),
+  element("h2", { class: "hidden" }, "Charts"),
+  mainCharts,
+  rest,
+  settings,
+  samples,
+  loud,
+);
 show();
 if (data.live) {
   state.textContent = "live";

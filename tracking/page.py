@@ -10,7 +10,7 @@ from pathlib import Path
 from tracking.run import Run, differences, names
 
 HERE = Path(__file__).parent
-SCRIPTS = ("chart.js", "page.js")
+SCRIPTS = ("scales.js", "chart.js", "page.js")
 MARK = '<meta name="generator" content="isomesh run page">'  # nothing else is replaced
 
 
@@ -34,9 +34,10 @@ def contents(runs: list[Run], known: list[tuple[int, int]] | None = None) -> dic
     return {"runs": found, "differences": differences([run.settings for run in runs])}
 
 
-def page(runs: list[Run], live: bool = False) -> str:
-    """The whole page. Texts of the runs reach it as data only, which the script shows as texts.
+def page(runs: list[Run], live: str = "") -> str:
+    """The whole page; `live` is the token of the server that it asks for more, see `Server`.
 
+    Texts of the runs reach it as data only, which the script shows as texts.
     Its policy allows this script and this style alone, and no connection; a live page may ask its own server.
     """
     title = runs[0].path.resolve().name if len(runs) == 1 else f"{len(runs)} runs"

@@ -1,10 +1,12 @@
 """The run page in a real browser, at the widths of a desktop and of a phone."""
 
+import contextlib
 import json
 import math
 import random
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -294,25 +296,35 @@ def test_the_keyboard_reads_zooms_and_resets(chromium, pages):
 @WIDTHS
 def test_a_live_page_follows_the_run(chromium, tmp_path, width):
     path = write_run(tmp_path / "run", 3, steps=20)
-    with Server(open_runs([path]), port=0) as server:
+    with served(path) as server:
+        chromium.open(server.url, width, phone=width < 600)
+        before = drawing(chromium, "Loss")
+        file = MetricsFile(path / "metrics.jsonl")
+        write_steps(file, 21, 45, 4)
+        _same(chromium, path, 45)
+        assert drawing(chromium, "Loss") != before
+        file.resume(30)  # another life of the run goes on from there
+        write_steps(file, 31, 34, 5)
+        file.close()
+        _same(chromium, path, 34)
+        clean(chromium)
+    chromium.wait("state.textContent === 'no longer served'", seconds=20)
+    with served(write_run(tmp_path / "other", 6), port=server.server_address[1]):  # its data must not mix with ours
+        chromium.wait("typeof data === 'object' && data.title === 'other'", seconds=20)
+        assert chromium.evaluate("data.runs.length") == 1
+        _same(chromium, tmp_path / "other", STEPS)
+
+
+@contextlib.contextmanager
+def served(path: Path, port: int = 0) -> Iterator[Server]:
+    with Server(open_runs([path]), port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            chromium.open(server.url, width, phone=width < 600)
-            before = drawing(chromium, "Loss")
-            file = MetricsFile(path / "metrics.jsonl")
-            write_steps(file, 21, 45, 4)
-            _same(chromium, path, 45)
-            assert drawing(chromium, "Loss") != before
-            file.resume(30)  # another life of the run goes on from there
-            write_steps(file, 31, 34, 5)
-            file.close()
-            _same(chromium, path, 34)
-            clean(chromium)
+            yield server
         finally:
             server.shutdown()
             thread.join()
-    chromium.wait("state.textContent === 'no longer served'", seconds=20)
 
 
 def _same(chromium, path: Path, last: int) -> None:

@@ -412,21 +412,22 @@ def test_live_serves_what_came_since(served):
     status, text = ask(server, "/")
     assert status == 200
     data = data_of(text)
-    assert (data["live"], data["runs"][0]["last"]) == (True, 10)
+    assert (data["live"], data["runs"][0]["last"]) == (server.token, 10)
     assert "connect-src 'self'" in text
     generation = data["runs"][0]["generation"]
     file = MetricsFile(run / "metrics.jsonl")
     for row in rows(3, first=11):
         file.log(*row)
     file.close()
-    news = json.loads(ask(server, f"/data?known={generation}.10")[1])["runs"][0]
+    data = lambda known: json.loads(ask(server, f"/data?server={server.token}{known}")[1])["runs"][0]
+    news = data(f"&known={generation}.10")
     assert news["generation"] == generation
     assert (news["from"], news["series"]["train/loss"]["step"]) == (10, [10, 11, 12, 13])
-    for query in ("", "?known=", "?known=x.1", "?known=1.2,1.3", "?known=1.-5", f"?known={generation + 1}.10"):
-        assert json.loads(ask(server, f"/data{query}")[1])["runs"][0]["series"]["train/loss"]["step"] == [*range(1, 14)]
-    assert json.loads(ask(server, f"/data?known={generation}.999")[1])["runs"][0]["series"]["train/loss"]["step"] == [
-        13
-    ]
+    for known in ("", "&known=", "&known=x.1", "&known=1.2,1.3", "&known=1.-5", f"&known={generation + 1}.10"):
+        assert data(known)["series"]["train/loss"]["step"] == [*range(1, 14)]
+    assert data(f"&known={generation}.999")["series"]["train/loss"]["step"] == [13]
+    for stranger in ("", "?server=", f"?server={server.token[1:]}", f"?known={generation}.10"):
+        assert ask(server, f"/data{stranger}")[0] == 409
 
 
 def test_live_answers_under_its_own_name_only(served):
@@ -463,7 +464,7 @@ def test_live_survives_what_is_no_request(served):
             connection.sendall(noise)
             connection.shutdown(socket.SHUT_WR)
             assert b" 200 " not in connection.recv(4096)
-    assert ask(server, "/data")[0] == 200
+    assert ask(server, "/")[0] == 200
 
 
 def test_live_ends_with_ctrl_c_and_tells_a_taken_port(tmp_path):
