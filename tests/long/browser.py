@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -10,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +17,14 @@ from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 60  # for an answer
+# The browser reads commands from its file 3 and writes answers to its file 4.
+CONNECT = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in enumerate(ends, 3):
+    os.dup2(end, number)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 def program() -> str:
@@ -34,21 +42,12 @@ def program() -> str:
 def browser() -> Iterator["Browser"]:
     """A browser of its own, with an empty profile; it ends with the block."""
     commands, answers = os.pipe(), os.pipe()
-
-    def connect():
-        """The browser reads commands from its file 3 and answers to its file 4."""
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands[0], answers[1])]
-        for number, end in enumerate(ends, 3):
-            os.dup2(end, number)
-            os.close(end)
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = ["--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
         options += ["--disable-dev-shm-usage", "--disable-extensions", f"--user-data-dir={profile}", "about:blank"]
         process = subprocess.Popen(
-            [program(), *options],
-            preexec_fn=connect,
-            close_fds=False,  # Python's own are closed anyway
+            [sys.executable, "-c", CONNECT, str(commands[0]), str(answers[1]), program(), *options],
+            pass_fds=(commands[0], answers[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
