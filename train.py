@@ -288,10 +288,7 @@ def going_on(config: Config, code: int) -> dict[str, str]:
     if code != DONE:
         return {"go on": shlex.join(command), **see}
     # of a sweep, one command made several runs: none has a command of its own
-    generate = {
-        "generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]]),
-        **see,
-    }
+    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])} | see
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         return generate
     kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
