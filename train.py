@@ -271,12 +271,13 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
 
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
+    see = {"see": shlex.join(["python", "-m", "tracking", config.run.dir])}
     launcher = f"-m runtime.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
     command = ["python", *launcher, "train.py", *sys.argv[1:]]
     if code != DONE:
-        return {"go on": shlex.join(command)}
+        return {"go on": shlex.join(command), **see}
     # of a sweep, one command made several runs: none has a command of its own
-    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])}
+    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])} | see
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         return generate
     kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
