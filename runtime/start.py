@@ -4,6 +4,7 @@
 same path, and `jax.distributed` is started only where there is more than one process.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import io
@@ -17,10 +18,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
+from jax._src.distributed import global_state  # the public door hides the client of the key-value store
 
-from runtime import heap
-from runtime.cluster import INITIALIZATION_SECONDS, find_cluster
+from runtime import heap, leave
+from runtime.cluster import INITIALIZATION_SECONDS, Cluster, find_cluster
 from runtime.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
+from runtime.exit_codes import MISTAKE
+from runtime.lifeline import Lifeline
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +69,36 @@ def start(config: RuntimeConfig) -> None:
     if config.compile_cache and not (cpu and (config.cpu_devices > 1 or cluster is not None)):
         _use_compile_cache(Path(config.compile_cache).expanduser())
     if cluster is not None:
+        _join(cluster, config.heartbeat_seconds)
+    _check_platform(config.platform)
+    if cluster is not None and jax.default_backend() == "cpu":
+        _keep_gloo_quiet()
+
+
+def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
+    """Waits for the other processes; from here on each learns at once when another ends."""
+    late = (
+        f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the others "
+        f"at {cluster.coordinator}; start all, each with its own runtime.process_id in 0..{cluster.processes - 1} and "
+        "the same runtime.coordinator and runtime.processes"
+    )
+    jax.config.update("jax_enable_preemption_service", False)  # runtime.stop starts it, when the training loop begins
+    with leave.unless_within(INITIALIZATION_SECONDS, MISTAKE, late):
         jax.distributed.initialize(
             coordinator_address=cluster.coordinator,
             num_processes=cluster.processes,
             process_id=cluster.process_id,
             local_device_ids=cluster.device_ids,
             cluster_detection_method="deactivate",  # find_cluster has looked already
-            initialization_timeout=INITIALIZATION_SECONDS,
-            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            initialization_timeout=2 * INITIALIZATION_SECONDS,  # JAX would abort the process from C++
+            heartbeat_timeout_seconds=heartbeat_seconds,
         )
-    _check_platform(config.platform)
-    if cluster is not None and jax.default_backend() == "cpu":
-        _keep_gloo_quiet()
+    host, _, _ = cluster.coordinator.rpartition(":")
+    bind, _, _ = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")
+    lifeline = Lifeline(global_state.client, cluster.process_id, host.strip("[]"), bind.strip("[]"))
+    leave.tell_with(lifeline.tell)
+    atexit.register(lifeline.goodbye)  # runs before JAX's own, which waits for all
+    sys.excepthook = leave.leave_by
 
 
 def transfer_guard(config: RuntimeConfig) -> AbstractContextManager:
