@@ -21,6 +21,7 @@ import numpy as np
 
 from data.corpus import DataConfig, Document, kind, source_files, split
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from runtime import leave
 from runtime.locks import Locked, locked
 
 FORMAT = 1  # raise it when the same source and settings would give other files
@@ -145,7 +146,8 @@ def _build(
     """Prepares an entry beside its place and publishes it. Must hold its lock."""
     total = sum(stat[1] for stat in before)
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{entry.name}-", dir=entry.parent))
-    try:
+    with leave.on_leaving(lambda: _discard(folder)), contextlib.ExitStack() as stack:
+        stack.callback(_discard, folder)
         tokenizer = ready
         if tokenizer is None:
             texts = _reported(data, "training the tokenizer", total, progress)
@@ -167,11 +169,15 @@ def _build(
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         _publish(folder, entry)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     dataset = _open(entry, config, ready)
     assert dataset is not None, f"{entry} was published but cannot be opened"
     return dataset
+
+
+def _discard(folder: Path) -> None:
+    """Removes a temporary folder, perhaps while another thread still writes there: by another name it finds no way."""
+    with contextlib.suppress(FileNotFoundError):  # published
+        shutil.rmtree(folder.rename(f"{folder}-discarded"), ignore_errors=True)
 
 
 def _reported(data: DataConfig, what: str, total: int, progress: Progress) -> Iterator[tuple[Document, bool]]:

@@ -78,8 +78,8 @@ def start(config: RuntimeConfig) -> None:
 def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
     """Waits for the other processes; from here on each learns at once when another ends."""
     late = (
-        f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the others "
-        f"at {cluster.coordinator}; start all, each with its own runtime.process_id in 0..{cluster.processes - 1} and "
+        f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the "
+        f"others at {cluster.coordinator}; start all, each with its own runtime.process_id in 0..{cluster.processes - 1} and "
         "the same runtime.coordinator and runtime.processes"
     )
     jax.config.update("jax_enable_preemption_service", False)  # runtime.stop starts it, when the training loop begins

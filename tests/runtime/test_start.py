@@ -204,7 +204,7 @@ def test_start_gives_devices_and_a_private_cache_without_a_service(tmp_path, dev
 import jax, logging
 from runtime.config import RuntimeConfig
 from runtime.start import start
-from runtime.stop import exit_now
+from runtime.leave import exit_now
 start(RuntimeConfig(platform="cpu", cpu_devices={devices}, compile_cache={str(tmp_path / "cache")!r}))
 jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))
 print(jax.device_count(), jax.distributed.is_initialized(), end="")
