@@ -18,6 +18,7 @@ import types
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -87,6 +88,27 @@ NOT_IDENTITY = {
     "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
     "data": ("cache",),
 }
+
+
+# What each process of a run may be given for itself: its place, local folders, and what process 0 alone looks at.
+OWN = (
+    "runtime.process_id",
+    "runtime.coordinator",
+    "runtime.processes",
+    "runtime.compile_cache",
+    "data.cache",
+    "run.id",
+)
+OWN_GROUPS = ("wandb",)
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """The part of a config that all processes of a run must have been given alike, by dotted keys."""
+    found = {}
+    for group, value in _plain(config).items():
+        keyed = {f"{group}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {group: value}
+        found |= {key: v for key, v in keyed.items() if key not in OWN and group not in OWN_GROUPS}
+    return found
 
 
 def identity(config: Config | dict) -> dict:

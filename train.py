@@ -6,13 +6,14 @@ One loop, in the order in which things happen: mesh, run directory, data, model,
 import sys
 import time
 
-from runtime import heap
+from runtime import heap, leave
 
 if __name__ == "__main__":
     heap.start_undivided()
+    leave.answer_signals()
     BEGAN = time.perf_counter()  # the slow imports count
 
-from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, to_yaml
+from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, shared, to_yaml
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
@@ -40,10 +41,11 @@ from performance.flops import count_flops
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
 from performance.throughput import Spent, Throughput
-from runtime.agreement import agreed
-from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
+from runtime import launch
+from runtime.agreement import agreed, code_versions, require_same, require_shared
+from runtime.exit_codes import DONE, FAULT, MISTAKE, PREEMPTED
 from runtime.start import start, transfer_guard
-from runtime.stop import StopSignal, exit_now
+from runtime.stop import StopSignal
 from tracking.console import Console, human
 from tracking.metrics_file import MetricsFile, last_value
 from tracking.reporting import Reporter, header
@@ -61,12 +63,10 @@ def main(jobs: list[Config], began: float | None = None) -> int:
         try:
             start(config.runtime)
             code, began = train(config, began or time.perf_counter()), None  # a second job begins after the first
-        except (ValueError, OSError, OverflowError, MemoryError) as error:
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-            code = MISTAKE
-        except KeyboardInterrupt:  # before the loop, or twice in it
-            print("interrupted; what was saved before is intact", file=sys.stderr)
-            code = INTERRUPTED
+        except leave.MISTAKES as error:
+            code = leave.ended(MISTAKE, leave.one_line(error))
+        except KeyboardInterrupt:  # twice in the loop
+            code = leave.ended(*leave.SIGNALS[signal.SIGINT])
         if code != DONE:
             return code
     return DONE
@@ -74,6 +74,7 @@ def main(jobs: list[Config], began: float | None = None) -> int:
 
 def train(config: Config, began: float) -> int:
     """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
+    require_same(shared(config) | code_versions())
     mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
     run = RunDirectory(Path(config.run.dir))
     with run.held() if primary else contextlib.nullcontext():
@@ -84,11 +85,17 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
     """The run, in a directory that no other process may enter meanwhile."""
     t, primary = config.train, jax.process_index() == 0
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
+    require_shared(Path(config.checkpoint.dir or run.path), "checkpoint.dir" if config.checkpoint.dir else "run.dir")
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
-    with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), StopSignal() as stop:
+    with (
+        Console(run.path.name, run.log, t.steps, primary) as console,
+        jax.set_mesh(mesh),
+        contextlib.ExitStack() as stack,
+    ):
         # -------------------------------------------------------------------------------------------------------- data
         dataset = prepare(config.data, config.tokenizer, console.preparation)
         tokenizer = dataset.tokenizer
+        require_same(dataset.told)
         shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
         shape["eos_id"] = tokenizer.eos_id if config.data.segments else None
         rows = local_rows(mesh, t.batch_size)
@@ -173,6 +180,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         code, number, saved = DONE, first, first
         heap.make_room(memory.temp_size_in_bytes * jax.local_device_count())
         meter.start(first, first * t.batch_size * t.seq_len)
+        stop = stack.enter_context(StopSignal())
         try:
             for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
                 with meter.data_wait():
@@ -207,11 +215,12 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             if saved != number:
                 save(number)
         except Exception as error:
+            leave.hear_others()
             log.exception("a fault after step %d", number)
             console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
             code = FAULT
             if jax.process_count() > 1:  # the others may be gone, and a clean exit would wait for them
-                exit_now(code)
+                leave.leave(code, leave.one_line(error))
 
         # --------------------------------------------------------------------------------------------------------- end
         step.close()
@@ -282,8 +291,7 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
 
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
-    launcher = f"-m runtime.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
-    command = ["python", *launcher, "train.py", *sys.argv[1:]]
+    command = ["python", *launch.words(), "train.py", *sys.argv[1:]]
     if code != DONE:
         return {"go on": shlex.join(command)}
     # of a sweep, one command made several runs: none has a command of its own

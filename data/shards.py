@@ -42,6 +42,16 @@ class Dataset:
     digest: str  # of the source's content and the settings; the same on every machine
     directory: Path
 
+    @property
+    def told(self) -> dict[str, str | int]:
+        """What all processes of a run must have found alike, in words."""
+        return {
+            "the digest of the tokenizer": self.tokenizer.digest[:12],
+            "the digest of the text": self.digest[:12],
+            "the number of training tokens": len(self.train),
+            "the number of held-out tokens": len(self.heldout),
+        }
+
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
     """The dataset of a source, from the cache or else prepared into it.

@@ -4,7 +4,9 @@ import hashlib
 import itertools
 import json
 import platform
+import secrets
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +17,14 @@ import numpy as np
 from jax._src.distributed import global_state  # the public door hides the client of the key-value store
 from jax.experimental import multihost_utils
 
+from runtime import leave
+from runtime.files import naming
+
 ERRORS = {error.__name__: error for error in (OSError, ValueError)}
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 WAIT_SECONDS = 60  # for one answer of the coordinator; then it is asked again
+SHARED_SECONDS = 10  # that a network file system may take to show a new file
 SHOWN = 3  # differences that a message names
 
 _rounds = itertools.count()  # every process compares the same things in the same order
@@ -72,6 +78,34 @@ def require_same(ours: dict[str, Any]) -> None:
     _wait_for(store, f"{place}/all")
 
 
+def require_shared(folder: Path, key: str) -> None:
+    """Raises ValueError in a process that sees another folder by this name than process 0 does. key: for the message.
+
+    Each process writes its own part of a checkpoint there: on file systems of their own it would be lost.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = folder / agreed(lambda: f".shared-{secrets.token_hex(8)}")
+    if jax.process_index() > 0:
+        require_same({})  # it is there now
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not mark.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"process {jax.process_index()} does not see what process 0 writes to {key}={folder}: all "
+                    "processes of a run need it on a file system that they share"
+                )
+            time.sleep(0.1)
+        require_same({})
+        return
+    with leave.on_leaving(mark.unlink), naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        require_same({})
+        require_same({})
+        mark.unlink()
+
+
 def differing(ours: dict[str, Any], theirs: dict[str, Any], rank: int) -> list[str]:
     """Each key in which the values of process `rank` differ from those of process 0, with both."""
     ours = json.loads(json.dumps(ours))
@@ -80,14 +114,6 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any], rank: int) -> list[s
         for key in {**theirs, **ours}
         if key not in ours or key not in theirs or ours[key] != theirs[key]
     ]
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted keys."""
-    found = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def code_versions() -> dict[str, str]:

@@ -45,7 +45,7 @@ def exit_now(code: int) -> NoReturn:
 
 
 def leave(code: int, line: str) -> NoReturn:
-    """Ends this process, and with it all the others of the run, from any thread and within two seconds.
+    """Ends this process, and with it all the others of the run, within two seconds; to be called in any thread.
 
     Says the line, tells the other processes, runs the clean-ups that are due. The first call counts.
     """
@@ -70,16 +70,27 @@ def tell_with(tell: Callable[[int, str, float], None]) -> None:
     _tell = tell
 
 
-def leave_by(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-    """The sys.excepthook of one process among several: an exception that nobody caught ends all of them.
+def ended(code: int, line: str) -> int:
+    """Says why a program ends, and returns the exit code to end with. One process among several leaves at once."""
+    if _tell is not None or _leaving.locked():
+        leave(code, line)
+    print(line, file=sys.stderr)
+    return code
 
-    When another process has ended, its peers fail in what they do together; its own reason comes first.
-    """
+
+def leave_by(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+    """The sys.excepthook of one process among several: an exception that nobody caught ends all of them."""
     if issubclass(kind, KeyboardInterrupt):
         leave(*SIGNALS[signal.SIGINT])
-    time.sleep(PRECEDENCE_SECONDS)
+    hear_others()
     sys.__excepthook__(kind, error, trace)
     leave(FAULT, one_line(error))
+
+
+def hear_others() -> None:
+    """Before an error is told: when another process has ended, its peers fail too, and its reason is the true one."""
+    if _tell is not None:
+        time.sleep(PRECEDENCE_SECONDS)
 
 
 def one_line(error: BaseException) -> str:

@@ -79,8 +79,8 @@ def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
     """Waits for the other processes; from here on each learns at once when another ends."""
     late = (
         f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the "
-        f"others at {cluster.coordinator}; start all, each with its own runtime.process_id in 0..{cluster.processes - 1} and "
-        "the same runtime.coordinator and runtime.processes"
+        f"others at {cluster.coordinator}; start all with the same runtime.coordinator and runtime.processes, each "
+        f"with its own runtime.process_id in 0..{cluster.processes - 1}"
     )
     jax.config.update("jax_enable_preemption_service", False)  # runtime.stop starts it, when the training loop begins
     with leave.unless_within(INITIALIZATION_SECONDS, MISTAKE, late):
