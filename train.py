@@ -51,8 +51,8 @@ from tracking.metrics_file import MetricsFile, last_value
 from tracking.reporting import Reporter, header
 from tracking.run_directory import RunDirectory
 from tracking.sinks import Sinks, TensorBoardSink, WandbSink
-from training.job import make_job
-from training.state import TrainState, is_vocabulary
+from training.job import Job, make_job
+from training.state import TrainState, has_vocabulary
 
 log = logging.getLogger("isomesh.train")
 
@@ -114,7 +114,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
         ours = {"identity": identity(config), "data": dataset.digest}
-        restored = restore(config, store, job.stored, ours)
+        restored = restore(config, store, job, ours)
         if restored is None:
             state, first, progress = job.init(config.seed), 0, {"best": None, "since_best": 0}  # of eval/loss
         else:
@@ -263,7 +263,7 @@ def claim(config: Config, run: RunDirectory) -> str:
     return config.run.id or secrets.token_hex(4)
 
 
-def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: dict) -> Restored | None:
+def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Restored | None:
     """Decides where a run begins.
 
     1. From the newest intact checkpoint, on whatever mesh it was written; damaged ones are named and passed over.
@@ -274,7 +274,7 @@ def restore(config: Config, store: CheckpointStore, abstract: TrainState, ours: 
         if store.steps():
             raise ValueError(f"{store.directory} holds checkpoints and checkpoint.resume=never; choose another one")
         return None
-    restored = store.restore(vars(abstract), resize=is_vocabulary)
+    restored = store.restore(vars(job.stored), resize=has_vocabulary(job.description.specs))
     if restored is None:
         if config.checkpoint.resume == "require":
             raise ValueError(f"checkpoint.resume=require, but {store.directory} holds no checkpoint")

@@ -28,7 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import config
-from model.config import ModelConfig, flops_per_token
+from model.config import ModelConfig
+from model.counts import flops_per_token
 
 TWIN = Path(__file__).with_name("torch_twin.py")
 DATA_SHEET = 989.4e12  # FLOP/s of an H100 or H200 SXM in bfloat16, dense

@@ -59,7 +59,7 @@ def measure(point: Point) -> dict:
     import jax
 
     import config
-    from model.config import parameter_count
+    from model.counts import parameter_count
     from parallel.mesh import make_mesh
     from parallel.sharding import put_batch
     from runtime import heap

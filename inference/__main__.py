@@ -24,12 +24,12 @@ from checkpoint.store import CheckpointStore, Restored
 from config import Config, load_run, model_requirements
 from data.tokenizer import load_tokenizer
 from inference.generate import check, generate
+from model.specs import Specs
 from model.transformer import Description, describe
 from parallel.mesh import make_mesh, resolve
-from parallel.sharding import parameter_shardings
 from runtime.start import start
 from tracking.run_directory import RunDirectory
-from training.state import is_vocabulary
+from training.state import has_vocabulary
 
 
 def main(options: argparse.Namespace) -> int:
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> list[str]:
     store = CheckpointStore(Path(config.checkpoint.dir or directory.path / "checkpoints"), config.checkpoint)
     with closing(store), jax.set_mesh(mesh):
         description = describe(config.model)
-        restored = restore(store, options.step, abstract_params(config, description, mesh))
+        restored = restore(store, options.step, abstract_params(config, description, mesh), description.specs)
         print(f"{directory.path}: step {restored.step}", file=sys.stderr)
         params, dtype = restored.state["params"], jnp.dtype(config.train.compute_dtype)
         new = generate(description, params, prompts, sample, eos_id=tokenizer.eos_id, dtype=dtype)
@@ -69,13 +69,12 @@ def run(options: argparse.Namespace) -> list[str]:
 
 def abstract_params(config: Config, description: Description, mesh: Mesh) -> dict:
     """The part of a training state that generation needs, with its layout on the mesh."""
-    shardings = parameter_shardings(mesh, description.shapes, description.axes)
     dtype = jnp.dtype(config.train.param_dtype)
     leaf = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
-    return {"params": jax.tree.map(leaf, description.shapes, shardings)}
+    return {"params": jax.tree.map(leaf, description.shapes, description.shardings(mesh))}
 
 
-def restore(store: CheckpointStore, step: str | int, abstract: dict) -> Restored:
+def restore(store: CheckpointStore, step: str | int, abstract: dict, specs: Specs) -> Restored:
     """The newest intact checkpoint, or that of the step asked for and no other; ValueError if it is not there."""
     before = None
     if step != NEWEST:
@@ -86,7 +85,7 @@ def restore(store: CheckpointStore, step: str | int, abstract: dict) -> Restored
             there = ", ".join(map(str, store.steps())) or "none"
             raise ValueError(f"{store.directory} holds no checkpoint of step {wanted}; there are: {there}")
         before = wanted + 1
-    restored = store.restore(abstract, before=before, resize=is_vocabulary, part=True)
+    restored = store.restore(abstract, before=before, resize=has_vocabulary(specs), part=True)
     if restored is None:
         raise ValueError(f"{store.directory} holds no checkpoint")
     if before is not None and restored.step != wanted:

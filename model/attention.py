@@ -1,22 +1,18 @@
-"""The one attention function, and the block half that projects into and out of it."""
+"""The one attention function: who sees whom, and which kernel or exchange computes it."""
 
 from dataclasses import dataclass, field
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model import attention_kernels, parametrization
+from model import attention_kernels
 from model.attention_kernels import Case
-from model.config import ModelConfig
-from model.kv_cache import LayerCache
-from model.layers import Norm, add, linear, rotate
 from model.plain_attention import plain
 from parallel.context import Rule, gather, ring, ulysses
 from parallel.manual import per_device
-from parallel.sharding import param, shard, splits, use
+from parallel.sharding import shard, splits
 
 QUERY_CHUNK = 1024  # queries whose scores exist at once
 
@@ -101,64 +97,3 @@ def _attend(rule: Rule, kernel: str, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info,
     tokens, heads, kv_heads = ("batch", "tokens"), ("heads", "head_dim"), ("kv_heads", "head_dim")
     dims = ((*tokens, *heads), (*tokens, *kv_heads), (*tokens, *kv_heads), tokens, ())
     return per_device(fused, dims, q_BTNH, k_BSKH, v_BSKH, segments_BT, window)
-
-
-class Attention(nnx.Module):
-    """Multi-head, grouped-query or multi-query attention over x_BTD."""
-
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        c, keys = config, jax.random.split(key, 4)
-        self.config = config
-        shape, axes = (c.width, c.heads, c.head_dim), ("width", "heads", "head_dim")
-        kv_shape, kv_axes = (c.width, c.kv_heads, c.head_dim), ("width", "kv_heads", "head_dim")
-        into = parametrization.matrix(c, c.width)
-        out = parametrization.matrix(c, c.heads * c.head_dim, residual=True)
-        self.query = param(keys[0], shape, axes, into, inputs=1)
-        self.key = param(keys[1], kv_shape, kv_axes, into, inputs=1)
-        self.value = param(keys[2], kv_shape, kv_axes, into, inputs=1)
-        self.out = param(keys[3], (*shape[1:], c.width), (*axes[1:], "width"), out, inputs=2)
-        zeros, biased = parametrization.zeros, c.bias in ("qkv", "all")
-        self.query_bias = param(key, shape[1:], axes[1:], zeros) if biased else None
-        self.key_bias = param(key, kv_shape[1:], kv_axes[1:], zeros) if biased else None
-        # then a key bias adds the same to all scores of a query, which softmax does not see: its gradient is rounding
-        # noise, which an optimizer that normalises would follow, differently on every mesh
-        self.idle_key_bias = biased and c.positions != "rotary" and not c.qk_norm and not c.attention_softcap
-        self.value_bias = param(key, kv_shape[1:], kv_axes[1:], zeros) if biased else None
-        self.out_bias = param(key, (c.width,), ("norm",), zeros) if c.bias == "all" else None
-        self.query_norm = Norm(c, key, c.head_dim, dim="head_dim", kind="rms") if c.qk_norm else None
-        self.key_norm = Norm(c, key, c.head_dim, dim="head_dim", kind="rms") if c.qk_norm else None
-
-    def _heads(self, x_BTD, matrix, bias, norm, angles, heads: str) -> jax.Array:
-        y_BTNH = linear(x_BTD, use(matrix, x_BTD.dtype), self.config.matmul_dtype)
-        if bias is not None:
-            y_BTNH = add(y_BTNH, bias)
-        y_BTNH = shard(y_BTNH, "batch", "tokens", heads, "head_dim")
-        if norm is not None:
-            y_BTNH = norm(y_BTNH)
-        return y_BTNH if angles is None else rotate(y_BTNH, angles)
-
-    def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """y_BTD, and the cache with this call's keys and values written at their positions."""
-        c = self.config
-        q_BTNH = self._heads(x_BTD, self.query, self.query_bias, self.query_norm, info.angles, "heads")
-        key_bias = self.key_bias
-        if self.idle_key_bias:
-            key_bias = key_bias.replace(jax.lax.stop_gradient(key_bias[...]))
-        k_BSKH = self._heads(x_BTD, self.key, key_bias, self.key_norm, info.angles, "kv_heads")
-        v_BSKH = self._heads(x_BTD, self.value, self.value_bias, None, None, "kv_heads")
-        k_info = info
-        if cache is not None:
-            cache = cache.write(info.positions_BT, k_BSKH, v_BSKH)
-            k_BSKH, v_BSKH = cache.k_BSKH.astype(x_BTD.dtype), cache.v_BSKH.astype(x_BTD.dtype)
-            # slot s holds position s, and the causal mask hides slots that are not written yet
-            k_info = TokenInfo(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None])
-        out_BTNH = attention(
-            q_BTNH, k_BSKH, v_BSKH, info, k_info,
-            causal=c.causal, window=window, scale=parametrization.attention_scale(c), softcap=c.attention_softcap,
-            windows=c.windows(), kernel=c.attention_kernel if cache is None else "plain",
-        )  # fmt: skip
-        out_BTNH = shard(out_BTNH, "batch", "tokens", "heads", "head_dim")
-        y_BTD = linear(out_BTNH, use(self.out, x_BTD.dtype), c.matmul_dtype)
-        return (y_BTD if self.out_bias is None else add(y_BTD, self.out_bias)), cache

@@ -1,56 +1,53 @@
 """Between tokens and vectors: the embedding table and the output head, which may be the same table."""
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model import parametrization
 from model.config import ModelConfig
 from model.matmul import score
-from parallel.sharding import first_row, param, shard, splits, sum_over_stages, use
+from model.projection import param
+from model.specs import Specs
+from parallel.sharding import cast_and_gather, first_row, shard, splits, sum_over_stages
 
 NO_TOKEN = -1e30  # logit of the padding rows
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class VocabularyRows:
     """Rows of a table, and the tokens that they stand for."""
 
     table_VD: jax.Array
     token_V: jax.Array
 
 
-class TokenTable(nnx.Module):
-    """A (V, D) table, rows padded so that hardware and mesh divide them; padding rows are zero and stay so."""
+class Embedding(nnx.Module):
+    """A row of width D for each token, padded so that hardware and mesh divide them; padding is zero and stays so."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
+    def __init__(self, config: ModelConfig, specs: Specs):
         self.vocab_size, self.softcap = config.vocab_size, config.logit_softcap
-        multiple = math.lcm(config.vocab_multiple, splits("vocab", stored=True))
-        rows = -(-config.vocab_size // multiple) * multiple
-        self.padded = rows > config.vocab_size
-        init = parametrization.table(config, config.vocab_size)
-        self.table = param(key, (rows, config.width), ("vocab", "width"), init)
+        self.padded = specs["weight"].shape[0] > config.vocab_size
+        self.weight = param(specs["weight"])
 
     def embed(self, tokens_BT: jax.Array, dtype) -> jax.Array:
         """The tokens' rows, x_BTD."""
         # pinned also for the backward pass: the table's gradient is summed where the tokens are, then scattered
-        table_VD = shard(use(self.table, dtype), "vocab", "width")
+        table_VD = shard(cast_and_gather(self.weight, dtype), "vocab", "width")
         rows_BT = tokens_BT - first_row(table_VD.shape[0])
         here_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
         x_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, rows_BT, axis=0, mode="clip"), 0)
         return shard(sum_over_stages(x_BTD), "batch", "residual", "width")
 
-    def rows(self, dtype) -> Rows:
+    def rows(self, dtype) -> VocabularyRows:
         """All rows; inside a pipeline those of this stage."""
-        table_VD = use(self.table, dtype)
+        table_VD = cast_and_gather(self.weight, dtype)
         rows = table_VD.shape[0]
-        return Rows(table_VD, first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
+        return VocabularyRows(table_VD, first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
 
-    def cut(self, parts: int, dtype) -> Rows:
+    def cut(self, parts: int, dtype) -> VocabularyRows:
         """All rows in at least so many parts of one size, with a first dim for the parts.
 
         Part i has the rows i, i + n, i + 2n ...: a strided cut stays local where the table is sharded.
@@ -60,7 +57,7 @@ class TokenTable(nnx.Module):
         n = next(n for n in range(min(parts, local), local + 1) if local % n == 0)
         return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(V // n, n, *x.shape[1:]), 1, 0), rows)
 
-    def logits(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+    def logits(self, x_BTD: jax.Array, rows: VocabularyRows) -> jax.Array:
         """Float32 logits_BTV of these rows; those of padding, which no softmax sees, are -1e30."""
         logits_BTV = shard(score(x_BTD, rows.table_VD), "batch", "tokens", "vocab")
         if self.softcap:

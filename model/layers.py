@@ -1,4 +1,4 @@
-"""Norms, the feed-forward block, rotary positions, dropout."""
+"""The parts of a block: norms, attention with its projections, the feed-forward half, rotary positions, dropout."""
 
 import math
 from functools import partial
@@ -7,28 +7,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model import low_precision, parametrization
-from model.config import GATED, ModelConfig, RopeScaling
-from model.matmul import project
-from parallel.sharding import param, shard, use
+from model import parametrization
+from model.attention import TokenInfo, attention
+from model.config import ModelConfig, RopeScaling
+from model.kv_cache import LayerCache
+from model.projection import Projection, param
+from model.specs import Specs
+from parallel.sharding import cast_and_gather, shard
 
 
 class Norm(nnx.Module):
-    """RMS or layer norm over the last dim, computed in float32.
+    """RMS or layer norm over the last dim, computed in float32; `kind` is the config's if it is not said."""
 
-    `dim` names that dim ("norm" for model width, "head_dim" for a head) and `size` is its size.
-    """
-
-    def __init__(self, config: ModelConfig, key: jax.Array, size: int, *, dim: str = "norm", kind: str | None = None):
+    def __init__(self, config: ModelConfig, specs: Specs, kind: str | None = None):
         self.kind, self.eps = kind or config.norm, config.norm_eps
-        self.scale = param(key, (size,), (dim,), parametrization.ones)
-        biased = self.kind == "layer" and config.bias == "all"
-        self.bias = param(key, (size,), (dim,), parametrization.zeros) if biased else None
+        self.scale = param(specs["scale"])
+        self.bias = param(specs["bias"]) if "bias" in specs else None
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Any (..., size) to the same shape and dtype."""
-        scale, bias = use(self.scale, jnp.float32), None if self.bias is None else use(self.bias, jnp.float32)
+        scale, bias = (
+            cast_and_gather(self.scale, jnp.float32),
+            None if self.bias is None else cast_and_gather(self.bias, jnp.float32),
+        )
         return jax.checkpoint(self._normalised, prevent_cse=False)(x, scale, bias)
 
     def _normalised(self, x, scale, bias):
@@ -42,14 +44,9 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def linear(x: jax.Array, matrix: jax.Array, matmul_dtype: str) -> jax.Array:
-    """x (B, T, ...in) times matrix (...in, ...out): (B, T, ...out) in x's dtype; `matmul_dtype` as in ModelConfig."""
-    return low_precision.dot(x, matrix) if matmul_dtype == "float8" else project(x, matrix)
-
-
-def add(y: jax.Array, bias: nnx.Param) -> jax.Array:
-    """y + bias in y's dtype. The bias's gradient is a sum over all tokens, which is wanted in float32."""
-    return (y + use(bias, jnp.float32)).astype(y.dtype)
+def times(x: jax.Array, multiplier: float) -> jax.Array:
+    """x times a constant, in x's dtype."""
+    return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
@@ -67,34 +64,60 @@ def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     return y.astype(up.dtype)
 
 
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention over x_BTD."""
+
+    def __init__(self, config: ModelConfig, specs: Specs):
+        c = self.config = config
+        # without anything after it, a key bias adds the same to all scores of a query, which softmax does not see: its
+        # gradient is rounding noise, which an optimizer that normalises would follow, differently on every mesh
+        idle_bias = c.positions != "rotary" and not c.qk_norm and not c.attention_softcap
+        self.query = Projection(specs["query"], c.matmul_dtype)
+        self.key = Projection(specs["key"], c.matmul_dtype, frozen_bias=idle_bias)
+        self.value = Projection(specs["value"], c.matmul_dtype)
+        self.out = Projection(specs["out"], c.matmul_dtype)
+        self.query_norm = Norm(c, specs["query_norm"], "rms") if c.qk_norm else None
+        self.key_norm = Norm(c, specs["key_norm"], "rms") if c.qk_norm else None
+
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """y_BTD, and the cache with this call's keys and values written at their positions."""
+        c = self.config
+        q_BTNH = shard(self.query(x_BTD), "batch", "tokens", "heads", "head_dim")
+        k_BSKH = shard(self.key(x_BTD), "batch", "tokens", "kv_heads", "head_dim")
+        v_BSKH = shard(self.value(x_BTD), "batch", "tokens", "kv_heads", "head_dim")
+        if c.qk_norm:
+            q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
+        if info.angles is not None:
+            q_BTNH, k_BSKH = rotate(q_BTNH, info.angles), rotate(k_BSKH, info.angles)
+        k_info = info
+        if cache is not None:
+            cache = cache.write(info.positions_BT, k_BSKH, v_BSKH)
+            k_BSKH, v_BSKH = cache.k_BSKH.astype(x_BTD.dtype), cache.v_BSKH.astype(x_BTD.dtype)
+            # slot s holds position s, and the causal mask hides slots that are not written yet
+            k_info = TokenInfo(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None])
+        out_BTNH = attention(
+            q_BTNH, k_BSKH, v_BSKH, info, k_info,
+            causal=c.causal, window=window, scale=parametrization.attention_scale(c), softcap=c.attention_softcap,
+            windows=c.windows(), kernel=c.attention_kernel if cache is None else "plain",
+        )  # fmt: skip
+        return self.out(shard(out_BTNH, "batch", "tokens", "heads", "head_dim")), cache
+
+
 class FeedForward(nnx.Module):
     """SwiGLU, GeGLU (three matrices), GELU or squared ReLU (two)."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        gate, up, down = jax.random.split(key, 3)
-        d, f = config.width, config.ffn
-        self.activation, self.matmul_dtype = config.activation, config.matmul_dtype
-        into, out = parametrization.matrix(config, d), parametrization.matrix(config, f, residual=True)
-        self.gate = param(gate, (d, f), ("width", "ffn"), into, inputs=1) if config.activation in GATED else None
-        self.up = param(up, (d, f), ("width", "ffn"), into, inputs=1)
-        self.down = param(down, (f, d), ("ffn", "width"), out, inputs=1)
-        biased, zeros = config.bias == "all", parametrization.zeros
-        self.gate_bias = param(key, (f,), ("ffn",), zeros) if biased and self.gate is not None else None
-        self.up_bias = param(key, (f,), ("ffn",), zeros) if biased else None
-        self.down_bias = param(key, (d,), ("norm",), zeros) if biased else None
-
-    def _project(self, x_BTD: jax.Array, matrix: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y_BTF = linear(x_BTD, use(matrix, x_BTD.dtype), self.matmul_dtype)
-        if bias is not None:
-            y_BTF = add(y_BTF, bias)
-        return shard(y_BTF, "batch", "tokens", "ffn")
+    def __init__(self, config: ModelConfig, specs: Specs):
+        self.activation, dtype = config.activation, config.matmul_dtype
+        self.gate = Projection(specs["gate"], dtype) if "gate" in specs else None
+        self.up, self.down = Projection(specs["up"], dtype), Projection(specs["down"], dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """x_BTD to y_BTD."""
-        gate_BTF = None if self.gate is None else self._project(x_BTD, self.gate, self.gate_bias)
-        h_BTF = activate(self.activation, self._project(x_BTD, self.up, self.up_bias), gate_BTF)
-        y_BTD = linear(h_BTF, use(self.down, x_BTD.dtype), self.matmul_dtype)
-        return y_BTD if self.down_bias is None else add(y_BTD, self.down_bias)
+        gate_BTF = None if self.gate is None else shard(self.gate(x_BTD), "batch", "tokens", "ffn")
+        up_BTF = shard(self.up(x_BTD), "batch", "tokens", "ffn")
+        return self.down(activate(self.activation, up_BTF, gate_BTF))
 
 
 # -------------------------------------------------------------------------------------------------- rotary positions

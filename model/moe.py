@@ -1,18 +1,18 @@
 """Mixture of experts: a router that chooses experts for each token, the experts, and what a step must know of both."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model import parametrization
-from model.config import GATED, ModelConfig
+from model.config import ModelConfig
 from model.layers import FeedForward, activate
+from model.projection import Projection, param
+from model.specs import Specs
 from parallel.experts import dispatch
-from parallel.sharding import param, shard, use
+from parallel.sharding import cast_and_gather, shard
 
 
 @jax.tree_util.register_dataclass
@@ -48,16 +48,14 @@ def best(values: jax.Array, count: int) -> jax.Array:
 class Router(nnx.Module):
     """Scores every expert for a token, in float32, and chooses the best; of equals, the first."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        c = self.config = config
-        self.weight = param(key, (c.width, c.experts), ("width", "routes"), parametrization.router(c), inputs=1)
-        # moved by the training step, not by its gradient (see training.step.balanced)
-        self.balance_bias = param(key, (c.experts,), ("routes",), parametrization.zeros) if c.balance_bias else None
+    def __init__(self, config: ModelConfig, specs: Specs):
+        self.config, self.weight = config, param(specs["weight"])
+        self.balance_bias = param(specs["balance_bias"]) if "balance_bias" in specs else None
 
     @jax.named_scope("router")
     def scores(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits and scores, float32 (B, T, E)."""
-        weight = use(self.weight, jnp.float32)
+        weight = cast_and_gather(self.weight, jnp.float32)
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), weight, precision="highest")
         logits_BTE = shard(logits_BTE, "batch", "residual", None)
         softmax = self.config.router_scores == "softmax"
@@ -73,7 +71,7 @@ class Router(nnx.Module):
         c = self.config
         ranked_BTE = jax.lax.stop_gradient(scores_BTE)
         if self.balance_bias is not None:
-            ranked_BTE = ranked_BTE + jax.lax.stop_gradient(use(self.balance_bias, jnp.float32))
+            ranked_BTE = ranked_BTE + jax.lax.stop_gradient(cast_and_gather(self.balance_bias, jnp.float32))
         if c.router_groups > 1:
             grouped = ranked_BTE.reshape(*ranked_BTE.shape[:2], c.router_groups, -1)
             best_two = jnp.take_along_axis(grouped, best(grouped, min(2, grouped.shape[-1])), axis=-1).sum(-1)
@@ -110,18 +108,12 @@ def capacity_of(config: ModelConfig, seq_len: int) -> int | None:
 class MixtureOfExperts(nnx.Module):
     """Feed-forward experts, stacked, of which each token goes to a few; and shared ones, as one, for every token."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
+    def __init__(self, config: ModelConfig, specs: Specs):
         c = self.config = config
-        router, gate, up, down, shared = jax.random.split(key, 5)
-        self.router = Router(c, router)
-        shape, axes = (c.experts, c.width, c.ffn), ("experts", "width", "ffn")
-        into = _for_each(parametrization.matrix(c, c.width))
-        out = _for_each(parametrization.matrix(c, c.ffn, residual=True))
-        self.gate = param(gate, shape, axes, into, inputs=1, stack=1) if c.activation in GATED else None
-        self.up = param(up, shape, axes, into, inputs=1, stack=1)
-        down_shape, down_axes = (c.experts, c.ffn, c.width), ("experts", "ffn", "width")
-        self.down = param(down, down_shape, down_axes, out, inputs=1, stack=1)
-        self.shared = FeedForward(replace(c, ffn=c.shared_experts * c.ffn), shared) if c.shared_experts else None
+        self.router = Router(c, specs["router"])
+        self.gate = Projection(specs["gate"]) if "gate" in specs else None
+        self.up, self.down = Projection(specs["up"]), Projection(specs["down"])
+        self.shared = FeedForward(c, specs["shared"]) if "shared" in specs else None
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
         """x_BTD, as it lies between blocks, to y_BTD, and the router's sums."""
@@ -146,8 +138,8 @@ class MixtureOfExperts(nnx.Module):
             x_BTD,
             shard(experts_BTJ, "batch", "tokens", None),
             shard(weights_BTJ, "batch", "tokens", None),
-            [use(m, x_BTD.dtype) for m in stacks],
-            [m.axes for m in stacks],
+            [m.matrix(x_BTD.dtype) for m in stacks],
+            [m.weight.axes[-3:] for m in stacks],
             expert,
             capacity=capacity,
         )
@@ -173,13 +165,3 @@ class MixtureOfExperts(nnx.Module):
         entropy = -jnp.sum(share_BTE * jnp.log(jnp.maximum(share_BTE, 1e-30)))
         objective = c.balance_loss * balance + c.router_z_loss * z
         return RouterSums(objective, load_BE.sum(0), dropped, entropy, jnp.full((), B * T, jnp.int32))
-
-
-def _for_each(init: Callable) -> Callable:
-    """The initialiser of stacked matrices, each from its own key: an expert does not depend on how many there are."""
-
-    def stacked(key, shape, dtype):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
-        return jax.vmap(lambda key: init(key, shape[1:], dtype))(keys)
-
-    return stacked

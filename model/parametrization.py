@@ -18,10 +18,7 @@ The last two columns say by how much an optimizer's view of a gradient is to be 
 Adam's, divided by w, is then the same share of every gradient.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import jax
 
 from model.config import ModelConfig
 
@@ -41,52 +38,21 @@ def depth_ratio(config: ModelConfig) -> float:
 # ----------------------------------------------------------------------------------------------------- initial scales
 
 
-def _normal(std: float) -> Callable:
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
-
-
-def zeros(key: jax.Array, shape, dtype) -> jax.Array:
-    """The initialiser of biases."""
-    return jax.numpy.zeros(shape, dtype)
-
-
-def ones(key: jax.Array, shape, dtype) -> jax.Array:
-    """The initialiser of norm scales."""
-    return jax.numpy.ones(shape, dtype)
-
-
-def table(config: ModelConfig, vocab_size: int | None = None) -> Callable:
-    """Rows of token and position tables: N(0, 0.02); rows from `vocab_size` on are padding and stay zero."""
-
-    def init(key, shape, dtype):
-        rows = _normal(TABLE_STD)(key, shape, dtype)
-        if vocab_size is None or vocab_size == shape[0]:
-            return rows
-        return rows * (jax.numpy.arange(shape[0]) < vocab_size).astype(dtype)[:, None]
-
-    return init
-
-
-def matrix(config: ModelConfig, fan_in: int, *, residual: bool = False) -> Callable:
-    """N(0, 1/fan_in); the two matrices of a block that write to the residual stream are smaller by sqrt(2 L).
+def matrix_std(config: ModelConfig, fan_in: int, *, residual: bool = False) -> float:
+    """1 / sqrt(fan_in); the two matrices of a block that write to the residual stream are smaller by sqrt(2 L).
 
     With CompleteP, L is the base depth: `residual_multiplier` does the rest.
     """
     scale = (2 * config.layers / depth_ratio(config)) ** -0.5 if residual else 1.0
-    return _normal(scale * fan_in**-0.5)
+    return scale * fan_in**-0.5
 
 
-def router(config: ModelConfig) -> Callable:
-    """N(0, 1/width) at the base width, and a variance that falls with the square of the width from there."""
-    return _normal((config.width * width_ratio(config)) ** -0.5)
+def router_std(config: ModelConfig) -> float:
+    """1 / sqrt(width) at the base width, and a variance that falls with the square of the width from there."""
+    return (config.width * width_ratio(config)) ** -0.5
 
 
 # -------------------------------------------------------------------------------------------------------- multipliers
-
-
-def times(x: jax.Array, multiplier: float) -> jax.Array:
-    """x times a constant, in x's dtype."""
-    return x if multiplier == 1 else x * jax.numpy.asarray(multiplier, x.dtype)
 
 
 def embedding_multiplier(config: ModelConfig) -> float:
@@ -123,15 +89,21 @@ class Factors:
     matrix: bool  # an optimizer for matrices changes singular values, of which a wider matrix has more
 
 
-def factors(config: ModelConfig, axes: dict, inputs: dict) -> dict:
-    """The Factors of every parameter, from the trees of dim names and of contracted dims (parallel.sharding.param)."""
-    w, depth = width_ratio(config), depth_ratio(config)
+def factors_of(config: ModelConfig, specs: dict, within: float | None = None) -> dict:
+    """The Factors of every parameter of a tree of specifications (model.specs), a nested dict like it."""
+    return {
+        name: factors_of(config, branch, within or (depth_ratio(config) if name == "layers" else 1.0))
+        if isinstance(branch, dict)
+        else _factors(config, branch.axes, branch.is_matrix, within or 1.0)
+        for name, branch in specs.items()
+    }
 
-    def one(path, names: tuple[str, ...], contracted: range) -> Factors:
-        within = depth if path[0].key == "layers" else 1.0
-        if "routes" in names:
-            return Factors(1 / w if contracted else 1.0, 1 / within, False)
-        shared = names == ("head_dim",)  # one scale for all heads sums the gradients of more of them
-        return Factors(1 / w if contracted else 1.0, 1 / (within if shared else within * w), bool(contracted))
 
-    return jax.tree_util.tree_map_with_path(one, axes, inputs, is_leaf=lambda leaf: isinstance(leaf, tuple))
+def _factors(config: ModelConfig, axes: tuple[str, ...], matrix: bool, within: float) -> Factors:
+    w = width_ratio(config)
+    if "routes" in axes:
+        return Factors(1 / w if matrix else 1.0, 1 / within, False)
+    shared = [name for name in axes if name != "layers"] == [
+        "head_dim"
+    ]  # one scale for all heads: it sums more gradients
+    return Factors(1 / w if matrix else 1.0, 1 / (within if shared else within * w), matrix)

@@ -2,20 +2,25 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from model import parametrization
-from model.attention import Attention, TokenInfo
+from model.attention import TokenInfo
 from model.config import ModelConfig
-from model.heads import Rows, TokenTable
+from model.heads import Embedding, VocabularyRows
+from model.initialise import draw_all
 from model.kv_cache import LayerCache
-from model.layers import FeedForward, Norm, dropout, rope_angles
+from model.layers import Attention, FeedForward, Norm, dropout, rope_angles, times
 from model.moe import MixtureOfExperts, RouterSums
+from model.projection import param
 from model.saved import stackable
-from parallel.sharding import param, shard, use
+from model.specs import Specs, map_specs, parameter_specs
+from parallel.sharding import cast_and_gather, parameter_sharding, shard, splits
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -28,17 +33,14 @@ EMBEDDING_SITE = 2**20  # dropout site of the embedding; a block uses 2 * layer 
 class Block(nnx.Module):
     """Attention, then the feed-forward half, each with its norms, dropout and residual."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
+    def __init__(self, config: ModelConfig, specs: Specs):
         self.config = config
-        attention, ffn, norm = jax.random.split(key, 3)
-        before, after = config.norm_position in ("pre", "both"), config.norm_position in ("post", "both")
-        self.attention = Attention(config, attention)
-        self.ffn = None if config.experts else FeedForward(config, ffn)
-        self.moe = MixtureOfExperts(config, ffn) if config.experts else None
-        self.attention_norm = Norm(config, norm, config.width) if before else None
-        self.ffn_norm = Norm(config, norm, config.width) if before else None
-        self.attention_post_norm = Norm(config, norm, config.width) if after else None
-        self.ffn_post_norm = Norm(config, norm, config.width) if after else None
+        norm = lambda name: Norm(config, specs[name]) if name in specs else None
+        self.attention = Attention(config, specs["attention"])
+        self.ffn = None if config.experts else FeedForward(config, specs["ffn"])
+        self.moe = MixtureOfExperts(config, specs["moe"]) if config.experts else None
+        self.attention_norm, self.attention_post_norm = norm("attention_norm"), norm("attention_post_norm")
+        self.ffn_norm, self.ffn_post_norm = norm("ffn_norm"), norm("ffn_post_norm")
 
     @jax.named_scope("block")
     def __call__(
@@ -53,70 +55,51 @@ class Block(nnx.Module):
 
         `layer` is the index that separates dropout masks.
         """
-        rate, keys_B = self.config.dropout, info.dropout_keys_B
-        multiplier = parametrization.residual_multiplier(self.config)
+        h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
+        with jax.named_scope("attention"):
+            h_BTD, cache = self.attention(whole_tokens(h_BTD), info, window, cache)
+        x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm, 2 * layer, info)
 
-        def half(x_BTD, before, function, after, site):
-            h_BTD = x_BTD if before is None else before(x_BTD)
-            h_BTD = function(h_BTD)
-            h_BTD = dropout(shard(h_BTD, "batch", "residual", "width"), rate, keys_B, site, info.positions_BT)
-            if self.config.norm_position == "post":
-                return after(x_BTD + h_BTD)
-            return x_BTD + parametrization.times(h_BTD if after is None else after(h_BTD), multiplier)
-
-        def whole(h_BTD):  # inside a block heads or ffn are split over tensor, and tokens are not
-            # pinned first as the norm leaves it, in the compute dtype, or its float32 insides would be gathered
-            return shard(shard(h_BTD, "batch", "residual", "width"), "batch", "tokens", "width")
-
-        @jax.named_scope("attention")
-        def attend(h_BTD):
-            nonlocal cache
-            h_BTD, cache = self.attention(whole(h_BTD), info, window, cache)
-            return h_BTD
-
-        @jax.named_scope("ffn" if self.moe is None else "moe")
-        def feed(h_BTD):
-            nonlocal sums
+        h_BTD, sums = x_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD), None
+        with jax.named_scope("ffn" if self.moe is None else "moe"):
             if self.moe is None:
-                return self.ffn(whole(h_BTD))
-            h_BTD, sums = self.moe(h_BTD, info.positions_BT)
-            return h_BTD
-
-        sums = None
-
-        x_BTD = half(x_BTD, self.attention_norm, attend, self.attention_post_norm, 2 * layer)
-        x_BTD = half(x_BTD, self.ffn_norm, feed, self.ffn_post_norm, 2 * layer + 1)
+                h_BTD = self.ffn(whole_tokens(h_BTD))
+            else:
+                h_BTD, sums = self.moe(h_BTD, info.positions_BT)
+        x_BTD = self._add(x_BTD, h_BTD, self.ffn_post_norm, 2 * layer + 1, info)
         return shard(x_BTD, "batch", "residual", "width"), cache, sums
 
+    def _add(self, x_BTD: jax.Array, h_BTD: jax.Array, post_norm: Norm | None, site: jax.Array, info: TokenInfo):
+        """The residual stream after one half of the block has spoken; `site` separates dropout masks."""
+        h_BTD = shard(h_BTD, "batch", "residual", "width")
+        h_BTD = dropout(h_BTD, self.config.dropout, info.dropout_keys_B, site, info.positions_BT)
+        if self.config.norm_position == "post":
+            return post_norm(x_BTD + h_BTD)
+        h_BTD = h_BTD if post_norm is None else post_norm(h_BTD)
+        return x_BTD + times(h_BTD, parametrization.residual_multiplier(self.config))
 
-def stack(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
-    """One module whose parameters are those of `make(key)` for every key, stacked on a new first dim."""
-    graphdef = nnx.graphdef(nnx.eval_shape(make, keys[0]))
-    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(make(key))))(keys))
+
+def whole_tokens(h_BTD: jax.Array) -> jax.Array:
+    """A block's input as its matrices need it: heads or ffn will be split over tensor, and tokens are not.
+
+    It is pinned first as the norm leaves it, in the compute dtype: else the norm's float32 insides would be gathered.
+    """
+    return shard(shard(h_BTD, "batch", "residual", "width"), "batch", "tokens", "width")
 
 
 class Transformer(nnx.Module):
     """A decoder, or an encoder where `config.causal` is False."""
 
-    def __init__(
-        self, config: ModelConfig, key: jax.Array, slots: tuple[int, ...] | None = None, context_style: str = "ring"
-    ):
-        """`slots` is the layer in each row of the stacked layers (-1: none), where that is not simply 0, 1, 2 ...
-        `context_style` is how attention crosses the context axis, where the mesh has one.
+    def __init__(self, config: ModelConfig, specs: Specs, context_style: str = "ring"):
+        """`specs` is the tree of model.specs.parameter_specs; `context_style` how attention crosses the context axis,
+        where the mesh has one.
         """
-        assert config.vocab_size is not None, "the vocabulary size comes from the tokenizer"
         self.config, self.context_style = config, context_style
-        tokens, positions, layers, head = jax.random.split(key, 4)
-        self.tokens = TokenTable(config, tokens)
-        shape, rows = (config.max_positions, config.width), parametrization.table(config)
-        learned = config.positions == "learned"
-        self.positions = param(positions, shape, ("positions", "width"), rows) if learned else None
-        # a key for each layer by its index, so that a layer's weights do not depend on how many there are
-        rows = jnp.asarray(range(config.layers) if slots is None else slots)
-        keys = jax.vmap(lambda layer: jax.random.fold_in(layers, layer))(rows)
-        self.layers = stack(lambda key: Block(config, key), keys)
-        self.final_norm = Norm(config, head, config.width) if config.norm_position != "post" else None
-        self.head = None if config.tied_embeddings else TokenTable(config, head)
+        self.tokens = Embedding(config, specs["tokens"])
+        self.positions = param(specs["positions"]) if "positions" in specs else None
+        self.layers = Block(config, specs["layers"])  # one block, with the parameters of all stacked
+        self.final_norm = Norm(config, specs["final_norm"]) if "final_norm" in specs else None
+        self.head = Embedding(config, specs["head"]) if "head" in specs else None
 
     def __call__(
         self,
@@ -152,28 +135,26 @@ class Transformer(nnx.Module):
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     @property
-    def _table(self) -> TokenTable:
+    def _output(self) -> Embedding:
         return self.tokens if self.head is None else self.head
 
-    def vocabulary(self, parts: int, dtype) -> Rows:
+    def vocabulary(self, parts: int, dtype) -> VocabularyRows:
         """The rows of the output table in at least so many parts, with a first dim for the parts."""
-        return self._table.cut(parts, dtype)
+        return self._output.cut(parts, dtype)
 
     @jax.named_scope("head")
-    def logits(self, x_BTD: jax.Array, rows: Rows | None = None) -> jax.Array:
+    def logits(self, x_BTD: jax.Array, rows: VocabularyRows | None = None) -> jax.Array:
         """Float32 logits_BTV of final hidden vectors, for all rows of the output table, V is padded, or for some."""
-        x_BTD = parametrization.times(
-            shard(x_BTD, "batch", "tokens", "width"), parametrization.logit_multiplier(self.config)
-        )
-        return self._table.logits(x_BTD, rows or self._table.rows(x_BTD.dtype))
+        x_BTD = times(shard(x_BTD, "batch", "tokens", "width"), parametrization.logit_multiplier(self.config))
+        return self._output.logits(x_BTD, rows or self._output.rows(x_BTD.dtype))
 
     @jax.named_scope("embed")
     def embed(self, tokens_BT: jax.Array, info: TokenInfo, dtype) -> jax.Array:
         """x_BTD as the first block takes it."""
         multiplier = parametrization.embedding_multiplier(self.config)
-        x_BTD = parametrization.times(self.tokens.embed(tokens_BT, dtype), multiplier)
+        x_BTD = times(self.tokens.embed(tokens_BT, dtype), multiplier)
         if self.positions is not None:
-            x_BTD = x_BTD + jnp.take(use(self.positions, dtype), info.positions_BT, axis=0)
+            x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), info.positions_BT, axis=0)
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
 
     def _blocks(self, x_BTD, info: TokenInfo, cache: LayerCache | None, remat: str):
@@ -219,32 +200,35 @@ def rematerialised(function: Callable, remat: str, *, scanned: bool) -> Callable
 
 @dataclass(frozen=True)
 class Description:
-    """A model without arrays: what it takes to initialise, lay out, and run its parameters, a nested dict.
-
-    `shapes`, `axes` and `inputs` are nested dicts like the parameters', with ShapeDtypeStructs, tuples of dim names
-    and ranges of contracted dims at the leaves (see parallel.sharding.param).
-    """
+    """A model without arrays: what it takes to initialise, lay out, and run its parameters, a nested dict."""
 
     config: ModelConfig
-    graphdef: nnx.GraphDef
-    shapes: dict
-    axes: dict
-    inputs: dict
+    specs: Specs  # a ParameterSpec for each parameter, those of layers stacked
     slots: tuple[int, ...]  # the layer in each row of the stacked layers; -1: a row of zeros
-    block: nnx.GraphDef  # of one layer
     context_style: str  # ring | ulysses | gather: how attention crosses the context axis
 
-    @property
-    def factors(self) -> dict:
-        """A nested dict like the parameters', with the parametrization.Factors of each at the leaves."""
-        return parametrization.factors(self.config, self.axes, self.inputs)
+    @cached_property
+    def graphdef(self) -> nnx.GraphDef:
+        """The modules without their parameters."""
+        return nnx.graphdef(Transformer(self.config, self.specs, self.context_style))
+
+    @cached_property
+    def block(self) -> nnx.GraphDef:
+        """The modules of one layer."""
+        return nnx.graphdef(Block(self.config, self.specs["layers"]))
+
+    @cached_property
+    def shapes(self) -> dict:
+        """A ShapeDtypeStruct for each parameter, float32."""
+        return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), self.specs)
+
+    def shardings(self, mesh: Mesh) -> dict:
+        """The NamedSharding of each parameter."""
+        return map_specs(lambda spec: parameter_sharding(mesh, spec.shape, spec.axes), self.specs)
 
     def init(self, key: jax.Array) -> dict:
         """Draws the parameters, float32: to be jitted with the shardings that they shall have."""
-        params = nnx.to_pure_dict(nnx.state(Transformer(self.config, key, self.slots, self.context_style)))
-        taken = jnp.asarray(self.slots) >= 0
-        drawn = lambda rows: jnp.where(taken.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
-        return params | {"layers": jax.tree.map(drawn, params["layers"])} if -1 in self.slots else params
+        return draw_all(self.specs, self.slots, key)
 
     def bind(self, params: dict) -> Transformer:
         """The model with these parameters; what is not used may be left out."""
@@ -257,12 +241,5 @@ def describe(config: ModelConfig, slots: tuple[int, ...] | None = None, context_
     `slots` is the layer in each row of the stacked layers, as a pipeline wants them; by default 0, 1, 2 ...
     """
     slots = tuple(range(config.layers)) if slots is None else slots
-    model = nnx.eval_shape(lambda: Transformer(config, jax.random.key(0), slots, context_style))
-    graphdef, state = nnx.split(model)
-
-    def metadata(name: str) -> dict:
-        variables = jax.tree.map(lambda v: getattr(v, name), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        return nnx.to_pure_dict(variables)
-
-    shapes, block = nnx.to_pure_dict(state), nnx.graphdef(model.layers)
-    return Description(config, graphdef, shapes, metadata("axes"), metadata("inputs"), slots, block, context_style)
+    specs = parameter_specs(config, vocab_parts=splits("vocab", stored=True), rows=len(slots))
+    return Description(config, specs, slots, context_style)

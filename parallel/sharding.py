@@ -5,7 +5,7 @@ the model is sharded, change a row. A mesh axis of size 1 is a no-op, so one dev
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
@@ -87,20 +87,7 @@ def requirement(name: str, size: int, dim: str, *, stored: bool = False) -> Requ
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
-def param(
-    key: jax.Array, shape: Sequence[int], axes: Sequence[str], init: Callable, *, inputs: int = 0, stack: int = 0
-) -> nnx.Param:
-    """A parameter whose dims are named by `axes`; `init(key, shape, dtype)` draws it.
-
-    `inputs` counts the dims that a matrix contracts with (0 for vectors and tables), after `stack` dims that number
-    matrices (experts): for optimizers that treat each matrix in their own way. The parameter keeps the range of the
-    contracted dims as `inputs`.
-    """
-    value = init(key, tuple(shape), jnp.float32)
-    return nnx.Param(value, axes=tuple(axes), inputs=range(stack, stack + inputs))
-
-
-def use(parameter: nnx.Param, dtype) -> jax.Array:
+def cast_and_gather(parameter: nnx.Param, dtype) -> jax.Array:
     """The parameter as a computation needs it, in `dtype`; the compiler gathers it over fsdp where it is multiplied.
 
     The gather moves `dtype` (half the bytes in bfloat16), and is not pinned here: its result would then be kept for the
@@ -108,38 +95,30 @@ def use(parameter: nnx.Param, dtype) -> jax.Array:
     can reduce and scatter at once.
     """
     value, sizes = parameter[...], _sizes()
-    stored = _spec(PARAMETER_AXES, parameter.axes, value.shape, sizes)
-    return _use(value, jnp.dtype(dtype), stored) if sizes else value.astype(dtype)
+    names = parameter.axes[-value.ndim :]  # of a layer's part of stacked parameters, those without the stack
+    stored = _spec(PARAMETER_AXES, names, value.shape, sizes)
+    return _cast(value, jnp.dtype(dtype), stored) if sizes else value.astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _use(value, dtype, stored):
+def _cast(value, dtype, stored):
     return jax.lax.with_sharding_constraint(value.astype(dtype), stored)
 
 
-def _use_forward(value, dtype, stored):
-    return _use(value, dtype, stored), jnp.zeros((), value.dtype)
+def _cast_forward(value, dtype, stored):
+    return _cast(value, dtype, stored), jnp.zeros((), value.dtype)
 
 
-def _use_backward(dtype, stored, witness, gradient):
+def _cast_backward(dtype, stored, witness, gradient):
     return (jax.lax.with_sharding_constraint(gradient, stored).astype(witness.dtype),)
 
 
-_use.defvjp(_use_forward, _use_backward)
+_cast.defvjp(_cast_forward, _cast_backward)
 
 
-def parameter_shardings(mesh: Mesh, shapes, axes):
-    """The NamedSharding of each parameter.
-
-    `shapes` is a pytree of arrays or ShapeDtypeStructs, `axes` the same tree with a tuple of dim names at each leaf;
-    a leaf with one dim more than names is a stack of layers.
-    """
-
-    def one(leaf, names):
-        names = ("layers",) * (len(leaf.shape) - len(names)) + tuple(names)
-        return NamedSharding(mesh, _spec(PARAMETER_AXES, names, leaf.shape, mesh.shape))
-
-    return jax.tree.map(one, shapes, axes)
+def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
+    """The NamedSharding of a parameter with these dims, named by rows of PARAMETER_AXES."""
+    return NamedSharding(mesh, _spec(PARAMETER_AXES, axes, shape, mesh.shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -192,13 +171,9 @@ def max_over_stages(x: jax.Array) -> jax.Array:
     return jax.lax.pmax(x, "pipe") if in_pipeline() else x
 
 
-def stored_over_stages(shapes, axes):
-    """The PartitionSpec over `pipe` alone of each parameter, for a pipeline's manual code."""
-
-    def one(leaf, names):
-        return PartitionSpec(*("pipe" if "pipe" in PARAMETER_AXES[name] else None for name in names))
-
-    return jax.tree.map(one, shapes, axes)
+def stored_over_stages(axes: Sequence[str]) -> PartitionSpec:
+    """The PartitionSpec over `pipe` alone of a parameter with these dims, for a pipeline's manual code."""
+    return PartitionSpec(*("pipe" if "pipe" in PARAMETER_AXES[name] else None for name in axes))
 
 
 # -------------------------------------------------------------------------------------------------------------- batch

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from model import attention_kernels
 from model.attention import QUERY_CHUNK
-from model.config import GATED, ModelConfig, flops_per_token, keys_seen
+from model.config import GATED, ModelConfig
+from model.counts import flops_per_token, keys_seen
 from model.heads import vocabulary_parts
 from runtime.platform import platform
 from training.config import TrainConfig

@@ -20,7 +20,10 @@ ALLOWED = {
     "inference": {"model", "parallel", "runtime"},
     "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps
     # reads what runs wrote, and starts them as processes of their own: no JAX
-    "scaling": {"model.config", "runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"},
+    "scaling": {
+        *("model.config", "model.counts"),
+        *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"),
+    },
 }
 # Programs put the folders together, and are imported by nobody.
 ENTRY_POINTS = {

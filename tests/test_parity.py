@@ -59,7 +59,7 @@ def test_no_device_holds_the_whole_model():
         description = describe(cfg.model)
         for name in ("adamw", "muon", "lion", "sgd", "adafactor"):
             optimizer = make_optimizer(
-                config.load([*MODELS["llama"], f"optimizer={name}"]).optimizer, description.inputs
+                config.load([*MODELS["llama"], f"optimizer={name}"]).optimizer, description.specs
             )
             state = init_state(abstract_state(mesh, description, optimizer, jnp.float32), description, optimizer, 0)
             for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):

@@ -201,11 +201,11 @@ def test_padding_of_the_vocabulary_follows_the_mesh(text, tmp_path):
     arguments = runs.overrides(text, moved, *odd, "train.steps=12")
     with during_step(8, signal.SIGTERM):
         assert runs.run([*arguments, "mesh.tensor=2"], devices=2) == PREEMPTED
-    wide = runs.checkpoint(moved, 8)["params/tokens/table"]
+    wide = runs.checkpoint(moved, 8)["params/tokens/weight"]
     assert wide.shape[0] == 258
     assert not wide[257].any()
     assert runs.run(arguments, devices=1) == DONE
-    assert runs.checkpoint(moved, 12)["params/tokens/table"].shape[0] == 257
+    assert runs.checkpoint(moved, 12)["params/tokens/weight"].shape[0] == 257
     runs.assert_near(runs.losses(moved), runs.losses(whole))
 
 

@@ -121,7 +121,7 @@ def test_checkpoints_hold_everything_that_goes_on(finished):
     assert runs.steps(finished) == [4, 8, 12, 16, 20, 24]
     arrays, record = runs.checkpoint(finished, 24), runs.record(finished, 24)
     assert arrays["step"] == 24
-    assert {"rng", "skipped", "halted", "monitor/loss_mean", "params/tokens/table"} <= arrays.keys()
+    assert {"rng", "skipped", "halted", "monitor/loss_mean", "params/tokens/weight"} <= arrays.keys()
     for path in [path for path in arrays if path.startswith("params/")]:
         moments = [moment for moment in arrays if moment.endswith("/" + path.removeprefix("params/"))]
         assert len(moments) == 3, path  # the parameter and Adam's two

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from model.config import ModelConfig, parameter_count
+from model.config import ModelConfig
+from model.counts import parameter_count
 from parallel.pipeline.schedules import Schedule
 from performance.flops import Flops
 from performance.hardware import Peak

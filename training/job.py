@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.transformer import Description, describe
 from parallel.pipeline.run import slots
 from parallel.pipeline.schedules import Schedule
-from parallel.sharding import parameter_shardings, replicated
+from parallel.sharding import replicated
 from performance.collectives import check_pipeline
 from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
@@ -97,7 +97,7 @@ class Job:
         mesh = Mesh(devices.reshape(tuple(shape.values())), self.mesh.axis_names, axis_types=self.mesh.axis_types)
         description, params = self.stored_description, self.to_stored(params)
         with jax.set_mesh(mesh):
-            yield description, jax.device_put(params, parameter_shardings(mesh, description.shapes, description.axes))
+            yield description, jax.device_put(params, description.shardings(mesh))
 
     def _moved(self, state, like: TrainState, ours: tuple[int, ...], theirs: tuple[int, ...]):
         if ours == theirs:
@@ -124,7 +124,7 @@ def make_job(
     """A job on `mesh`, which must be in context. `table` is the pipeline's schedule if mesh.pipe > 1."""
     stored = describe(model, context_style=context_style)
     description = stored if table is None else describe(model, slots(model.layers, table), context_style)
-    direction = make_optimizer(optimizer, description.inputs, description.factors)
+    direction = make_optimizer(optimizer, description.specs, model)
     abstract = lambda description: abstract_state(mesh, description, direction, jnp.dtype(train.param_dtype))
     return Job(
         mesh, model, train, optimizer, description, stored, direction, table, abstract(description), abstract(stored)

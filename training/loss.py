@@ -6,7 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from model.heads import Rows, vocabulary_parts
+from model.heads import VocabularyRows, vocabulary_parts
 from model.moe import RouterSums
 from parallel.manual import alike
 from parallel.sharding import max_over_stages, splits, sum_over_stages
@@ -39,10 +39,10 @@ class LossSums:
 class Head(Protocol):
     """What the loss needs of a model."""
 
-    def vocabulary(self, parts: int, dtype) -> Rows:
+    def vocabulary(self, parts: int, dtype) -> VocabularyRows:
         """The rows of the output table in at least so many parts, with a first dim for the parts."""
 
-    def logits(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+    def logits(self, x_BTD: jax.Array, rows: VocabularyRows) -> jax.Array:
         """Float32 logits_BTV of these rows."""
 
 
@@ -78,7 +78,7 @@ class Seen:
 
 @jax.custom_vjp
 def _at_targets(logits_BTV: jax.Array, token_V: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """The target's logit, 0 if it is none of `token_V`, which are evenly spaced (`TokenTable.cut`)."""
+    """The target's logit, 0 if it is none of `token_V`, which are evenly spaced (`Embedding.cut`)."""
     if splits("vocab") > 1:  # then a gather would not stay local
         return jnp.where(token_V == targets_BT[..., None], logits_BTV, 0).sum(-1)
     V = len(token_V)
@@ -115,7 +115,7 @@ def chunked_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT:
         return Seen.of(head.logits(x_BTD, rows), rows.token_V, targets_BT).sums(mask_BT)
 
     @jax.checkpoint
-    def look(seen: Seen, rows: Rows) -> tuple[Seen, None]:
+    def look(seen: Seen, rows: VocabularyRows) -> tuple[Seen, None]:
         logits_BTV = head.logits(x32_BTD.astype(x_BTD.dtype), rows)  # the gradients of x are added up in float32
         return seen + Seen.of(logits_BTV, rows.token_V, targets_BT), None
 

@@ -1,4 +1,4 @@
-"""Optimizers from optax, learning-rate schedules, and which parameters decay.
+"""Optimizers from optax, and learning-rate schedules.
 
 An optimizer here gives a direction; the training step scales it by the schedule's learning rate, so that a skipped
 step and a resumed run have the learning rate of their step.
@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from model.config import ModelConfig
+from model.parametrization import factors_of
+from model.specs import ParameterSpec, Specs, map_specs
 from training.config import OptimizerConfig
 from training.moments import in_bfloat16
 
@@ -38,31 +41,19 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
     return schedule
 
 
-def decays(params: dict) -> dict:
-    """True for matrices and tables, False for norm scales and biases, by the parameter's own name."""
-
-    def one(path, _):
-        name = path[-1].key
-        return name != "scale" and not name.endswith("bias")
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _muon(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:
     masked = lambda x: isinstance(x, optax.MaskedNode)
 
-    def dimensions(leaf, contracted: range):
+    def dimensions(leaf, spec: ParameterSpec):
         """Stacked matrices, of layers and experts, are a batch: all contracted dims against all output dims."""
-        axes = tuple(range(leaf.ndim))
-        first, last = 1 + contracted.start, 1 + contracted.stop  # after the layers
-        return MuonDimensionNumbers(axes[first:last], axes[last:])
+        return MuonDimensionNumbers(spec.contracted, tuple(range(spec.contracted[-1] + 1, leaf.ndim)))
 
     def for_matrices(function, updates):
-        """`function(leaf, contracted)` of every matrix; the others are masked out here."""
-        return jax.tree.map(lambda u, n: u if masked(u) else function(u, n), updates, inputs, is_leaf=masked)
+        """`function(leaf, spec)` of every matrix; the others are masked out here."""
+        return jax.tree.map(lambda u, spec: u if masked(u) else function(u, spec), updates, specs, is_leaf=masked)
 
-    def to_rms(leaf, contracted: range):
-        reduction, output = dimensions(leaf, contracted)
+    def to_rms(leaf, spec: ParameterSpec):
+        reduction, output = dimensions(leaf, spec)
         fan_in, fan_out = (math.prod(leaf.shape[axis] for axis in axes) for axes in (reduction, output))
         return leaf * (MUON_RMS * max(fan_in, fan_out) ** 0.5)
 
@@ -70,7 +61,7 @@ def _muon(config: OptimizerConfig, inputs: dict) -> optax.GradientTransformation
         scale_by_muon(beta=config.momentum, weight_dimension_numbers=lambda p: for_matrices(dimensions, p)),
         optax.stateless(lambda updates, _: for_matrices(to_rms, updates)),
     )
-    labels = jax.tree.map(lambda contracted: "muon" if contracted else "adamw", inputs)
+    labels = map_specs(lambda spec: "muon" if spec.is_matrix else "adamw", specs)
     others = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     return optax.partition({"muon": matrices, "adamw": others}, labels)
 
@@ -107,23 +98,26 @@ def _parametrized(core: optax.GradientTransformation, factors: dict, name: str) 
     return optax.GradientTransformation(core.init, update)
 
 
-def make_optimizer(config: OptimizerConfig, inputs: dict, factors: dict | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, specs: Specs, model: ModelConfig | None = None
+) -> optax.GradientTransformation:
     """The direction to go against: `params - lr * direction`. Clipping is done before, by the step.
 
-    `inputs` is the parameters' tree with the range of contracted dims of each, `factors` that with the
-    model.parametrization.Factors of each (model.transformer.Description); without them all are as in the base model.
-    Weight decay has no factor: lr * weight_decay, the share that a step takes away, means the same at every size.
+    `specs` is the tree of the parameters' specifications. Without `model`, whose parametrization says how updates
+    follow its sizes, all are as in the base model. Weight decay has no factor: lr * weight_decay, the share that a step
+    takes away, means the same at every size.
     """
     core = {
         "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         "lion": lambda: optax.scale_by_lion(config.beta1, config.beta2),
         "sgd": lambda: optax.trace(config.momentum, nesterov=config.momentum > 0),
-        "muon": lambda: _muon(config, inputs),
+        "muon": lambda: _muon(config, specs),
         # arXiv 1804.04235 without its relative step size: factored second moments, updates clipped to RMS 1
         "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.stateless(_clip_rms)),
     }[config.name]()
     if config.moment_dtype:
         core = in_bfloat16(core)
-    if factors is not None:
-        core = _parametrized(core, factors, config.name)
-    return optax.chain(core, optax.add_decayed_weights(config.weight_decay, decays))
+    if model is not None:
+        core = _parametrized(core, factors_of(model, specs), config.name)
+    decayed = map_specs(lambda spec: spec.decayed, specs)
+    return optax.chain(core, optax.add_decayed_weights(config.weight_decay, decayed))

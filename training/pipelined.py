@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from model.specs import map_specs
 from model.transformer import Description, block_of, rematerialised, rows_of
 from parallel.pipeline import run as pipeline
 from parallel.pipeline import schedules
@@ -48,7 +49,7 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
 
     scanned = description.config.scan_layers
     shared = lambda tree: {name: value for name, value in tree.items() if name != "layers"}
-    specs = stored_over_stages(shared(description.shapes), shared(description.axes))
+    specs = map_specs(lambda spec: stored_over_stages(spec.axes), shared(description.specs))
     return pipeline.Program(
         prepare, embed, rematerialised(layer, config.remat, scanned=scanned), loss, specs, unroll=not scanned
     )

@@ -6,7 +6,8 @@ and position tables and the head, D tokens of training, C FLOPs; batches are in 
 
 import math
 
-from model.config import ModelConfig, flops_per_token, parameter_count
+from model.config import ModelConfig
+from model.counts import flops_per_token, parameter_count
 from training.config import OptimizerConfig, TrainConfig
 
 # The config keys that may name a law, in the order in which they are resolved.

@@ -1,6 +1,7 @@
 """What a run carries from step to step, how it lies on the mesh, and how it begins."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.specs import Specs, leaves
 from model.transformer import Description
-from parallel.sharding import parameter_shardings, replicated
+from parallel.sharding import replicated
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +38,13 @@ class TrainState:
     halted: jax.Array  # bool: a non-finite step came and the run is to stop; no update is applied any more
 
 
-def is_vocabulary(path: str) -> bool:
-    """Whether a leaf, by its path in a checkpoint, has a vocabulary dim, whose padding may depend on the mesh.
+def has_vocabulary(specs: Specs) -> Callable[[str], bool]:
+    """Whether a leaf of a state, by its path in a checkpoint, has a vocabulary dim: its padding may depend on the mesh.
 
     Not Adafactor's means over rows and columns: which is which depends on the padded size.
     """
-    return path.endswith(("tokens/table", "head/table")) and not {"v_row", "v_col"} & set(path.split("/"))
+    names = tuple("/".join(path) for path, spec in leaves(specs) if "vocab" in spec.axes)
+    return lambda path: path.endswith(names) and not {"v_row", "v_col"} & set(path.split("/"))
 
 
 def reordered(tree, ours: tuple[int, ...], theirs: tuple[int, ...]):
@@ -77,7 +80,7 @@ def make_state(description: Description, optimizer, seed: int, param_dtype) -> T
 
 def state_shardings(mesh: Mesh, description: Description, state: TrainState) -> TrainState:
     """The NamedSharding of each leaf: optimizer moments lie like their parameters, the rest is on every device."""
-    params = parameter_shardings(mesh, state.params, description.axes)
+    params = description.shardings(mesh)
     by_path = {
         _dict_path(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from work import WARM_UP, WORKS, Work, arguments, report
 
 import config
-from model.config import parameter_count
+from model.counts import parameter_count
 
 ROOT = Path(__file__).parent.parent.parent
 # What is no training step is off. Tokens are bytes, whose ids are a part of the model's vocabulary: its tables and

@@ -68,7 +68,7 @@ class Evaluate:
         @jax.jit
         def run(numbers):
             chosen = types.SimpleNamespace(**dataclasses.asdict(optimizer) | numbers)
-            direction = make_optimizer(chosen, job.description.inputs)
+            direction = make_optimizer(chosen, job.description.specs)
             rate = learning_rate(chosen, train.steps)
             step = make_train_step(job.description, direction, rate, train, optimizer.clip_norm)
             last, metrics = jax.lax.scan(step, state, self.train)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from model.config import ModelConfig, RopeScaling, flops_per_token, parameter_count
+from model.config import ModelConfig, RopeScaling
+from model.counts import flops_per_token, parameter_count
 from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 from scaling.sweep.run import PROBES, Planned, config_digest
 from scaling.sweep.run_directories import ATTEMPTS, fault_of, read_lines

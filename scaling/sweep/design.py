@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from model.config import ModelConfig, flops_per_token, one_of, parameter_count
+from model.config import ModelConfig, one_of
+from model.counts import flops_per_token, parameter_count
 from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 
 LETTERS = {"isoflop": "C", "product": "D", "ladder": "DperN"}  # what the name of a group begins with

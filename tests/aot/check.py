@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 import config
-from model.config import flops_per_token, parameter_count
+from model.counts import flops_per_token, parameter_count
 from parallel.mesh import AXES, crossings, make_mesh, slow_network_warning
 from parallel.sharding import batch_sharding
 from performance.collectives import Collective, collectives, describe

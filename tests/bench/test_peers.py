@@ -9,7 +9,7 @@ import pytest
 
 import config
 from bench import peers
-from model.config import parameter_count
+from model.counts import parameter_count
 
 sys.path.append(str(Path(peers.__file__).parent / "peers"))  # where the scripts of the peers find each other
 

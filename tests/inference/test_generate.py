@@ -17,7 +17,6 @@ from model.config import ModelConfig
 from model.kv_cache import make_cache
 from model.transformer import describe
 from parallel.mesh import AXES, make_mesh
-from parallel.sharding import parameter_shardings
 
 BASE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, vocab_size=61, vocab_multiple=16)
 MODELS = {
@@ -138,7 +137,7 @@ def test_a_mesh_gives_the_text_of_one_device(name, sizes):
     mesh = make_mesh({axis: sizes.get(axis, 1) for axis in AXES}, jax.devices())
     with jax.set_mesh(mesh):
         description = describe(config)
-        sharded = jax.device_put(params, parameter_shardings(mesh, description.shapes, description.axes))
+        sharded = jax.device_put(params, description.shardings(mesh))
         assert generate(description, sharded, PROMPTS, SAMPLED) == expected
 
 

@@ -31,9 +31,9 @@ class Model:
 def _draw(path, leaf) -> np.ndarray:
     noise = np.random.default_rng(list(jax.tree_util.keystr(path).encode())).standard_normal(leaf.shape, np.float32)
     name = path[-1].key
-    if name == "scale" or name.endswith("bias"):
+    if name in ("scale", "bias", "balance_bias"):
         return 0.2 * noise + np.float32(name == "scale")
-    return noise * np.float32(0.5 if name in ("table", "positions") else 0.3)
+    return noise * np.float32(0.5 if path[0].key in ("tokens", "head", "positions") else 0.3)
 
 
 @cache

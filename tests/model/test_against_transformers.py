@@ -74,20 +74,20 @@ def gpt2_table(c: ModelConfig) -> dict:
 
     block, fused = "transformer.h.{}.", "transformer.h.{}.attn.c_attn."
     table = {
-        "tokens.table": ("transformer.wte.weight", same),
+        "tokens.weight": ("transformer.wte.weight", same),
         "positions": ("transformer.wpe.weight", same),
         "final_norm.scale": ("transformer.ln_f.weight", same),
         "final_norm.bias": ("transformer.ln_f.bias", same),
-        "layers.attention.out": (block + "attn.c_proj.weight", lambda w: w.reshape(*shape, c.width)),
-        "layers.attention.out_bias": (block + "attn.c_proj.bias", same),
-        "layers.ffn.up": (block + "mlp.c_fc.weight", same),
-        "layers.ffn.up_bias": (block + "mlp.c_fc.bias", same),
-        "layers.ffn.down": (block + "mlp.c_proj.weight", same),
-        "layers.ffn.down_bias": (block + "mlp.c_proj.bias", same),
+        "layers.attention.out.weight": (block + "attn.c_proj.weight", lambda w: w.reshape(*shape, c.width)),
+        "layers.attention.out.bias": (block + "attn.c_proj.bias", same),
+        "layers.ffn.up.weight": (block + "mlp.c_fc.weight", same),
+        "layers.ffn.up.bias": (block + "mlp.c_fc.bias", same),
+        "layers.ffn.down.weight": (block + "mlp.c_proj.weight", same),
+        "layers.ffn.down.bias": (block + "mlp.c_proj.bias", same),
     }
     for part, name in enumerate(("query", "key", "value")):
-        table[f"layers.attention.{name}"] = (fused + "weight", matrix(part))
-        table[f"layers.attention.{name}_bias"] = (fused + "bias", vector(part))
+        table[f"layers.attention.{name}.weight"] = (fused + "weight", matrix(part))
+        table[f"layers.attention.{name}.bias"] = (fused + "bias", vector(part))
     for norm, name in (("attention_norm", "ln_1"), ("ffn_norm", "ln_2")):
         table[f"layers.{norm}.scale"] = (f"{block}{name}.weight", same)
         table[f"layers.{norm}.bias"] = (f"{block}{name}.bias", same)
@@ -96,7 +96,7 @@ def gpt2_table(c: ModelConfig) -> dict:
 
 def ffn_table(block: str) -> dict:
     names = ("gate", "up", "down")
-    return {f"layers.ffn.{name}": (f"{block}mlp.{name}_proj.weight", transposed) for name in names}
+    return {f"layers.ffn.{name}.weight": (f"{block}mlp.{name}_proj.weight", transposed) for name in names}
 
 
 def expert_table(block: str) -> dict:
@@ -105,9 +105,9 @@ def expert_table(block: str) -> dict:
 
     return {
         "layers.moe.router.weight": (block + "mlp.gate.weight", transposed),
-        "layers.moe.gate": (block + "mlp.experts.gate_up_proj", half(0)),
-        "layers.moe.up": (block + "mlp.experts.gate_up_proj", half(1)),
-        "layers.moe.down": (block + "mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)),
+        "layers.moe.gate.weight": (block + "mlp.experts.gate_up_proj", half(0)),
+        "layers.moe.up.weight": (block + "mlp.experts.gate_up_proj", half(1)),
+        "layers.moe.down.weight": (block + "mlp.experts.down_proj", lambda w: w.transpose(0, 2, 1)),
     }
 
 
@@ -123,21 +123,21 @@ def llama_table(c: ModelConfig, norm=same) -> dict:
 
     block = "model.layers.{}."
     table = {
-        "tokens.table": ("model.embed_tokens.weight", same),
+        "tokens.weight": ("model.embed_tokens.weight", same),
         "final_norm.scale": ("model.norm.weight", norm),
-        "layers.attention.out": (block + "self_attn.o_proj.weight", out_of_heads),
+        "layers.attention.out.weight": (block + "self_attn.o_proj.weight", out_of_heads),
         **(expert_table(block) if c.experts else ffn_table(block)),
         "layers.attention_norm.scale": (block + "input_layernorm.weight", norm),
         "layers.ffn_norm.scale": (block + "post_attention_layernorm.weight", norm),
     }
     for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
-        table[f"layers.attention.{name}"] = (f"{block}self_attn.{letter}_proj.weight", into_heads)
+        table[f"layers.attention.{name}.weight"] = (f"{block}self_attn.{letter}_proj.weight", into_heads)
         if c.bias == "qkv":
-            table[f"layers.attention.{name}_bias"] = (f"{block}self_attn.{letter}_proj.bias", bias)
+            table[f"layers.attention.{name}.bias"] = (f"{block}self_attn.{letter}_proj.bias", bias)
         if c.qk_norm and letter != "v":
             table[f"layers.attention.{name}_norm.scale"] = (f"{block}self_attn.{letter}_norm.weight", norm)
     if not c.tied_embeddings:
-        table["head.table"] = ("lm_head.weight", same)
+        table["head.weight"] = ("lm_head.weight", same)
     return table
 
 

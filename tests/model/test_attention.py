@@ -138,8 +138,9 @@ def test_grouped_heads_equal_multi_head_with_repeated_weights(kv_heads, build, t
     grouped, whole = build(kv_heads=kv_heads, bias="qkv"), build(kv_heads=4, bias="qkv")
     params = jax.tree.map(lambda x: x, grouped.params)
     for name in ("key", "value"):
-        for leaf in (name, f"{name}_bias"):
-            heads = grouped.params["layers"]["attention"][leaf]
-            params["layers"]["attention"][leaf] = jnp.repeat(heads, 4 // kv_heads, axis=-2)
+        repeated = jax.tree.map(
+            lambda heads: jnp.repeat(heads, 4 // kv_heads, axis=-2), grouped.params["layers"]["attention"][name]
+        )
+        params["layers"]["attention"][name] = repeated
     expected = jax.jit(grouped.logits)(grouped.params, tokens_BT)
     np.testing.assert_allclose(jax.jit(whole.logits)(params, tokens_BT), expected, atol=1e-5)

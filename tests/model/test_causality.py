@@ -39,10 +39,10 @@ def test_logits_depend_on_exactly_the_visible_tokens(case, build, tokens_BT):
     @jax.jit
     @jax.jacrev
     def influence(table):  # (T, V, D)
-        params = {**model.params, "tokens": {"table": table}}
+        params = {**model.params, "tokens": {"weight": table}}
         return (model.logits(params, tokens_1T, segments_BT=segments)[0] * weights_TV).sum(-1)
 
-    seen = np.abs(influence(model.params["tokens"]["table"])[:, tokens_1T[0]]).max(-1)
+    seen = np.abs(influence(model.params["tokens"]["weight"])[:, tokens_1T[0]]).max(-1)
     expected = np.eye(T, dtype=bool)
     for mask in masks:  # a token reads what it sees, and what that has read
         expected = mask @ expected

@@ -7,7 +7,8 @@ import pytest
 
 from config import load
 from model.attention import TokenInfo, visible
-from model.config import ModelConfig, flops_per_token
+from model.config import ModelConfig
+from model.counts import flops_per_token
 from model.transformer import describe
 from training.config import TrainConfig
 from training.step import gradients

@@ -7,7 +7,7 @@ import pytest
 from model import plain_attention
 from model.transformer import describe
 from parallel.mesh import AXES, make_mesh
-from parallel.sharding import parameter_shardings, put_batch
+from parallel.sharding import put_batch
 from training.config import TrainConfig
 from training.step import gradients
 
@@ -27,14 +27,14 @@ def on_mesh(model, **axes: int):
     batch = {"tokens_BT": tokens, "targets_BT": targets, "mask_BT": np.ones((B, T), np.float32)}
     with jax.set_mesh(mesh):
         description = describe(model.description.config)
-        shardings = parameter_shardings(mesh, description.shapes, description.axes)
+        shardings = description.shardings(mesh)
         pad = lambda p, shape: np.pad(p, [(0, shape[0] - len(p))] + [(0, 0)] * (p.ndim - 1))
         params = jax.tree.map(lambda p, leaf: pad(np.asarray(p), leaf.shape), model.params, description.shapes)
         train = TrainConfig(loss_chunk=4, batch_size=B, seq_len=T)
         step = jax.jit(lambda params, batch: gradients(description, train, params, batch))
         sums, grads = step(jax.device_put(params, shardings), put_batch(mesh, batch, B))
-        draw = lambda key: description.init(key)["tokens"]["table"]
-        table = jax.jit(draw, out_shardings=shardings["tokens"]["table"])(jax.random.key(0))
+        draw = lambda key: description.init(key)["tokens"]["weight"]
+        table = jax.jit(draw, out_shardings=shardings["tokens"]["weight"])(jax.random.key(0))
     return jax.tree.map(np.asarray, (table, sums.nll / (B * T), grads))
 
 

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
+from model.initialise import draw as draw_parameter
 from model.moe import MixtureOfExperts, best, capacity_of, within_capacity
+from model.specs import RandomKey, map_specs, mixture_of_experts
 from model.transformer import describe
 from tests.golden import draw
 from training.config import OptimizerConfig, TrainConfig
@@ -32,13 +34,15 @@ KINDS = {
 def block(**fields):
     """A config, the block's parameters, and the block as a function (parameters, x_BTD, positions_BT)."""
     config = replace(CONFIG, **fields)
-    graphdef, state = nnx.split(MixtureOfExperts(config, jax.random.key(1)))
+    specs = mixture_of_experts(config, RandomKey())
+    graphdef = nnx.graphdef(MixtureOfExperts(config, specs))
+    params = map_specs(lambda spec: draw_parameter(spec, jax.random.key(1)), specs)
     positions_BT = jnp.arange(T)[None]
 
     def run(params, x_BTD, positions_BT=positions_BT):
         return nnx.merge(graphdef, params)(x_BTD, positions_BT)
 
-    return config, nnx.to_pure_dict(state), jax.jit(run)
+    return config, params, jax.jit(run)
 
 
 def tokens_BTD(seed: int = 0) -> np.ndarray:
@@ -70,7 +74,7 @@ def feed(config: ModelConfig, x_D: np.ndarray, up, down, gate=None) -> np.ndarra
 
 def loop(config: ModelConfig, params: dict, x: np.ndarray) -> np.ndarray:
     """The block token by token, with no drops."""
-    matrices = [np.asarray(params[name], np.float64) for name in ("up", "down", "gate") if name in params]
+    matrices = [np.asarray(params[n]["weight"], np.float64) for n in ("up", "down", "gate") if n in params]
     scores, y = scores_of(config, params, x), np.zeros(x.shape)
     for b, t in np.ndindex(x.shape[:2]):
         chosen = chosen_of(config, scores[b, t])
@@ -79,7 +83,7 @@ def loop(config: ModelConfig, params: dict, x: np.ndarray) -> np.ndarray:
             y[b, t] += w * feed(config, x[b, t], *(m[e] for m in matrices))
         if config.shared_experts:
             shared = params["shared"]
-            y[b, t] += feed(config, x[b, t], shared["up"], shared["down"], shared["gate"])
+            y[b, t] += feed(config, x[b, t], *(shared[name]["weight"] for name in ("up", "down", "gate")))
     return y
 
 
@@ -103,10 +107,12 @@ def test_block_equals_that_of_deepseek_v3():
     turned = lambda w: np.swapaxes(w, -1, -2)
     theirs = {
         "router": {"weight": take("gate.weight", 8, 32).T, "balance_bias": take("gate.e_score_correction_bias", 8)},
-        "gate": turned(gate),
-        "up": turned(up),
-        "down": turned(take("experts.down_proj", 8, 32, 16)),
-        "shared": {name: take(f"shared_experts.{name}_proj.weight", 32, 32).T for name in ("gate", "up", "down")},
+        "gate": {"weight": turned(gate)},
+        "up": {"weight": turned(up)},
+        "down": {"weight": turned(take("experts.down_proj", 8, 32, 16))},
+        "shared": {
+            name: {"weight": take(f"shared_experts.{name}_proj.weight", 32, 32).T} for name in ("gate", "up", "down")
+        },
     }
     assert jax.tree.map(np.shape, theirs) == jax.tree.map(np.shape, params)
     x, y = REFERENCES["deepseek_v3/x"], REFERENCES["deepseek_v3/y"]
@@ -122,8 +128,8 @@ def test_best_breaks_ties_by_index():
 def test_weights_of_an_expert_do_not_depend_on_how_many_there_are():
     few, many = (block(experts=n)[1] for n in (4, 8))
     for name in ("gate", "up", "down"):
-        np.testing.assert_array_equal(few[name], many[name][:4])
-        assert len(np.unique(np.asarray(many[name])[:, 0, 0])) == 8
+        np.testing.assert_array_equal(few[name]["weight"], many[name]["weight"][:4])
+        assert len(np.unique(np.asarray(many[name]["weight"])[:, 0, 0])) == 8
 
 
 # ------------------------------------------------------------------------------------------------------------ capacity
@@ -135,6 +141,7 @@ def test_capacity_takes_the_first_of_a_sequence():
     assert capacity == 2  # ceil(0.5 * 10 * 2 / 8)
     x = tokens_BTD()
     y, sums = run(params, x)
+    matrices = [params[name]["weight"] for name in ("up", "down", "gate")]
     scores, expected, dropped = scores_of(config, params, x), np.zeros(x.shape), 0
     for b in range(B):
         taken = np.zeros(E, int)
@@ -143,7 +150,7 @@ def test_capacity_takes_the_first_of_a_sequence():
             for e in chosen:
                 if taken[e] < capacity:
                     w = scores[b, t, e] / scores[b, t, chosen].sum()
-                    expected[b, t] += w * feed(config, x[b, t], *(params[n][e] for n in ("up", "down", "gate")))
+                    expected[b, t] += w * feed(config, x[b, t], *(m[e] for m in matrices))
                     taken[e] += 1
                 else:
                     dropped += 1
@@ -234,7 +241,7 @@ def test_optimizers_leave_the_bias_alone(name):
     params["layers"]["moe"]["router"]["balance_bias"] += 0.25
     tokens = jnp.arange(2 * T, dtype=jnp.int32).reshape(2, T)
     batch = {"tokens_BT": tokens, "targets_BT": tokens, "mask_BT": jnp.ones((2, T))}
-    optimizer = make_optimizer(OptimizerConfig(name=name), description.inputs)
+    optimizer = make_optimizer(OptimizerConfig(name=name), description.specs)
 
     @jax.jit
     def direction(params):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from config import load, requirements
-from model.config import parameter_count
+from model.counts import parameter_count
 from model.transformer import describe
 from parallel.mesh import AXES, MeshConfig, abstract_mesh, resolve
 from parallel.sharding import batch_sharding
@@ -60,7 +60,7 @@ def test_parameter_count_is_what_the_model_has(preset):
     description, count = describe(config), parameter_count(config)
     size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     shapes = description.shapes
-    tables = [shapes[name]["table"] for name in ("tokens", "head") if name in shapes]
+    tables = [shapes[name]["weight"] for name in ("tokens", "head") if name in shapes]
     padding = sum((table.shape[0] - config.vocab_size) * config.width for table in tables)
     assert count.total == size(shapes) - padding
     assert count.layers == size(shapes["layers"])
@@ -84,7 +84,7 @@ def test_training_step_lowers_on_a_mesh_without_devices(preset):
     train = config.train
     with jax.sharding.use_abstract_mesh(mesh):
         description = describe(config.model)
-        optimizer = make_optimizer(config.optimizer, description.inputs)
+        optimizer = make_optimizer(config.optimizer, description.specs)
         state = abstract_state(mesh, description, optimizer, jnp.dtype(train.param_dtype))
         schedule = learning_rate(config.optimizer, train.steps)
         step = make_train_step(description, optimizer, schedule, train, config.optimizer.clip_norm)

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
-from model.layers import add
+from model.projection import Projection
 from model.saved import stackable
-from model.transformer import Block, Transformer, block_of, rows_of
+from model.specs import RandomKey, projection
+from model.transformer import block_of, describe, rows_of
 
 B, T = 2, 64
 SIZES = {"layers": 5, "width": 32, "heads": 4, "head_dim": 8, "ffn": 96, "vocab_size": 64, "max_positions": T}
@@ -24,11 +25,12 @@ def config(family: str, **fields) -> ModelConfig:
 
 def gradient(family: str, dtype):
     """The jitted gradient of a sum over a model's output, with its parameters and tokens."""
-    graphdef, params = nnx.split(Transformer(config(family), jax.random.key(0)))
+    description = describe(config(family))
+    params = description.init(jax.random.key(0))
     tokens_BT = jax.random.randint(jax.random.key(1), (B, T), 0, SIZES["vocab_size"])
 
     def total(params, tokens_BT):
-        x_BTD = nnx.merge(graphdef, params)(tokens_BT, dtype=dtype)[0]
+        x_BTD = description.bind(params)(tokens_BT, dtype=dtype)[0]
         return jnp.square(x_BTD.astype(jnp.float32)).mean()
 
     return jax.jit(jax.grad(total)), params, tokens_BT
@@ -71,12 +73,12 @@ def test_other_arguments_keep_their_place():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_keeps_what_matmuls_and_norms_read(family):
     c = config(family)
-    graphdef, params = nnx.split(Block(c, jax.random.key(0)))
-    model = Transformer(c, jax.random.key(0))
-    info = model.info(jnp.zeros((B, T), jnp.int32))
+    description = describe(c)
+    params = jax.tree.map(lambda leaf: leaf[0], description.init(jax.random.key(0))["layers"])
+    info = description.bind({}).info(jnp.zeros((B, T), jnp.int32))
     row = jax.tree.map(lambda x: x[0], rows_of(c, range(1)))
     x_BTD = jnp.ones((B, T, c.width))
-    pull = jax.vjp(lambda params, x: block_of(graphdef)(params, x, row, info)[0], params, x_BTD)[1]
+    pull = jax.vjp(lambda params, x: block_of(description.block)(params, x, row, info)[0], params, x_BTD)[1]
     kept = [leaf.shape for leaf in jax.tree.leaves(pull) if hasattr(leaf, "shape")]
     hidden = [shape for shape in kept if shape == (B, T, c.ffn)]
     assert len(hidden) == (2 if family == "gpt2" else 3)  # before the activation (with its gate), and after it
@@ -85,8 +87,8 @@ def test_a_layer_keeps_what_matmuls_and_norms_read(family):
 
 
 def test_a_bias_learns_from_all_tokens():
-    bias = nnx.Param(jnp.zeros(1, jnp.float32), axes=("norm",), inputs=range(0))
-    graphdef, params = nnx.split(bias)
-    y = jnp.zeros((1, 4099, 1), jnp.bfloat16)
-    total = lambda params: add(y, nnx.merge(graphdef, params)).astype(jnp.float32).sum()
-    assert float(jax.tree.leaves(jax.grad(total)(params))[0][0]) == 4099  # in bfloat16 it would be 4096
+    specs = projection(RandomKey(), (1, 1), ("width", "ffn"), 1.0, bias=True)
+    graphdef = nnx.graphdef(Projection(specs))
+    x, weight = jnp.zeros((1, 4099, 1), jnp.bfloat16), jnp.ones((1, 1))
+    total = lambda bias: nnx.merge(graphdef, {"weight": weight, "bias": bias})(x).astype(jnp.float32).sum()
+    assert float(jax.grad(total)(jnp.zeros(1))[0]) == 4099  # in bfloat16 it would be 4096

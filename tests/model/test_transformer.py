@@ -36,7 +36,9 @@ def test_remat_and_unrolling_change_nothing(remat, scan_layers, plain, build, to
 
 def test_layers_weights_do_not_depend_on_how_many_there_are(build):
     # of the matrices that the depth does not scale; jit leaves the others out
-    draw = lambda layers: jax.jit(lambda key: build(layers=layers).description.init(key)["layers"]["ffn"]["up"])
+    draw = lambda layers: jax.jit(
+        lambda key: build(layers=layers).description.init(key)["layers"]["ffn"]["up"]["weight"]
+    )
     small, large = (draw(layers)(jax.random.key(5)) for layers in (2, 3))
     np.testing.assert_array_equal(small, large[:2])
     assert np.abs(large[0] - large[1]).max() > 0.1

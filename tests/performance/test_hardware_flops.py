@@ -11,7 +11,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from model import attention
-from model.config import ModelConfig, flops_per_token
+from model.config import ModelConfig
+from model.counts import flops_per_token
 from model.transformer import describe
 from parallel import experts as expert_dispatch
 from performance import flops

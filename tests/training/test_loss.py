@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.heads import NO_TOKEN, Rows
+from model.heads import NO_TOKEN, VocabularyRows
 from training.loss import LossSums, Seen, chunked_losses
 
 B, T, D, V = 3, 12, 5, 24
@@ -22,7 +22,7 @@ class Head:
 
     def vocabulary(self, parts, dtype):
         n = next(n for n in range(parts, V + 1) if V % n == 0)
-        rows = Rows(self.table_VD.astype(dtype), jnp.arange(V))
+        rows = VocabularyRows(self.table_VD.astype(dtype), jnp.arange(V))
         return jax.tree.map(lambda x: x.reshape(n, V // n, *x.shape[1:]), rows)
 
     def logits(self, x_BTD, rows):

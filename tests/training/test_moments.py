@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import config
+from model.specs import RandomKey, projection, table, vector
 from parallel.mesh import AXES, make_mesh
 from training.config import OptimizerConfig
 from training.job import make_job
@@ -19,7 +20,14 @@ TINY = [
     *("model.width=16", "model.heads=2", "model.kv_heads=2", "model.head_dim=8", "model.ffn=32"),
     *("optimizer=adamw", "optimizer.moment_dtype=bfloat16"),
 ]
-INPUTS = {"layers": {"matrix": range(1), "norm": {"scale": range(0)}}, "tokens": {"table": range(0)}}
+KEY = RandomKey()
+SPECS = {
+    "layers": {
+        "matrix": projection(KEY, (4, 6), ("width", "ffn"), 1.0)["weight"].stacked(2),
+        "norm": {"scale": vector(KEY, 4).stacked(2)},
+    },
+    "tokens": {"table": table(KEY, 10, 4, "vocab")},
+}
 PARAMS = {
     "layers": {"matrix": jnp.ones((2, 4, 6)), "norm": {"scale": jnp.ones((2, 4))}},
     "tokens": {"table": jnp.ones((10, 4))},
@@ -42,8 +50,8 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
 def test_only_moments_shrink(name):
-    state = make_optimizer(OptimizerConfig(name=name, moment_dtype="bfloat16"), INPUTS).init(PARAMS)
-    wide = make_optimizer(OptimizerConfig(name=name), INPUTS).init(PARAMS)
+    state = make_optimizer(OptimizerConfig(name=name, moment_dtype="bfloat16"), SPECS).init(PARAMS)
+    wide = make_optimizer(OptimizerConfig(name=name), SPECS).init(PARAMS)
     size = lambda state: sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim > 1)
     assert size(state) * 2 == size(wide) or (name == "muon" and size(state) < size(wide))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

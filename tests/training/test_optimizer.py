@@ -5,27 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.specs import RandomKey, map_specs, projection, table, vector
 from training.config import OPTIMIZERS, OptimizerConfig
-from training.optimizer import decays, learning_rate, make_optimizer
+from training.optimizer import learning_rate, make_optimizer
 
-VECTOR = range(0)
-INPUTS = {
-    "layers": {"query": range(1), "out": range(2), "query_bias": VECTOR, "norm": {"scale": VECTOR}},
-    "tokens": {"table": VECTOR},
+KEY = RandomKey()
+LAYER = {
+    "query": projection(KEY, (6, 4, 3), ("width", "heads", "head_dim"), 1.0, bias=True),
+    "out": projection(KEY, (4, 3, 6), ("heads", "head_dim", "width"), 1.0, inputs=2),
+    "norm": {"scale": vector(KEY, 6)},
 }
-SHAPES = {
-    "layers": {"query": (2, 6, 4, 3), "out": (2, 4, 3, 6), "query_bias": (2, 4, 3), "norm": {"scale": (2, 6)}},
-    "tokens": {"table": (10, 6)},
+SPECS = {
+    "layers": map_specs(lambda spec: spec.stacked(2), LAYER),
+    "tokens": {"weight": table(KEY, 10, 6, "vocab")},
 }
 
 
 def draw(seed):
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: random.normal(size=s).astype(np.float32), SHAPES, is_leaf=lambda s: type(s) is tuple)
+    return map_specs(lambda spec: random.normal(size=spec.shape).astype(np.float32), SPECS)
 
 
 def direction(config, gradients, params):
-    optimizer = make_optimizer(config, INPUTS)
+    optimizer = make_optimizer(config, SPECS)
     state = optimizer.init(params)
     for gradient in gradients:
         update, state = optimizer.update(gradient, state, params)
@@ -36,13 +38,13 @@ def test_adamw_equals_its_formula():
     config = OptimizerConfig(weight_decay=0.1, beta1=0.9, beta2=0.95)
     params, gradients = draw(0), [draw(1), draw(2), draw(3)]
     update = direction(config, gradients, params)
-    for name, decay in (("query", 0.1), ("query_bias", 0.0)):
+    for name, decay in (("weight", 0.1), ("bias", 0.0)):
         m = v = 0.0
         for gradient in gradients:
-            g = gradient["layers"][name].astype(np.float64)
+            g = gradient["layers"]["query"][name].astype(np.float64)
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
-        expected = (m / (1 - 0.9**3)) / (np.sqrt(v / (1 - 0.95**3)) + 1e-8) + decay * params["layers"][name]
-        np.testing.assert_allclose(update["layers"][name], expected, rtol=2e-5)
+        expected = (m / (1 - 0.9**3)) / (np.sqrt(v / (1 - 0.95**3)) + 1e-8) + decay * params["layers"]["query"][name]
+        np.testing.assert_allclose(update["layers"]["query"][name], expected, rtol=2e-5)
 
 
 def test_muon_orthogonalises_each_matrix_of_a_stack():
@@ -50,30 +52,32 @@ def test_muon_orthogonalises_each_matrix_of_a_stack():
     update = direction(OptimizerConfig(name="muon", weight_decay=0.0), [draw(1)], draw(0))
     for name, shape in (("query", (6, 12)), ("out", (12, 6))):
         for layer in range(2):
-            values = np.linalg.svd(np.asarray(update["layers"][name][layer]).reshape(shape), compute_uv=False)
+            values = np.linalg.svd(np.asarray(update["layers"][name]["weight"][layer]).reshape(shape), compute_uv=False)
             scale = 0.2 * np.sqrt(max(shape))
             assert (values / scale > 0.6).all()
             assert (values / scale < 1.3).all()
     adam = direction(OptimizerConfig(weight_decay=0.0), [draw(1)], draw(0))
-    np.testing.assert_allclose(update["tokens"]["table"], adam["tokens"]["table"], rtol=1e-6)
+    np.testing.assert_allclose(update["tokens"]["weight"], adam["tokens"]["weight"], rtol=1e-6)
 
 
 def test_muon_layers_do_not_mix():
     params, gradient = draw(0), draw(1)
     other = jax.tree.map(np.copy, gradient)
-    other["layers"]["query"][1] *= -3
-    a, b = (direction(OptimizerConfig(name="muon"), [g], params)["layers"]["query"] for g in (gradient, other))
+    other["layers"]["query"]["weight"][1] *= -3
+    a, b = (
+        direction(OptimizerConfig(name="muon"), [g], params)["layers"]["query"]["weight"] for g in (gradient, other)
+    )
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     assert not np.allclose(a[1], b[1])
 
 
 def test_lion_is_a_sign_and_sgd_is_momentum():
     config = OptimizerConfig(name="lion", weight_decay=0.0)
-    assert set(np.unique(direction(config, [draw(1)], draw(0))["tokens"]["table"])) == {-1.0, 1.0}
+    assert set(np.unique(direction(config, [draw(1)], draw(0))["tokens"]["weight"])) == {-1.0, 1.0}
     update = direction(OptimizerConfig(name="sgd", weight_decay=0.0, momentum=0.9), [draw(1), draw(2)], draw(0))
-    first, second = draw(1)["tokens"]["table"], draw(2)["tokens"]["table"]
+    first, second = draw(1)["tokens"]["weight"], draw(2)["tokens"]["weight"]
     trace = second + 0.9 * first
-    np.testing.assert_allclose(update["tokens"]["table"], second + 0.9 * trace, rtol=1e-5)
+    np.testing.assert_allclose(update["tokens"]["weight"], second + 0.9 * trace, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -81,7 +85,7 @@ def test_every_optimizer_descends(name):
     """A quadratic's value falls by half in 60 steps."""
     target, params = draw(0), draw(1)
     lr = {"sgd": 0.05, "lion": 0.02}.get(name, 0.05)
-    optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.0, momentum=0.9), INPUTS)
+    optimizer = make_optimizer(OptimizerConfig(name=name, weight_decay=0.0, momentum=0.9), SPECS)
     value = lambda p: sum(
         jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True)
     )
@@ -98,9 +102,9 @@ def test_every_optimizer_descends(name):
 
 
 def test_only_matrices_and_tables_decay():
-    assert decays(draw(0)) == {
-        "layers": {"query": True, "out": True, "query_bias": False, "norm": {"scale": False}},
-        "tokens": {"table": True},
+    assert map_specs(lambda spec: spec.decayed, SPECS) == {
+        "layers": {"query": {"weight": True, "bias": False}, "out": {"weight": True}, "norm": {"scale": False}},
+        "tokens": {"weight": True},
     }
 
 

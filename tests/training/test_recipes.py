@@ -5,7 +5,8 @@ import math
 import pytest
 
 import config
-from model.config import ModelConfig, parameter_count
+from model.config import ModelConfig
+from model.counts import parameter_count
 from training import recipes
 
 # DeepSeek LLM 7B and 67B (arXiv 2401.02954, table 2): 2e12 tokens, sequences of 4096

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from config import load
-from model.config import ModelConfig, parameter_count
+from model.config import ModelConfig
+from model.counts import parameter_count
 from scaling.sweep.design import Measured, SweepConfig, design, expected_seconds, load_sweep, shape
 
 EXAMPLE = Path(__file__).parents[3] / "experiments" / "isoflop_cpu" / "sweep.yaml"

@@ -1,0 +1,68 @@
+"""How many parameters a model has and how many FLOPs a token costs, by arithmetic on the tree of specifications."""
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.specs import LAYERS, ParameterSpec, leaves, parameter_specs
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Scalars of the model. Padding of the vocabulary is not counted."""
+
+    embedding: int  # token and position tables
+    layers: int
+    head: int  # final norm, and the output table when it is not tied
+    idle: int = 0  # of the layers: experts that a token does not go to
+
+    @property
+    def total(self) -> int:
+        """All parameters: what model names quote."""
+        return self.embedding + self.layers + self.head
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in one token: fewer than all where it chooses among experts."""
+        return self.total - self.idle
+
+
+def parameter_count(config: ModelConfig) -> ParameterCount:
+    """Counts without building the model."""
+    found = dict.fromkeys(("tokens", "positions", LAYERS, "final_norm", "head"), 0)
+    idle = 0
+    for path, spec in leaves(parameter_specs(config)):
+        found[path[0]] += spec.size
+        idle += spec.size - _active(config, spec)
+    embedding, head = found["tokens"] + found["positions"], found["final_norm"] + found["head"]
+    return ParameterCount(embedding, found[LAYERS], head, idle)
+
+
+def _active(config: ModelConfig, spec: ParameterSpec) -> int:
+    """The scalars of a parameter that take part in one token."""
+    return spec.size * config.experts_per_token // config.experts if "experts" in spec.axes else spec.size
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, *, full_attention: bool = False) -> float:
+    """Model FLOPs of forward and backward for one token of a sequence of `seq_len` (recomputation not counted).
+
+    6 for each parameter that multiplies the token (2 forward, 4 backward; the output table counts, a lookup, vectors
+    and experts that the token does not go to do not), plus attention scores and values: 12 L N H S, where S is the
+    number of keys that a token sees on average: those of the mask that the model really has, causal or not, with its
+    windows. With `full_attention` every token is counted as seeing all of them, as PaLM (arXiv 2204.02311, appendix B)
+    and nanoGPT do.
+    """
+    c, specs = config, list(leaves(parameter_specs(config)))
+    weights = sum(_active(c, spec) for _, spec in specs if spec.is_matrix) + c.vocab_size * c.width
+    keys = c.layers * seq_len if full_attention else keys_seen(c, seq_len)
+    return 6.0 * weights + 12.0 * c.heads * c.head_dim * keys
+
+
+def keys_seen(config: ModelConfig, seq_len: int) -> float:
+    """The number of keys that a token sees on average, summed over the layers."""
+    keys = 0.0
+    for window in config.windows():
+        reach = min(window, seq_len) if window else seq_len
+        # the first `reach` tokens see 1, 2, ... keys, their own included; the others `reach`
+        back = (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+        keys += back if config.causal else 2 * back - 1
+    return keys

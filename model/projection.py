@@ -1,0 +1,42 @@
+"""The one door through which tokens meet the weights of a block: what replaces it changes how all matrices are kept.
+
+Adapters, quantised weights and other formats are classes with the two methods of `Projection`, put in its place.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from model import low_precision
+from model.matmul import project
+from model.specs import ParameterSpec, Specs
+from parallel.sharding import cast_and_gather
+
+
+def param(spec: ParameterSpec) -> nnx.Param:
+    """The place of a parameter in a module, filled when the module is bound to arrays."""
+    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), axes=spec.axes)
+
+
+class Projection(nnx.Module):
+    """x (B, T, ...in) times a weight (...in, ...out), and a bias (...out) if there is one: (B, T, ...out)."""
+
+    def __init__(self, specs: Specs, matmul_dtype: str = "", *, frozen_bias: bool = False):
+        """`matmul_dtype` as in ModelConfig. A `frozen_bias` has no gradient."""
+        self.weight = param(specs["weight"])
+        self.bias = param(specs["bias"]) if "bias" in specs else None
+        self.matmul_dtype, self.frozen_bias = matmul_dtype, frozen_bias
+
+    def matrix(self, dtype) -> jax.Array:
+        """The weight as a matmul in `dtype` needs it: for weights that are not multiplied with all tokens alike."""
+        return cast_and_gather(self.weight, dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The product in x's dtype."""
+        multiply = low_precision.dot if self.matmul_dtype == "float8" else project
+        y = multiply(x, self.matrix(x.dtype))
+        if self.bias is None:
+            return y
+        bias = cast_and_gather(self.bias, jnp.float32)  # its gradient is a sum over all tokens, wanted in float32
+        bias = jax.lax.stop_gradient(bias) if self.frozen_bias else bias
+        return (y + bias).astype(y.dtype)
