@@ -224,10 +224,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # --------------------------------------------------------------------------------------------------------- end
         step.close()
-        if not store.wait():
-            newest = max(store.steps(), default="none")
-            console.warn(f"the last checkpoint was not written; the newest in {store.directory}: {newest}")
-            code = FAULT if code == PREEMPTED else code
+        if lost := store.lost():
+            code = FAULT
         store.close()
         if code == DONE and config.sample.tokens and config.model.causal:
             try:
@@ -243,6 +241,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         written = {"metrics": run.metrics, "checkpoints": store.directory, "config": run.config, "log": run.log}
         paths = {name: path for name, path in written.items() if path.exists()}
         console.finish(paths, going_on(config, code), {DONE: "done", PREEMPTED: "preempted"}.get(code, "stopped"))
+        if lost:
+            console.warn(lost)
         return code
 
 

@@ -134,6 +134,15 @@ class CheckpointStore:
             self._thread = None
         return self._whole
 
+    def lost(self) -> str | None:
+        """Wait for the save under way; one line if the latest save, in any process, did not come out whole."""
+        if not any_process(not self.wait()):
+            return None
+        newest = max(self.steps(), default=None)
+        there = "there is none" if newest is None else f"the newest is of step {newest}"
+        reason = self._messages[-1] if self._messages else "another process could not write its part"
+        return f"the last checkpoint was not written, and in {self.directory} {there}: {reason}"
+
     def poll(self) -> list[str]:
         """One line for each failure since the last call."""
         messages, self._messages = self._messages, []
