@@ -7,7 +7,7 @@ export UV_PYTHON_DOWNLOADS = never
 COMPILE = cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -q -j 0 jax jaxlib flax optax orbax \
     tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers pygments
 
-.PHONY: setup train test test-aot test-aot-tpu test-aot-gpu lint format clean
+.PHONY: setup train test test-long test-aot test-aot-tpu test-aot-gpu lint format clean
 setup: .venv/.stamp $(EXTRAS:%=.venv/.extra-%)
 
 # Pinned versions come from requirements.lock; EXTRAS=cuda or EXTRAS=tpu adds an accelerator's plugin.
@@ -29,6 +29,10 @@ train: setup
 
 test: setup lint
 	@.venv/bin/python -m pytest
+
+# What takes long or needs more than Python: a browser (apt-get install -y chromium).
+test-long: setup
+	@.venv/bin/python -m pytest -n 0 tests/long
 
 # Compiles training steps for TPU pods and GPU hosts that are not here, each compiler in an environment of its own.
 # 1.5 and 5 GB to install; on two cores a product takes 2 to 8 minutes for TPU, half a minute for GPU.

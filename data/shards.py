@@ -44,12 +44,12 @@ class Dataset:
 
     @property
     def told(self) -> dict[str, str | int]:
-        """What all processes of a run must have found alike, in words."""
+        """What all processes of a run must have found alike, by the settings it comes from."""
         return {
-            "the digest of the tokenizer": self.tokenizer.digest[:12],
-            "the digest of the text": self.digest[:12],
-            "the number of training tokens": len(self.train),
-            "the number of held-out tokens": len(self.heldout),
+            "tokenizer (digest)": self.tokenizer.digest[:12],
+            "data (digest of the text)": self.digest[:12],
+            "data (training tokens)": len(self.train),
+            "data (held-out tokens)": len(self.heldout),
         }
 
 

@@ -78,8 +78,8 @@ def require_same(ours: dict[str, Any]) -> None:
     _wait_for(store, f"{place}/all")
 
 
-def require_shared(folder: Path, key: str) -> None:
-    """Raises ValueError in a process that sees another folder by this name than process 0 does. key: for the message.
+def require_shared(folder: Path) -> None:
+    """Raises ValueError in a process that sees another folder by this name than process 0 does.
 
     Each process writes its own part of a checkpoint there: on file systems of their own it would be lost.
     """
@@ -92,8 +92,8 @@ def require_shared(folder: Path, key: str) -> None:
         while not mark.exists():
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"process {jax.process_index()} does not see what process 0 writes to {key}={folder}: all "
-                    "processes of a run need it on a file system that they share"
+                    f"process {jax.process_index()} does not see what process 0 writes to {folder}: all "
+                    "processes of a run need it for its checkpoints, on a file system that they share"
                 )
             time.sleep(0.1)
         require_same({})

@@ -79,7 +79,7 @@ def ended(code: int, line: str) -> int:
 
 
 def leave_by(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-    """The sys.excepthook of one process among several: an exception that nobody caught ends all of them."""
+    """The sys.excepthook of a run: an exception that nobody caught ends all its processes, with a traceback in one."""
     if issubclass(kind, KeyboardInterrupt):
         leave(*SIGNALS[signal.SIGINT])
     hear_others()
@@ -134,6 +134,7 @@ def answer_signals() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _answered_elsewhere)
+    sys.excepthook = leave_by
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
 
 

@@ -77,6 +77,8 @@ def start(config: RuntimeConfig) -> None:
 
 def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
     """Waits for the other processes; from here on each learns at once when another ends."""
+    if jax.distributed.is_initialized():  # a second job of a multirun
+        return
     late = (
         f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the "
         f"others at {cluster.coordinator}; start all with the same runtime.coordinator and runtime.processes, each "

@@ -17,6 +17,7 @@ import config
 import train
 from checkpoint.digests import read_manifest
 from performance.hardware import Peak
+from runtime.launch import free_port
 from tracking.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,34 @@ def outside(arguments: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(arguments, **options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
+
+
+def by_hand(
+    arguments: Sequence[str], *own: Sequence[str], homes: Sequence[Path] = (), cwd: Sequence[Path] = ()
+) -> tuple[list[int], list[str]]:
+    """One process for each of `own`, started without the launcher; their exit codes and what they said.
+
+    own: arguments of each. homes, cwd: their home and working folders, where they differ.
+    """
+    port, common = free_port(), [*arguments, f"runtime.processes={len(own)}", f"runtime.cpu_devices={4 // len(own)}"]
+    coordinator = f"runtime.coordinator=127.0.0.1:{port}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *common, *more, coordinator, f"runtime.process_id={rank}"],
+            cwd=cwd[rank] if cwd else ROOT,
+            env=environment(**({"HOME": str(homes[rank])} if homes else {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, more in enumerate(own)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
 
 
 def lines(directory: Path) -> list[dict]:
