@@ -119,8 +119,9 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any], rank: int) -> list[s
 def code_versions() -> dict[str, str]:
     """A digest of each source file of the project that is loaded, and the versions of what it stands on."""
     files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
-    ours = sorted(file for file in files if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] != ".venv")
-    digests = {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in ours}
+    names = sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT))
+    ours = [name for name in names if not name.parts[0].startswith(".") and "site-packages" not in name.parts]
+    digests = {name.as_posix(): hashlib.sha256((ROOT / name).read_bytes()).hexdigest()[:12] for name in ours}
     versions = {f"the version of {name}": version(name) for name in PACKAGES}
     return {**digests, **versions, "the version of Python": ".".join(platform.python_version_tuple()[:2])}
 
