@@ -4,6 +4,7 @@ Each folder's dataclasses stand beside the code that they configure; here they a
 so that a typo is told in a fraction of a second.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -307,8 +308,20 @@ def command_line(arguments: list[str]) -> list[Config]:
             return multirun(words)
         return [load(arguments)]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_others(arguments, f"error: {error}")
         sys.exit(2)
+
+
+def _tell_others(arguments: list[str], line: str) -> None:
+    """Ends the other processes too where each was started by hand; a launcher gives all the same command."""
+    place = [argument for argument in arguments if argument.startswith("runtime.")]
+    if any(argument.startswith("runtime.coordinator=") for argument in place):
+        with contextlib.suppress(ValueError):  # its place is the mistake
+            runtime = load(place).runtime
+            from runtime.start import join_and_leave  # here: it imports JAX
+
+            join_and_leave(runtime, line)
 
 
 def _become(*words: str) -> None:

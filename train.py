@@ -22,6 +22,7 @@ import logging
 import secrets
 import shlex
 import signal
+import traceback
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -184,6 +185,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             log.exception("a fault after step %d", number)
             console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
             code = FAULT
+            if not primary:
+                traceback.print_exc()  # its console says nothing
             if jax.process_count() > 1:  # the others may be gone, and a clean exit would wait for them
                 leave.leave(code, leave.one_line(error))
         # at this point the last state is handed to the checkpoints

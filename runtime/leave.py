@@ -44,18 +44,20 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave(code: int, line: str) -> NoReturn:
+def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
     """Ends this process, and with it all the others of the run, within two seconds; to be called in any thread.
 
-    Says the line, tells the other processes, runs the clean-ups that are due. The first call counts.
+    Says the line, unless it is said already, tells the other processes, runs the clean-ups that are due. The first
+    call counts.
     """
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # for the end, which another thread is about to bring
     limit = threading.Timer(SECONDS, os._exit, (code,))
     limit.daemon = True
     limit.start()
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+    if not said:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
     if _tell is not None:
         _tell(code, line, SECONDS / 2)
     for cleanup in reversed(_cleanups):

@@ -22,21 +22,28 @@ from runtime.leave import leave
 log = logging.getLogger("isomesh.lifeline")
 
 KEY = "isomesh/lifeline"  # in the key-value store of JAX's coordinator
-JOIN_SECONDS = 20
+JOIN_SECONDS = 10
 KEEPALIVE_SECONDS = 60  # a connection that says nothing for hours must not be forgotten on its way
 
 
 class Lifeline:
-    """Of one process. `store`: JAX's client of the coordinator, by which the address is told."""
+    """Of one process. `store`: JAX's client of the coordinator, by which the address is told.
 
-    def __init__(self, store: Any, rank: int, host: str, bind: str = ""):
+    Process 0 waits until all others are connected, so that none can be missed when it leaves, or for JOIN_SECONDS.
+    """
+
+    def __init__(self, store: Any, rank: int, processes: int, host: str, bind: str = ""):
         self.rank = rank
         self._links: dict[int, socket.socket] = {}  # by the rank at the other end
         self._lock = threading.Lock()
+        self._joined = threading.Semaphore(0)
         if rank == 0:
             server, token = _listen(bind), secrets.token_hex(16)
             store.key_value_set(KEY, f"{server.getsockname()[1]} {token}")
             _in_thread(self._accept, server, token)
+            deadline = time.monotonic() + JOIN_SECONDS
+            for _ in range(processes - 1):
+                self._joined.acquire(timeout=max(0.0, deadline - time.monotonic()))
             return
         port, token = store.blocking_key_value_get(KEY, 1000 * JOIN_SECONDS).split()
         try:
@@ -78,6 +85,7 @@ class Lifeline:
             return
         with self._lock:
             self._links[hello["rank"]] = link
+        self._joined.release()
         self._listen_to(hello["rank"], link, lines)
 
     def _listen_to(self, rank: int, link: socket.socket, lines: Iterator[dict]) -> None:

@@ -13,6 +13,7 @@ import os
 import platform
 import stat
 import sys
+import threading
 import zlib
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,6 +45,7 @@ GPU_FLAGS = (
     # and the last layer's gradients are reduced meanwhile
     "--xla_gpu_enable_pipelined_all_reduce=true",
 )
+PATIENCE_SECONDS = 10  # of a process that has nothing to do but to tell the others of a mistake
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
 
 
@@ -75,6 +77,18 @@ def start(config: RuntimeConfig) -> None:
         _keep_gloo_quiet()
 
 
+def join_and_leave(config: RuntimeConfig, line: str) -> None:
+    """Ends all processes of a run because of a mistake that this one has said: the others would wait for it.
+
+    Where they do not come within ten seconds, or this process does not know its place, nothing is told.
+    """
+    with contextlib.suppress(ValueError):
+        if cluster := find_cluster(config):
+            threading.Timer(PATIENCE_SECONDS, os._exit, (MISTAKE,)).start()
+            _join(cluster, config.heartbeat_seconds)
+            leave.leave(MISTAKE, line, said=True)
+
+
 def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
     """Waits for the other processes; from here on each learns at once when another ends."""
     if jax.distributed.is_initialized():  # a second job of a multirun
@@ -97,7 +111,7 @@ def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
         )
     host, _, _ = cluster.coordinator.rpartition(":")
     bind, _, _ = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")
-    lifeline = Lifeline(global_state.client, cluster.process_id, host.strip("[]"), bind.strip("[]"))
+    lifeline = Lifeline(global_state.client, cluster.process_id, cluster.processes, host.strip("[]"), bind.strip("[]"))
     leave.tell_with(lifeline.tell)
     atexit.register(lifeline.goodbye)  # runs before JAX's own, which waits for all
     sys.excepthook = leave.leave_by

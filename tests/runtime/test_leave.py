@@ -40,7 +40,7 @@ class Store:
         while not (folder / key.replace("/", "-")).exists():
             time.sleep(0.01)
         return (folder / key.replace("/", "-")).read_text()
-lifeline = Lifeline(Store(), rank, "127.0.0.1", "127.0.0.1")
+lifeline = Lifeline(Store(), rank, 3, "127.0.0.1", "127.0.0.1")
 leave.tell_with(lifeline.tell)
 sys.excepthook = leave.leave_by
 print("ready", flush=True)
@@ -57,21 +57,19 @@ time.sleep(60)
 
 
 def start(code, *arguments):
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+
+def ready(process):
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
     return process
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_is_answered_while_the_main_thread_is_busy_elsewhere(tmp_path, number, code):
-    process = start(BUSY, tmp_path / "temporary")
+    process = ready(start(BUSY, tmp_path / "temporary"))
     time.sleep(0.2)
     assert (tmp_path / "temporary").exists()
     began = time.monotonic()
@@ -86,7 +84,8 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy_elsewhere(tmp_path, 
 
 
 def test_a_clean_up_that_hangs_is_left_after_two_seconds(tmp_path):
-    process = start(BUSY.replace("Path(sys.argv[1]).unlink", "lambda: time.sleep(60)"), tmp_path / "temporary")
+    hangs = BUSY.replace("Path(sys.argv[1]).unlink", "lambda: time.sleep(60)")
+    process = ready(start(hangs, tmp_path / "temporary"))
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
@@ -96,7 +95,8 @@ def test_a_clean_up_that_hangs_is_left_after_two_seconds(tmp_path):
 @pytest.fixture
 def three(tmp_path):
     processes = [start(ONE_OF_SEVERAL, tmp_path, rank) for rank in range(3)]
-    time.sleep(0.3)  # process 0 has greeted the others
+    for process in processes:
+        ready(process)
     yield processes
     for process in processes:
         process.kill()
