@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -90,17 +91,24 @@ def outside(arguments: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def by_hand(
-    arguments: Sequence[str], *own: Sequence[str], homes: Sequence[Path] = (), cwd: Sequence[Path] = ()
-) -> tuple[list[int], list[str]]:
-    """One process for each of `own`, started without the launcher; their exit codes and what they said.
+    arguments: Sequence[str],
+    *own: Sequence[str],
+    homes: Sequence[Path] = (),
+    cwd: Sequence[Path] = (),
+    programs: Sequence[Sequence[str]] = (),
+) -> list[subprocess.Popen]:
+    """One process for each of `own`, started without the launcher, with four devices in all.
 
-    own: arguments of each. homes, cwd: their home and working folders, where they differ.
+    own: arguments of each. homes, cwd, programs: their home and working folders and what Python runs, where it matters.
     """
-    port, common = free_port(), [*arguments, f"runtime.processes={len(own)}", f"runtime.cpu_devices={4 // len(own)}"]
-    coordinator = f"runtime.coordinator=127.0.0.1:{port}"
-    processes = [
+    place = [f"runtime.coordinator=127.0.0.1:{free_port()}", f"runtime.processes={len(own)}"]
+    place += [f"runtime.cpu_devices={4 // len(own)}"]
+    return [
         subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *common, *more, coordinator, f"runtime.process_id={rank}"],
+            [
+                *(sys.executable, "-u", *(programs[rank] if programs else [ROOT / "train.py"])),
+                *(*arguments, *more, *place, f"runtime.process_id={rank}"),
+            ],
             cwd=cwd[rank] if cwd else ROOT,
             env=environment(**({"HOME": str(homes[rank])} if homes else {})),
             stdout=subprocess.PIPE,
@@ -109,8 +117,13 @@ def by_hand(
         )
         for rank, more in enumerate(own)
     ]
+
+
+def ended(processes: Sequence[subprocess.Popen], within: float = 100) -> tuple[list[int], list[str]]:
+    """The exit codes of processes that end by themselves in so many seconds, and what they said."""
+    deadline = time.monotonic() + within
     try:
-        said = [process.communicate(timeout=100)[0] for process in processes]
+        said = [process.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

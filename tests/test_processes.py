@@ -94,7 +94,7 @@ def other_words(text):
 def test_processes_that_were_not_given_the_same_all_end_with_one_line(tmp_path, change, own, line):
     arguments = runs.overrides(tmp_path / "text", tmp_path / "run", "data.path='~/text/*.txt'", "mesh.data=2")
     own = [[f"data.cache={tmp_path}/cache0"], [f"data.cache={tmp_path}/cache1", *own]]
-    codes, said = runs.by_hand(arguments, *own, homes=folders(tmp_path, change))
+    codes, said = runs.ended(runs.by_hand(arguments, *own, homes=folders(tmp_path, change)))
     assert codes == [2, 2], said
     assert re.search(f"^error: {line}", said[1], re.MULTILINE), said
     assert re.search(f"^process 1: error: {line}", said[0], re.MULTILINE), said
