@@ -126,7 +126,7 @@ def on_leaving(cleanup: Callable[[], None]) -> Iterator[None]:
 
 
 def answer_signals() -> None:
-    """From here on Ctrl-C and SIGTERM end this process at once, except while `runtime.stop` has handlers of its own.
+    """From here on Ctrl-C and SIGTERM end this process at once; while `runtime.stop` has its handlers, a second Ctrl-C.
 
     To be called in the main thread. Python runs a handler only when the main thread comes back to it; but the signal's
     number is written to a pipe at once, and the thread that reads it needs no more than a moment of the interpreter.
@@ -150,7 +150,9 @@ def _answered_elsewhere(number, frame) -> None:
 
 
 def _watch(reader: int) -> None:
+    interrupts = 0
     while True:
         (number,) = os.read(reader, 1)
-        if is_answered(number):
+        interrupts += number == signal.SIGINT
+        if is_answered(number) or interrupts == 2:
             leave(*SIGNALS[signal.Signals(number)])

@@ -83,6 +83,19 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy_elsewhere(tmp_path, 
     assert not (tmp_path / "temporary").exists()
 
 
+def test_in_the_loop_the_second_ctrl_c_ends_a_process_whose_step_takes_long(tmp_path):
+    """There the first is a flag, which Python sets when the main thread comes back to it."""
+    of_the_loop = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\nwith leave.on_leaving"
+    process = ready(start(BUSY.replace("with leave.on_leaving", of_the_loop), tmp_path / "temporary"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert (process.returncode, time.monotonic() - began < 2) == (130, True)
+
+
 def test_a_clean_up_that_hangs_is_left_after_two_seconds(tmp_path):
     hangs = BUSY.replace("Path(sys.argv[1]).unlink", "lambda: time.sleep(60)")
     process = ready(start(hangs, tmp_path / "temporary"))
