@@ -13,7 +13,10 @@ if __name__ == "__main__":
     leave.answer_signals()
     BEGAN = time.perf_counter()  # the slow imports count
 
-from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, shared, to_yaml
+from config.command_line import command_line
+from config.compose import load_run, to_yaml
+from config.layout import mesh_sizes
+from config.schema import Config, differences, identity, shared
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
@@ -22,7 +25,6 @@ import logging
 import secrets
 import shlex
 import signal
-import traceback
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,8 +104,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # at this point we have the batch of any step, the same on every mesh, and the held-out batches
 
         # ------------------------------------------------------------------------------------------------------- model
-        table = pipeline_table(config, dict(mesh.shape))
-        job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
+        job = make_job(config, mesh)
         # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore
@@ -185,10 +186,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             log.exception("a fault after step %d", number)
             console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
             code = FAULT
-            if not primary:
-                traceback.print_exc()  # its console says nothing
             if jax.process_count() > 1:  # the others may be gone, and a clean exit would wait for them
-                leave.leave(code, leave.one_line(error))
+                leave.leave_for(error, told=primary)
         # at this point the last state is handed to the checkpoints
 
         # --------------------------------------------------------------------------------------------------------- end

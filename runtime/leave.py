@@ -85,7 +85,13 @@ def leave_by(kind: type[BaseException], error: BaseException, trace: TracebackTy
     if issubclass(kind, KeyboardInterrupt):
         leave(*SIGNALS[signal.SIGINT])
     hear_others()
-    sys.__excepthook__(kind, error, trace)
+    leave_for(error, told=False)
+
+
+def leave_for(error: BaseException, *, told: bool) -> NoReturn:
+    """Ends all processes because of a fault in this one; told: whether its traceback is printed already."""
+    if not told:
+        sys.__excepthook__(type(error), error, error.__traceback__)
     leave(FAULT, one_line(error))
 
 

@@ -36,6 +36,7 @@ class Lifeline:
         self.rank = rank
         self._links: dict[int, socket.socket] = {}  # by the rank at the other end
         self._lock = threading.Lock()
+        self._heard = False
         self._joined = threading.Semaphore(0)
         if rank == 0:
             server, token = _listen(bind), secrets.token_hex(16)
@@ -59,7 +60,8 @@ class Lifeline:
     def tell(self, code: int, line: str, seconds: float) -> None:
         """Tells the others that this process ends, and why; process 0 waits until they have ended, or so long."""
         deadline = time.monotonic() + seconds
-        self._pass_on({"process": self.rank, "code": code, "line": line})
+        if not self._heard:  # else the word of another has been passed on
+            self._pass_on({"process": self.rank, "code": code, "line": line})
         if self.rank == 0:  # JAX aborts the others when its coordinator ends before them
             for link in self._open():
                 _wait_for_end(link, deadline)
@@ -93,8 +95,7 @@ class Lifeline:
         try:
             for told in lines:
                 if "code" in told:
-                    self._pass_on(told, but=rank)
-                    leave(told["code"], f"process {told['process']}: {told['line']}")
+                    self._leave_with(told, but=rank)
                 over = True
         except OSError as error:  # the network, not the process: JAX's heartbeats shall judge
             log.warning("the connection to process %d is lost (%s): its end is noticed late", rank, error)
@@ -103,9 +104,13 @@ class Lifeline:
             self._links.pop(rank, None)
         link.close()
         if not over:
-            told = {"process": rank, "code": FAULT, "line": "ended without a word: it was killed, or has crashed"}
-            self._pass_on(told)
-            leave(FAULT, f"process {rank}: {told['line']}")
+            line = "ended without a word: it was killed, or has crashed"
+            self._leave_with({"process": rank, "code": FAULT, "line": line})
+
+    def _leave_with(self, told: dict, but: int | None = None) -> None:
+        self._heard = True
+        self._pass_on(told, but)
+        leave(told["code"], f"process {told['process']}: {told['line']}")
 
     def _pass_on(self, told: dict, but: int | None = None) -> None:
         for link in self._open(but):
