@@ -1,5 +1,6 @@
 """The command line of train.py and of whatever takes its overrides: one run, several, help, or a study of many."""
 
+import contextlib
 import itertools
 import os
 import sys
@@ -40,8 +41,20 @@ def command_line(arguments: list[str]) -> list[Config]:
             return multirun(words)
         return [load(arguments)]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_others(arguments, f"error: {error}")
         sys.exit(MISTAKE)
+
+
+def _tell_others(arguments: list[str], line: str) -> None:
+    """Ends the other processes too where each was started by hand; a launcher gives all the same command."""
+    place = [argument for argument in arguments if argument.startswith("runtime.")]
+    if any(argument.startswith("runtime.coordinator=") for argument in place):
+        with contextlib.suppress(ValueError):  # its place is the mistake
+            runtime = load(place).runtime
+            from runtime.start import join_and_leave  # here: it imports JAX
+
+            join_and_leave(runtime, line)
 
 
 def _become(*words: str) -> None:

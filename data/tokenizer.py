@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.files import replace_text
+
 KINDS = ("bytes", "bpe", "file")
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 257  # every byte and the end of a document
@@ -142,7 +144,7 @@ class JsonTokenizer:
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json."""
-        Path(path).write_text(self._spec, encoding="utf-8")
+        replace_text(Path(path), self._spec)
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer

@@ -4,6 +4,7 @@
 same path, and `jax.distributed` is started only where there is more than one process.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import io
@@ -12,15 +13,19 @@ import os
 import platform
 import stat
 import sys
+import threading
 import zlib
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
+from jax._src.distributed import global_state  # the public door hides the client of the key-value store
 
-from runtime import heap
-from runtime.cluster import INITIALIZATION_SECONDS, find_cluster
+from runtime import heap, leave
+from runtime.cluster import INITIALIZATION_SECONDS, Cluster, find_cluster
 from runtime.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
+from runtime.exit_codes import MISTAKE
+from runtime.lifeline import Lifeline
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ GPU_FLAGS = (
     # and the last layer's gradients are reduced meanwhile
     "--xla_gpu_enable_pipelined_all_reduce=true",
 )
+PATIENCE_SECONDS = 10  # of a process that has nothing to do but to tell the others of a mistake
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
 
 
@@ -65,18 +71,50 @@ def start(config: RuntimeConfig) -> None:
     if config.compile_cache and not (cpu and (config.cpu_devices > 1 or cluster is not None)):
         _use_compile_cache(Path(config.compile_cache).expanduser())
     if cluster is not None:
+        _join(cluster, config.heartbeat_seconds)
+    _check_platform(config.platform)
+    if cluster is not None and jax.default_backend() == "cpu":
+        _keep_gloo_quiet()
+
+
+def join_and_leave(config: RuntimeConfig, line: str) -> None:
+    """Ends all processes of a run because of a mistake that this one has said: the others would wait for it.
+
+    Where they do not come within ten seconds, or this process does not know its place, nothing is told.
+    """
+    with contextlib.suppress(ValueError):
+        if cluster := find_cluster(config):
+            threading.Timer(PATIENCE_SECONDS, os._exit, (MISTAKE,)).start()
+            _join(cluster, config.heartbeat_seconds)
+            leave.leave(MISTAKE, line, said=True)
+
+
+def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
+    """Waits for the other processes; from here on each learns at once when another ends."""
+    if jax.distributed.is_initialized():  # a second job of a multirun
+        return
+    late = (
+        f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the "
+        f"others at {cluster.coordinator}; start all with the same runtime.coordinator and runtime.processes, each "
+        f"with its own runtime.process_id in 0..{cluster.processes - 1}"
+    )
+    jax.config.update("jax_enable_preemption_service", False)  # runtime.stop starts it, when the training loop begins
+    with leave.unless_within(INITIALIZATION_SECONDS, MISTAKE, late):
         jax.distributed.initialize(
             coordinator_address=cluster.coordinator,
             num_processes=cluster.processes,
             process_id=cluster.process_id,
             local_device_ids=cluster.device_ids,
             cluster_detection_method="deactivate",  # find_cluster has looked already
-            initialization_timeout=INITIALIZATION_SECONDS,
-            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            initialization_timeout=2 * INITIALIZATION_SECONDS,  # JAX would abort the process from C++
+            heartbeat_timeout_seconds=heartbeat_seconds,
         )
-    _check_platform(config.platform)
-    if cluster is not None and jax.default_backend() == "cpu":
-        _keep_gloo_quiet()
+    host, _, _ = cluster.coordinator.rpartition(":")
+    bind, _, _ = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")
+    lifeline = Lifeline(global_state.client, cluster.process_id, cluster.processes, host.strip("[]"), bind.strip("[]"))
+    leave.tell_with(lifeline.tell)
+    atexit.register(lifeline.goodbye)  # runs before JAX's own, which waits for all
+    sys.excepthook = leave.leave_by
 
 
 def transfer_guard(config: RuntimeConfig) -> AbstractContextManager:

@@ -150,6 +150,22 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
     }
 
 
+def test_commands_of_several_processes_start_them_as_they_were_started(monkeypatch):
+    """The launcher only where it was used; a process that was started by hand has its rank in its command."""
+    asked = compose.load(["run.dir=a", "train.steps=100"])
+    by_hand = ["train.py", "runtime.coordinator=h:1", "runtime.processes=2", "runtime.process_id=0"]
+    monkeypatch.setattr(sys, "argv", by_hand)
+    monkeypatch.setattr(train.jax, "process_count", lambda: 2)
+    own = ", in each process with its own runtime.process_id"
+    command = " ".join(["python", *by_hand])
+    assert train.going_on(asked, DONE)[f"extend{own}"] == f"{command} run.dir=a train.steps=200"
+    assert train.going_on(asked, 75)[f"go on{own}"] == command
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
+    assert train.going_on(asked, 75)["go on"] == "python train.py seed=1"  # by srun, on each node
+    monkeypatch.setenv("ISOMESH_PROCESSES", "2")
+    assert train.going_on(asked, 75)["go on"] == "python -m runtime.launch --processes 2 train.py seed=1"
+
+
 def test_an_experiment_is_a_sweep(monkeypatch, capsys):
     became = []
     monkeypatch.setattr(command_line, "_become", lambda *words: became.append(list(words)) or sys.exit(0))

@@ -253,10 +253,12 @@ def test_fault_while_running_exits_3_and_the_run_goes_on_after_it(text, finished
 def test_unwritable_checkpoints_are_told_and_trained_past(text, finished, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     there = f"checkpoint.dir={tmp_path / 'file' / 'checkpoints'}"
-    assert runs.run(runs.overrides(text, tmp_path / "run", there)) == DONE
+    assert runs.run(runs.overrides(text, tmp_path / "run", there)) == FAULT
     said = capsys.readouterr().out
     assert "error: step 4 was not saved: NotADirectoryError" in said
-    assert "the last checkpoint was not written" in said
+    last = said.splitlines()[-1]
+    assert "the last checkpoint was not written, and in" in last
+    assert f"there is none: step {runs.STEPS} was not saved: NotADirectoryError" in last
     assert runs.losses(tmp_path / "run") == runs.losses(finished)
     assert (tmp_path / "file").read_text() == "in the way"
 
