@@ -40,9 +40,9 @@ SHORT = tests/runtime tests/checkpoint tests/data tests/scaling/fit tests/test_c
 test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
-# What takes too long for every change: whole ranges instead of samples, a browser, a load.
+# What takes long or needs more than Python: a browser (apt-get install -y chromium).
 test-long: setup
-	@$(VENV)/bin/python -m pytest tests/long
+	@$(VENV)/bin/python -m pytest -n 0 tests/long
 
 # Compiles training steps for TPU pods and GPU hosts that are not here, each compiler in an environment of its own.
 # 1.5 and 5 GB to install; on two cores a product takes 2 to 8 minutes for TPU, half a minute for GPU.

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import contextlib
 import logging
-import math
 import secrets
 import shlex
 import signal
@@ -33,26 +32,25 @@ import numpy as np
 from checkpoint.store import CheckpointStore, Restored
 from data.loader import Loader, heldout_batches
 from data.shards import prepare
+from data.tokenizer import Tokenizer
 from inference.generate import continuations
-from parallel.mesh import make_mesh, slow_network_warning
+from parallel.mesh import make_mesh
 from parallel.sharding import local_rows, put_batch, replicated
-from performance.flops import count_flops
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
-from performance.throughput import Spent, Throughput
 from runtime.agreement import agreed
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
 from runtime.start import start, transfer_guard
 from runtime.stop import StopSignal, exit_now
 from tracking.console import Console, human
-from tracking.metrics_file import MetricsFile, last_value
-from tracking.reporting import Reporter, header
+from tracking.reporting import introduce
 from tracking.run_directory import RunDirectory
-from tracking.sinks import Sinks, TensorBoardSink, WandbSink
+from training.heldout import HeldOut, Progress
 from training.job import Job, make_job
 from training.state import TrainState, has_vocabulary
 
 log = logging.getLogger("isomesh.train")
+WORDS = {DONE: "done", PREEMPTED: "preempted"}  # of how a run ended
 
 
 def main(jobs: list[Config], began: float | None = None) -> int:
@@ -88,31 +86,28 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), StopSignal() as stop:
         # -------------------------------------------------------------------------------------------------------- data
         dataset = prepare(config.data, config.tokenizer, console.preparation)
-        tokenizer = dataset.tokenizer
+        tokenizer, rows = dataset.tokenizer, local_rows(mesh, t.batch_size)
         shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
         shape["eos_id"] = tokenizer.eos_id if config.data.segments else None
-        rows = local_rows(mesh, t.batch_size)
+        put = lambda batch: put_batch(mesh, batch, t.batch_size)
         loader = Loader(dataset.train, seed=config.seed, **shape)
         heldout = lambda: heldout_batches(dataset.heldout, limit=t.eval_batches * t.batch_size, rows=rows, **shape)
-        put = lambda batch: put_batch(mesh, batch, t.batch_size)
         if t.eval_every:
             heldout()  # a held-out text that is too short is told now
         if primary:
             tokenizer.save(run.tokenizer)
+        # at this point we have the batch of any step, the same on every mesh, and the held-out batches
 
         # ------------------------------------------------------------------------------------------------------- model
         table = pipeline_table(config, dict(mesh.shape))
         job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
+        # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
         ours = {"identity": identity(config), "data": dataset.digest}
         restored = restore(config, store, job, ours)
-        if restored is None:
-            state, first, progress = job.init(config.seed), 0, {"best": None, "since_best": 0}  # of eval/loss
-        else:
-            state, first = job.from_stored(TrainState(**restored.state)), restored.step
-            progress = restored.record["progress"]
+        state, first, progress = beginning(job, config.seed, restored)
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
@@ -120,57 +115,29 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             return DONE
         if primary:
             run.write_config(to_yaml(config))
+        # at this point the state after step `first` lies on the mesh
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
         step = job.compile(job.step, put(loader.batch(first, rows)))
-        compile_s = time.perf_counter() - compiling
-        evaluate_batch = job.evaluate
+        compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
+        held_out = HeldOut(job.evaluate, lambda: map(put, heldout()), token_bytes_V)
 
-        memory = step.memory_analysis()
-        flops = count_flops(config.model, t, mesh, config.context.style, packed=config.data.segments)
-        rows_told = header(config.model, t, mesh, job.table, peak, flops, memory, t.steps - first)
-        rows_told["data"] = f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"
-        rows_told["steps"] = f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs"
-        console.header(rows_told | {"run": str(run.path)})
-        if slow := slow_network_warning(mesh):
-            console.warn(slow)
-        console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
-        if restored is not None:
-            console.note(f"resumed after step {first} from {store.directory}")
-
-        sinks = [MetricsFile(run.metrics), *([TensorBoardSink(run.path / "tb")] if config.metrics.tensorboard else [])]
-        told = asdict(config) | {"peak": asdict(peak)}
-        sinks.append(WandbSink(**asdict(config.wandb), run_id=config.run.id, config=told, directory=run.path))
-        sinks = Sinks(sinks, primary)
-        earlier = Spent.before(last_value(run.metrics, "perf/wall_s"), restored and restored.record)
-        meter = Throughput(flops, peak, mesh.size, job.table, began, compile_s, earlier)
-        if restored is None and primary and run.set_metrics_aside():
-            console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
-        sinks.resume(first)
-        sinks.start()
-        reporter = Reporter(t, first, meter, sinks, console, loader.epoch)
+        facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
+        facts |= {"steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs", "run": str(run.path)}
+        reporter = introduce(config, run, job, console, facts, loader.epoch, peak, memory, compile_s, began, restored)
+        meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)
-
-        def out_of_patience() -> bool:
-            return 0 < t.patience <= progress["since_best"]
+        # at this point the step is compiled, and all that is told of it has somewhere to go
 
         def save(number: int, metric: float | None = None) -> bool:
-            record = {**ours, "progress": progress, "spent": asdict(meter.spent())}
+            record = {**ours, "progress": asdict(progress), "spent": asdict(meter.spent())}
             return store.save(number, vars(job.to_stored(state)), record, metric=metric)
-
-        def evaluate(number: int) -> tuple[float, bool]:
-            sums = [evaluate_batch(state.params, put(batch), token_bytes_V) for batch in heldout()]
-            nats, tokens, size = (sum(float(s[name]) for s in sums) for name in ("nats", "tokens", "bytes"))
-            loss = nats / tokens
-            best = math.isfinite(loss) and (progress["best"] is None or loss < progress["best"])
-            progress.update({"best": loss, "since_best": 0} if best else {"since_best": progress["since_best"] + 1})
-            reporter.evaluated(number, loss, nats / math.log(2) / size, best)
-            return loss, best
 
         # -------------------------------------------------------------------------------------------------------- loop
         code, number, saved = DONE, first, first
+        out_of_patience = lambda: 0 < t.patience <= progress.since_best
         heap.make_room(memory.temp_size_in_bytes * jax.local_device_count())
         meter.start(first, first * t.batch_size * t.seq_len)
         try:
@@ -180,8 +147,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                 with transfer_guard(config.runtime):
                     state, metrics = step(state, batch)
                 bad = reporter.push(number, metrics)
-                last, due = number == t.steps, store.due(number, time.monotonic())
-                stopping = stop.requested(number)
+                last, due, stopping = number == t.steps, store.due(number, time.monotonic()), stop.requested(number)
                 evaluating = t.eval_every > 0 and (last or number % t.eval_every == 0)
                 if due or stopping or last or evaluating:
                     bad = bad or reporter.settle()
@@ -189,7 +155,11 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                     code = FAULT
                     break
                 with meter.pause():
-                    loss, best = evaluate(number) if evaluating else (None, False)
+                    loss, best = None, False
+                    if evaluating:
+                        loss, bits_per_byte = held_out.losses(state.params)
+                        best = progress.take(loss)
+                        reporter.evaluated(number, loss, bits_per_byte, best)
                     keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
                     if due or stopping or last or keep_best:
                         save(number, loss)
@@ -212,29 +182,48 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             code = FAULT
             if jax.process_count() > 1:  # the others may be gone, and a clean exit would wait for them
                 exit_now(code)
+        # at this point the last state is handed to the checkpoints
 
         # --------------------------------------------------------------------------------------------------------- end
         step.close()
-        if not store.wait():
-            newest = max(store.steps(), default="none")
-            console.warn(f"the last checkpoint was not written; the newest in {store.directory}: {newest}")
-            code = FAULT if code == PREEMPTED else code
-        store.close()
-        if code == DONE and config.sample.tokens and config.model.causal:
-            try:
-                with job.for_inference(state.params) as (description, params):
-                    texts = continuations(description, params, tokenizer, config.sample, jnp.dtype(t.compute_dtype))
-                console.samples(texts)
-                sinks.log_samples(number, texts)
-                if primary:
-                    run.write_samples(number, texts)
-            except (ValueError, OSError) as error:  # the training is done and saved, and stays so
-                console.warn(f"no samples: {error}")
-        sinks.close()
-        written = {"metrics": run.metrics, "checkpoints": store.directory, "config": run.config, "log": run.log}
-        paths = {name: path for name, path in written.items() if path.exists()}
-        console.finish(paths, going_on(config, code), {DONE: "done", PREEMPTED: "preempted"}.get(code, "stopped"))
-        return code
+        return end(code, number, config, run, job, state, tokenizer, store, reporter)
+
+
+def beginning(job: Job, seed: int, restored: Restored | None) -> tuple[TrainState, int, Progress]:
+    """The state to go on from, on the mesh; how many steps it has behind it; the best held-out loss so far."""
+    if restored is None:
+        return job.init(seed), 0, Progress()
+    return job.from_stored(TrainState(**restored.state)), restored.step, Progress(**restored.record["progress"])
+
+
+def end(code: int, number: int, config: Config, run: RunDirectory, job: Job, state, tokenizer, store, reporter) -> int:
+    """Waits for the last checkpoint, lets a trained model write, says where all is; returns the exit code."""
+    console = reporter.console
+    if not store.wait():
+        newest = max(store.steps(), default="none")
+        console.warn(f"the last checkpoint was not written; the newest in {store.directory}: {newest}")
+        code = FAULT if code == PREEMPTED else code
+    store.close()
+    if code == DONE and config.sample.tokens and config.model.causal:
+        texts = samples(job, state.params, tokenizer, config, console)
+        reporter.sinks.log_samples(number, texts)
+        if jax.process_index() == 0:
+            run.write_samples(number, texts)
+    reporter.sinks.close()
+    console.finish(run.files(store.directory), going_on(config, code), WORDS.get(code, "stopped"))
+    return code
+
+
+def samples(job: Job, params: dict, tokenizer: Tokenizer, config: Config, console: Console) -> list[tuple[str, str]]:
+    """Prompts with what the model makes of them; nothing but a warning where that fails: the training is done."""
+    try:
+        with job.for_inference(params) as (description, params):
+            texts = continuations(description, params, tokenizer, config.sample, jnp.dtype(config.train.compute_dtype))
+    except (ValueError, OSError) as error:
+        console.warn(f"no samples: {error}")
+        return []
+    console.samples(texts)
+    return texts
 
 
 def claim(config: Config, run: RunDirectory) -> str:
@@ -282,12 +271,13 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
 
 def going_on(config: Config, code: int) -> dict[str, str]:
     """The commands that a user may want next."""
+    see = {"see": shlex.join(["python", "-m", "tracking", config.run.dir])}
     launcher = f"-m runtime.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
     command = ["python", *launcher, "train.py", *sys.argv[1:]]
     if code != DONE:
-        return {"go on": shlex.join(command)}
+        return {"go on": shlex.join(command), **see}
     # of a sweep, one command made several runs: none has a command of its own
-    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])}
+    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])} | see
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         return generate
     kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]

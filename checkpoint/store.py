@@ -50,6 +50,7 @@ class Restored:
     step: int
     state: Any  # as the abstract state: same tree, shapes, dtypes, shardings
     record: dict[str, Any]  # as it was given to save()
+    directory: Path  # of the store
 
 
 class CheckpointStore:
@@ -250,7 +251,7 @@ class CheckpointStore:
                     arrays, problem = self._read(step, answer["leaves"], wanted)
                 if problem is None:
                     state = jax.tree.unflatten(jax.tree.structure(abstract_state), list(arrays.values()))
-                    return Restored(step, state, answer["record"])
+                    return Restored(step, state, answer["record"], self.directory)
                 damaged.append(f"step {step} ({problem})")
                 log.warning("checkpoint of step %d is damaged: %s", step, problem)
         except OSError as error:

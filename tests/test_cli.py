@@ -140,8 +140,10 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
     done = train.going_on(config.load(["run.dir=a b", "train.steps=100"]), DONE)
     assert done["extend"] == "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=200"
     assert done["generate"] == "python -m inference 'a b' 'def '"
-    assert train.going_on(config.load([]), 75) == {
-        "go on": "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=5"
+    assert done["see"] == "python -m tracking 'a b'"
+    assert train.going_on(config.load(["run.dir=a b"]), 75) == {
+        "go on": "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=5",
+        "see": "python -m tracking 'a b'",
     }
 
 

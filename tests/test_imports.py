@@ -32,6 +32,7 @@ ENTRY_POINTS = {
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
     "inference/__main__.py",
+    "tracking/__main__.py",
     "scaling/__main__.py",
 }
 PARTS = "scaling/commands/"  # of the entry point scaling/__main__.py, which looks them up by name

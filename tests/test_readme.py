@@ -8,6 +8,7 @@ import pytest
 
 import config
 import scaling.__main__ as scaling
+import tracking.__main__ as tracking
 from inference.options import parse
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,9 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         return
     if words[:2] == ["-m", "scaling"]:
         scaling.parser(words[2]).parse_intermixed_args(words[3:])
+        return
+    if words[:2] == ["-m", "tracking"]:
+        assert tracking.options(words[2:]).runs
         return
     if words[0] == "train.py":
         words = words[1:]

@@ -110,7 +110,15 @@ def test_log_tells_the_story_with_times(finished):
     lines = (finished / "run.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     log = "\n".join(line[20:] for line in lines)
-    for part in ("fsdp=8", "compiled the step in", f"step {runs.STEPS}/{runs.STEPS}", "eval 8/24", "to extend: "):
+    parts = (
+        "fsdp=8",
+        "compiled the step in",
+        f"step {runs.STEPS}/{runs.STEPS}",
+        "eval 8/24",
+        "to extend: ",
+        "to see: ",
+    )
+    for part in parts:
         assert part in log
     for name in ("metrics.jsonl", "config.yaml", "run.log", "checkpoints"):
         assert str(finished / name) in log

@@ -52,7 +52,7 @@ class MetricsFile(Sink):
         if not self.path.exists():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+        kept = [line for line in lines if (record := parse_line(line)) is not None and record["step"] <= step]
         if kept == lines:
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
@@ -70,7 +70,7 @@ class MetricsFile(Sink):
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl as dicts, with NaN and infinities as floats again; a torn line is left out."""
-    records = (_parse(line) for line in Path(path).read_bytes().splitlines(keepends=True))
+    records = (parse_line(line) for line in Path(path).read_bytes().splitlines(keepends=True))
     return [record for record in records if record is not None]
 
 
@@ -80,7 +80,7 @@ def last_value(path: str | os.PathLike, key: str):
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return None
-    records = (_parse(line) for line in reversed(lines))
+    records = (parse_line(line) for line in reversed(lines))
     return next((record[key] for record in records if record is not None and key in record), None)
 
 
@@ -95,11 +95,11 @@ def _plain(value):
     return value
 
 
-def _parse(line: bytes) -> dict | None:
-    """One line as a dict, or None for a line cut short by a kill or a full disk."""
+def parse_line(line: bytes) -> dict | None:
+    """One line, its end included, as a dict; None for a line cut short by a kill or a full disk."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not line.endswith(b"\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
         return None

@@ -2,19 +2,24 @@
 
 import logging
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import jax
 import numpy as np
 
 from model.config import ModelConfig
 from model.counts import parameter_count
+from parallel.mesh import slow_network_warning
 from parallel.pipeline.schedules import Schedule
-from performance.flops import Flops
+from performance.flops import Flops, count_flops
 from performance.hardware import Peak
-from performance.throughput import Throughput
+from performance.throughput import Spent, Throughput
 from tracking.console import Console, bytes_text, duration, human
-from tracking.sinks import Sinks
+from tracking.metrics_file import MetricsFile, last_value
+from tracking.run_directory import RunDirectory
+from tracking.sinks import Sinks, TensorBoardSink, WandbSink
 from training.config import TrainConfig
 
 log = logging.getLogger("isomesh.train")
@@ -129,3 +134,52 @@ class Reporter:
         values = {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
         self.sinks.log(step, {"tokens": step * self.tokens_a_step, **values})
         self.console.evaluation(step, loss, bits_per_byte, best)
+
+
+def introduce(
+    config,
+    run: RunDirectory,
+    job,
+    console: Console,
+    facts: dict[str, str],
+    epoch: Callable[[int], float],
+    peak: Peak,
+    memory,
+    compile_s: float,
+    began: float,
+    restored,
+) -> Reporter:
+    """Says what is about to be trained, and opens all that its metrics go to.
+
+    `config` is the whole of a run's, `job` its training.job.Job, `facts` what else the header says, `memory` the
+    compiled step's, `restored` the checkpoint that it goes on from or None, `began` the clock when the process began.
+    Raises OSError where metrics.jsonl cannot be cut to the step that the run goes on from.
+    """
+    t, mesh, primary = config.train, job.mesh, jax.process_index() == 0
+    first = restored.step if restored else 0
+    flops = count_flops(config.model, t, mesh, config.context.style, packed=config.data.segments)
+    console.header(header(config.model, t, mesh, job.table, peak, flops, memory, t.steps - first) | facts)
+    if slow := slow_network_warning(mesh):
+        console.warn(slow)
+    console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
+    if restored:
+        console.note(f"resumed after step {first} from {restored.directory}")
+    elif primary and run.set_metrics_aside():
+        console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
+    earlier = Spent.before(last_value(run.metrics, "perf/wall_s"), restored and restored.record)
+    meter = Throughput(flops, peak, mesh.size, job.table, began, compile_s, earlier)
+    return Reporter(t, first, meter, open_sinks(config, run, peak, first, primary=primary), console, epoch)
+
+
+def open_sinks(config, run: RunDirectory, peak: Peak, first: int, *, primary: bool) -> Sinks:
+    """Where the metrics of a run go, ready for what comes after step `first`; `config` is the whole of a run's.
+
+    Raises OSError where metrics.jsonl cannot be cut to that step.
+    """
+    sinks = [MetricsFile(run.metrics), *([TensorBoardSink(run.path / "tb")] if config.metrics.tensorboard else [])]
+    logged = asdict(config) | {"peak": asdict(peak)}
+    sinks.append(WandbSink(**asdict(config.wandb), run_id=config.run.id, config=logged, directory=run.path))
+    sinks = Sinks(sinks, primary)
+    sinks.resume(first)
+    sinks.start()
+    return sinks

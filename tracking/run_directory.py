@@ -41,6 +41,11 @@ class RunDirectory:
         """The tokenizer, where it is more than plain bytes."""
         return self.path / "tokenizer.json"
 
+    def files(self, checkpoints: Path) -> dict[str, Path]:
+        """What there is for a person to look at, by what it holds."""
+        written = {"metrics": self.metrics, "checkpoints": checkpoints, "config": self.config, "log": self.log}
+        return {name: path for name, path in written.items() if path.exists()}
+
     def holds_results(self) -> bool:
         """Whether a run has got anywhere here; one that ended at its first mistake leaves a config.yaml only."""
         return self.metrics.exists() or (self.path / "checkpoints").exists()
