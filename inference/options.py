@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from parallel.mesh import AXES, MeshConfig
 from runtime.arguments import Parser
@@ -11,12 +12,22 @@ from runtime.config import PLATFORMS
 NEWEST, BEST = "last", "best"  # choices of --step besides a number
 
 
+class _Parser(Parser):
+    """Says how to give a prompt that looks like an option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        if message.startswith("unrecognized") or message.endswith("required: PROMPT"):
+            message += '; a prompt that begins with a dash stands behind --, as in RUN_DIR -- "-x"'
+        super().error(message)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; `sample` is a dict of those that were given of SampleConfig, the run's own hold for the rest.
 
     Help ends the process with exit code 0, a mistake with one line on stderr and 2.
     """
-    parser = Parser("python -m inference", description="Continues prompts with the model of a run.")
+    parser = _Parser("python -m inference", description="Continues prompts with the model of a run.")
     parser.add_argument("run", metavar="RUN_DIR", type=_run, help="directory of a run of train.py")
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help='text to continue; "" starts a document')
     sampling = parser.add_argument_group("sampling (defaults: the run's)")

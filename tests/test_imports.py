@@ -17,7 +17,7 @@ ALLOWED = {
     "training": {"performance", "model", "parallel", "runtime"},
     "checkpoint": {"model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
-    "inference": {"model", "parallel", "runtime"},
+    "inference": {"data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps
     # reads what runs wrote, and starts them as processes of their own: no JAX
     "scaling": {
