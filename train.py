@@ -12,7 +12,10 @@ if __name__ == "__main__":
     heap.start_undivided()
     BEGAN = time.perf_counter()  # the slow imports count
 
-from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, to_yaml
+from config.command_line import command_line
+from config.compose import load_run, to_yaml
+from config.layout import mesh_sizes
+from config.schema import Config, differences, identity
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
@@ -40,6 +43,7 @@ from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
 from runtime.agreement import agreed
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
+from runtime.overrides import override
 from runtime.start import start, transfer_guard
 from runtime.stop import StopSignal, exit_now
 from tracking.console import Console, human
@@ -99,8 +103,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # at this point we have the batch of any step, the same on every mesh, and the held-out batches
 
         # ------------------------------------------------------------------------------------------------------- model
-        table = pipeline_table(config, dict(mesh.shape))
-        job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
+        job = make_job(config, mesh)
         # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore
@@ -277,11 +280,13 @@ def going_on(config: Config, code: int) -> dict[str, str]:
     if code != DONE:
         return {"go on": shlex.join(command), **see}
     # of a sweep, one command made several runs: none has a command of its own
-    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])} | see
+    prompts = list(config.sample.prompts[:1])
+    marked = ["--", *prompts] if any(prompt.startswith("-") or "=" in prompt for prompt in prompts) else prompts
+    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *marked])} | see
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         return generate
     kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
-    extend = shlex.join([*kept, f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
+    extend = shlex.join([*kept, override("run.dir", config.run.dir), f"train.steps={2 * config.train.steps}"])
     return {"extend": extend, **generate}
 
 

@@ -186,11 +186,10 @@ def _next_files(parts: list[str]) -> tuple[int, list[Path]]:
     for count, pattern in enumerate(joined, 1):
         if matches := [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]:
             return count, matches
-    first = parts[0].strip()
-    if os.path.isdir(joined[0]):
-        inside = pasted("data.path", f"{first.rstrip('/')}/**/*.txt")
-        raise ValueError(f"data.path={first} is a folder: name its files, as in {inside}")
-    raise ValueError(f"data.path={first} matches no file (in {os.getcwd()})")
+    if folder := next(filter(os.path.isdir, joined), None):
+        inside = pasted("data.path", f"{folder.rstrip('/')}/**/*.txt")
+        raise ValueError(f"data.path={folder} is a folder: name its files, as in {inside}")
+    raise ValueError(f"data.path={parts[0].strip()} matches no file (in {os.getcwd()})")
 
 
 def kind(path: Path) -> str:
@@ -231,9 +230,7 @@ def _field_of(line: bytes, field: str, name: str) -> str:
         raise ValueError(f"{name}: not JSON: {error}") from None
     except ValueError:
         limit = sys.get_int_max_str_digits()
-        raise ValueError(
-            f"{name}: holds an integer of more than {limit:,} digits, which Python does not read"
-        ) from None
+        raise ValueError(f"{name}: an integer of more than {limit:,} digits, which Python does not read") from None
     if not isinstance(record, dict):
         raise ValueError(f"{name}: a {type(record).__name__}, not an object with a field {field!r}")
     if not isinstance(record.get(field), str):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parallel.pipeline.schedules import BACKWARD, FORWARD, WEIGHT, Schedule
+from parallel.pipeline.schedules import BACKWARD, FORWARD, WEIGHT, PipelineSchedule
 
 NOWHERE = 0  # the message slot that is written when there is nothing to write
 IDLE, OPS = 0, {FORWARD: 1, BACKWARD: 2, WEIGHT: 3}
@@ -66,7 +66,7 @@ def _color(intervals: list[tuple[int, int, tuple]], first_slot: int) -> tuple[di
     return slots, top
 
 
-def _slots(schedule: Schedule, when: dict[tuple[str, int, int], int]) -> tuple[dict[str, dict], dict[str, int]]:
+def _slots(schedule: PipelineSchedule, when: dict[tuple[str, int, int], int]) -> tuple[dict[str, dict], dict[str, int]]:
     """The slot of each value in its pool, and the pools' sizes; `when` is the tick of (kind, virtual, microbatch)."""
     placement, stages, last = schedule.placement, schedule.stages, len(schedule.placement) - 1
     # what waits, stage by stage, as (begin, end, name): a message from the tick after it was sent
@@ -91,7 +91,7 @@ def _slots(schedule: Schedule, when: dict[tuple[str, int, int], int]) -> tuple[d
     return slots, sizes
 
 
-def allocate(schedule: Schedule) -> Buffers:
+def allocate(schedule: PipelineSchedule) -> Buffers:
     """The buffers of a schedule: slots are reused as soon as their value has been read for the last time."""
     placement, stages, last = schedule.placement, schedule.stages, len(schedule.placement) - 1
     virtual = {place: v for v, place in enumerate(placement)}

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from parallel.manual import vary
 from parallel.pipeline.buffers import AT_MOST_ONCE, OPS, Buffers, allocate
 from parallel.pipeline.phases import Phases, phases
-from parallel.pipeline.schedules import BACKWARD, FORWARD, WEIGHT, Schedule
+from parallel.pipeline.schedules import BACKWARD, FORWARD, WEIGHT, PipelineSchedule
 
 MANUAL = ("pipe", "data")  # over data too, so that gradients of microbatches add up before they are reduced, once
 BY_STAGE = (
@@ -48,7 +48,7 @@ class Program:
     unroll: bool = False  # the layers of a stage, instead of a scan
 
 
-def slots(layers: int, schedule: Schedule) -> tuple[int, ...]:
+def slots(layers: int, schedule: PipelineSchedule) -> tuple[int, ...]:
     """The layer in each row of the stacked parameters, stage by stage; -1 marks rows that hold none.
 
     The first `layers % parts` virtual stages have a layer more than the others. Raises ValueError when there are fewer
@@ -209,7 +209,7 @@ class _Layers:
         return self._each(work, row["chunk"], out, pools)
 
 
-def run(program: Program, schedule: Schedule, layers, meta, shared, micros, *, padded: bool = False):
+def run(program: Program, schedule: PipelineSchedule, layers, meta, shared, micros, *, padded: bool = False):
     """Runs the table over microbatches; under jit, with a mesh of `schedule.stages` stages in context.
 
     `layers` and `meta` (with an int32 "layer", -1 where there is none) are stacked in the order of `slots`; leaves of
@@ -228,7 +228,9 @@ def run(program: Program, schedule: Schedule, layers, meta, shared, micros, *, p
     )
 
 
-def _stage(program: Program, schedule: Schedule, b: Buffers, padded: bool, trained: bool, layers, meta, shared, micros):
+def _stage(
+    program: Program, schedule: PipelineSchedule, b: Buffers, padded: bool, trained: bool, layers, meta, shared, micros
+):
     """What one stage does; the arguments are its own parts."""
     stacked = lambda a: a.reshape(schedule.chunks, a.shape[0] // schedule.chunks, *a.shape[1:])
     layers, meta = jax.tree.map(stacked, vary((layers, meta), MANUAL))
@@ -285,7 +287,7 @@ def _stage(program: Program, schedule: Schedule, b: Buffers, padded: bool, train
 class _Together:
     """What all stages do at once for a microbatch: embedding and loss, with the gradients of the shared parameters."""
 
-    def __init__(self, program: Program, schedule: Schedule, shared, micros, trained: bool):
+    def __init__(self, program: Program, schedule: PipelineSchedule, shared, micros, trained: bool):
         self.shared, self.trained = shared, trained
         self.first, self.last = schedule.placement[0][0], schedule.placement[-1][0]
         self._embed = lambda shared, m: program.embed(shared, _at(micros, m))

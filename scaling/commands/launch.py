@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import combinations, multirun
+from config.command_line import combinations, multirun
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
 from scaling.sweep.batch import OUTPUT, Batch, Job
 from scaling.sweep.launchers import PACKAGES, SAID, Unknown, check, start, still_to_do, stop, submission

@@ -6,7 +6,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from config import Config, build, finish, identity, load
+from config.build import build
+from config.compose import load
+from config.schema import Config, finish, identity
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED
 from scaling.console import wide_console
 from scaling.sweep.collect import collect, find, write

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from config import load
+from config.compose import load
 from scaling.commands.search import numbered
 from scaling.search.loop import read_search, run
 from scaling.search.report import front, importances, rows

@@ -245,6 +245,6 @@ def test_two_jobs_for_one_run_do_not_meet(sweep):
         assert held(one.directory, JOB_LOCK)
         assert batch.work(job, checkout) == DONE
     assert started(sweep) == []
-    (checkout / "config.py").write_text("changed = True\n")
+    (checkout / "train.py").write_text("changed = True\n")
     assert batch.work(job, checkout) == MISTAKE
     assert started(sweep) == []
