@@ -33,7 +33,7 @@ def _typed(value, hint, name: str):
             return float(value)
         if choice is int and isinstance(value, int) and not isinstance(value, bool):
             return value
-        if choice in (bool, str) and isinstance(value, choice):
+        if choice in (bool, str, dict) and isinstance(value, choice):
             return value
         if choice is str and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)  # a name that reads like a number

@@ -1,5 +1,8 @@
 """How every tensor lies on the mesh: the functions that apply the two tables of parallel/axes.py to arrays.
 
+Outside parallel/ nothing spells a sharding: it is asked for here, by the names of dims. Inside, code that is manual
+over some axes (pipeline, context, experts) splits its own arguments over these, and asks here how the rest lies.
+
 A parameter or an activation names its dims once, with logical names; the tables map names to mesh axes. To change how
 the model is sharded, change a row. A mesh axis of size 1 is a no-op, so one device and a pod run the same code.
 """
@@ -80,6 +83,20 @@ _cast.defvjp(_cast_forward, _cast_backward)
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
     """The NamedSharding of a parameter with these dims, named by rows of PARAMETER_AXES."""
     return NamedSharding(mesh, _spec(PARAMETER_AXES, axes, shape, mesh.shape))
+
+
+def sharding_like(sharding: NamedSharding, shape: Sequence[int], like: Sequence[int]) -> NamedSharding:
+    """How an array of shape `like` lies beside one of `shape` that lies as `sharding` says.
+
+    As that one, or as what is left of it where `like` lacks one dim, as a mean over it does; else on every device.
+    """
+    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+    if tuple(like) == tuple(shape):
+        return sharding
+    for dim in range(len(shape)):
+        if (*shape[:dim], *shape[dim + 1 :]) == tuple(like) and math.prod(like) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec(*spec[:dim], *spec[dim + 1 :]))
+    return replicated(sharding.mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -28,7 +28,7 @@ ALLOWED = {
     "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps
     # reads what runs wrote, and starts them as processes of their own: no JAX
     "scaling": {
-        *("model.config", "model.counts"),
+        *("config.build", "model.config", "model.counts"),
         *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"),
     },
 }
@@ -87,6 +87,17 @@ def test_imports_run_one_way(file):
         modules -= {name for name in modules for whole in row if f"{name}.".startswith(f"{whole}.")}
         tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
         assert tops - {folder} <= allowed, f"{file} imports {tops - {folder} - allowed}"
+
+
+def test_nothing_outside_parallel_spells_a_sharding():
+    """It may hold a NamedSharding, but makes none, and knows no PartitionSpec and no sharding constraint."""
+    for file in sources():
+        if file.startswith("parallel/"):
+            continue
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = getattr(called, "attr", getattr(called, "id", None))
+            assert name not in ("NamedSharding", "PartitionSpec", "with_sharding_constraint"), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("file", [file for file in sources() if file.endswith("__init__.py")])

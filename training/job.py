@@ -48,7 +48,7 @@ class Job:
     def step(self) -> Callable:
         """The training step (state, batch) -> (state, metrics), jitted; the state is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        return jax.jit(self._step(), donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jax.jit(self.pure_step(), donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
     def compile(self, function: Callable, batch) -> jax.stages.Compiled:
         """`step` or `step_and_gradients`, compiled ahead for batches like this one, and checked. Raises ValueError."""
@@ -62,9 +62,10 @@ class Job:
         """As `step`, with the gradients before clipping as a third result; nothing is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         out_shardings = (shardings, replicated(self.mesh), shardings.params)
-        return jax.jit(self._step(expose_gradients=True), out_shardings=out_shardings)
+        return jax.jit(self.pure_step(expose_gradients=True), out_shardings=out_shardings)
 
-    def _step(self, **kwargs) -> Callable:
+    def pure_step(self, **kwargs) -> Callable:
+        """The training step (state, batch) -> (state, metrics), not jitted; see training.step.make_train_step."""
         o = self.optimizer_config
         rate = learning_rate(o, self.train.steps)
         return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.schedule, **kwargs)
@@ -93,7 +94,8 @@ class Job:
         if self.schedule is None:
             yield self.description, params
             return
-        shape, devices = dict(self.mesh.shape), np.moveaxis(self.mesh.devices, 0, 1)  # (data, pipe, fsdp, ...)
+        at = self.mesh.axis_names.index("pipe")
+        shape, devices = dict(self.mesh.shape), np.moveaxis(self.mesh.devices, at, at + 1)  # (data, pipe, fsdp, ...)
         joined = "data" if self.model.width % (shape["fsdp"] * shape["pipe"]) else "fsdp"
         shape |= {"pipe": 1, joined: shape[joined] * shape["pipe"]}
         mesh = Mesh(devices.reshape(tuple(shape.values())), self.mesh.axis_names, axis_types=self.mesh.axis_types)
