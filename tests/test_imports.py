@@ -29,7 +29,7 @@ ALLOWED = {
     # reads what runs wrote, and starts them as processes of their own: no JAX
     "scaling": {
         *("config.build", "model.config", "model.counts"),
-        *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"),
+        *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "runtime.overrides", "tracking.metrics_file"),
     },
 }
 # Programs put the folders together, and are imported by nobody.
