@@ -195,9 +195,10 @@ def test_points_only_where_the_schedule_allows(runs, plan, schedule):
 
 
 def written(directory) -> bool:
-    """Whether the file of an offline run is whole; at first it tells of no run at all."""
+    """Whether the file of an offline run is whole; at first it tells of no run, and then of one without a loss."""
     try:
-        return not read_offline(directory)[3]
+        (row,) = collect(find([directory]), identity)
+        return row["loss"] is not None and not read_offline(directory)[3]
     except ValueError:
         return False
 
@@ -213,7 +214,7 @@ def test_wandb_offline_directories(plan, tmp_path):
         run.log(row, step=row["step"])
     run.finish()
     (directory,) = tmp_path.glob("wandb/offline-run-*")
-    deadline = time.monotonic() + 20  # W&B's own process may still be writing
+    deadline = time.monotonic() + 60  # W&B's own process may still be writing
     while not written(directory) and time.monotonic() < deadline:
         time.sleep(0.05)
     (row,) = collect(find([directory]), identity)
