@@ -13,7 +13,7 @@ if __name__ == "__main__":
     leave.answer_signals()
     BEGAN = time.perf_counter()  # the slow imports count
 
-from config.command_line import command_line
+from config.command_line import command_line, next_commands
 from config.compose import load_run, to_yaml
 from config.layout import mesh_sizes
 from config.schema import Config, differences, identity, shared
@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import logging
 import secrets
-import shlex
 import signal
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -115,7 +114,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
-            console.finish({"checkpoints": store.directory}, going_on(config, DONE))
+            console.finish({"checkpoints": store.directory}, next_commands(config, launch.words(), done=True))
             return DONE
         if primary:
             run.write_config(to_yaml(config))
@@ -214,7 +213,9 @@ def end(code: int, number: int, config: Config, run: RunDirectory, job: Job, sta
         if jax.process_index() == 0:
             run.write_samples(number, texts)
     reporter.sinks.close()
-    console.finish(run.files(store.directory), going_on(config, code), WORDS.get(code, "stopped"))
+    console.finish(
+        run.files(store.directory), next_commands(config, launch.words(), done=code == DONE), WORDS.get(code, "stopped")
+    )
     if lost:
         console.warn(lost)
     return code
@@ -273,22 +274,6 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
             "the run cannot go on with the same tokens; start another with another run.dir"
         )
     return restored
-
-
-def going_on(config: Config, code: int) -> dict[str, str]:
-    """The commands that a user may want next."""
-    see = {"see": shlex.join(["python", "-m", "tracking", config.run.dir])}
-    command = ["python", *launch.words(), "train.py", *sys.argv[1:]]
-    own = ", in each process with its own runtime.process_id" if "runtime.process_id=" in " ".join(sys.argv) else ""
-    if code != DONE:
-        return {f"go on{own}": shlex.join(command), **see}
-    # of a sweep, one command made several runs: none has a command of its own
-    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])} | see
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        return generate
-    kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
-    extend = shlex.join([*kept, f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
-    return {f"extend{own}": extend, **generate}
 
 
 if __name__ == "__main__":

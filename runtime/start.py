@@ -26,6 +26,7 @@ from runtime.cluster import INITIALIZATION_SECONDS, Cluster, find_cluster
 from runtime.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
 from runtime.exit_codes import MISTAKE
 from runtime.lifeline import Lifeline
+from runtime.xla_flags import known
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ CPU_FLAGS = (
     # it may start independent collectives in a different order on each device, which then wait for each other
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
-# All known to jaxlib 0.10.2 to 0.12: an unknown flag would end the process. On without being asked are full autotuning,
-# Triton matmuls, command buffers, a stream of high priority for collectives and pipelined reduce-scatters.
+# On without being asked are full autotuning, Triton matmuls, command buffers, a stream of high priority for collectives
+# and pipelined reduce-scatters.
 GPU_FLAGS = (
     # collectives start as early, and are waited for as late, as they can
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -59,7 +60,7 @@ def start(config: RuntimeConfig) -> None:
         jax.config.update("jax_platforms", "cpu")
     cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
     gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
-    _add_flags(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ())
+    _add_flags(known(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ()))
     if cpu:
         heap.keep_freed_memory()
     if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused

@@ -374,7 +374,10 @@ def test_metrics_without_a_checkpoint_are_kept_beside(text, tmp_path):
 
 
 def test_samples_that_cannot_be_made_do_not_spoil_a_run(text, tmp_path, capsys):
-    prompts = ("model.positions=learned", "model.max_positions=32", "sample.tokens=5", f"sample.prompts=[{'x' * 60}]")
-    assert runs.run(runs.overrides(text, tmp_path / "run", *prompts, "train.steps=2")) == DONE
-    assert "no samples: 60 prompt tokens" in capsys.readouterr().out
+    prompts = (f"sample.prompts=[{'x' * 60},short,{'y' * 30}]", "sample.tokens=5")
+    learned = ("model.positions=learned", "model.max_positions=32")
+    assert runs.run(runs.overrides(text, tmp_path / "run", *prompts, *learned, "train.steps=2")) == DONE
+    out, samples = capsys.readouterr().out, (tmp_path / "run" / "samples.txt").read_text()
+    assert "its 60 tokens leave no room in model.max_positions=32" in out
+    assert ["short" in samples, "y" * 30 in samples, "x" * 60 in samples] == [True, True, False]
     assert runs.steps(tmp_path / "run") == [2]
