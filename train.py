@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
-from data.loader import Loader, heldout_batches
+from data.loader import Loader, Stream, heldout_batches
 from data.shards import prepare
 from data.tokenizer import Tokenizer
 from inference.generate import continuations
@@ -94,7 +94,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
         shape["eos_id"] = tokenizer.eos_id if config.data.segments else None
         put = lambda batch: put_batch(mesh, batch, t.batch_size)
-        loader = Loader(dataset.train, seed=config.seed, **shape)
+        stream: Stream = Loader(dataset.train, seed=config.seed, **shape)
         heldout = lambda: heldout_batches(dataset.heldout, limit=t.eval_batches * t.batch_size, rows=rows, **shape)
         if t.eval_every:
             heldout()  # a held-out text that is too short is told now
@@ -122,14 +122,14 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
-        step = job.compile(job.step, put(loader.batch(first, rows)))
+        step = job.compile(job.step, put(stream.batch(first, rows)))
         compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
         held_out = HeldOut(job.evaluate, lambda: map(put, heldout()), token_bytes_V)
 
         facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
-        facts |= {"steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs", "run": str(run.path)}
-        reporter = introduce(config, run, job, console, facts, loader.epoch, peak, memory, compile_s, began, restored)
+        facts |= {"steps": f"{first} to {t.steps}, {stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
+        reporter = introduce(config, run, job, console, facts, stream.epoch, peak, memory, compile_s, began, restored)
         meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)
         # at this point the step is compiled, and all that is told of it has somewhere to go
@@ -147,7 +147,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         try:
             for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
                 with meter.data_wait():
-                    batch = put(loader.batch(number - 1, rows))
+                    batch = put(stream.batch(number - 1, rows))
                 with transfer_guard(config.runtime):
                     state, metrics = step(state, batch)
                 bad = reporter.push(number, metrics)
