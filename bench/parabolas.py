@@ -1,7 +1,7 @@
 """Error of the isoFLOP exponent against the number of sizes: python bench/parabolas.py [trials].
 
-Five budgets, sizes evenly spaced in log N within a factor of 4 of each optimum, noise of 0.2%, Hoffmann's law. Prints the
-root mean square error of the exponent of the optimal N, with the window that the fit takes and through all points.
+Five budgets, sizes evenly spaced in log N within a factor of 4 of each optimum, noise of 0.2%, Hoffmann's law. Prints
+the root mean square error of the exponent of the optimal N, with the window that the fit takes and through all points.
 """
 
 import sys

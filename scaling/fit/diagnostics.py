@@ -8,9 +8,9 @@ from scipy.stats import kruskal
 
 from scaling.fit.law_fit import Fit, fit
 from scaling.fit.laws import Law
+from scaling.fit.resampling import robust_size
 from scaling.fit.runs_table import Table
 from scaling.fit.solver import Objective
-from scaling.fit.resampling import robust_size
 from scaling.fit.uncertainty import Uncertainty
 
 OUTLIER = 5.0  # residual over the residuals' robust size: 1 in 2 million for normal noise
@@ -129,8 +129,9 @@ def unseen(fitted: Fit, certain: Uncertainty | None) -> list[str]:
 def clusters(fitted: Fit, table: Table) -> list[str]:
     """Columns by whose values residuals lie together: runs of several data sets, say, that one law does not describe.
 
-    Columns of the file that were not asked for, of 2 to `LEVELS_MOST` values with `LEVEL_ROWS` rows each, are tried, each by
-    a rank test (Kruskal and Wallis) at `CHANCE` over their number. Values that follow from N or D are left to trends.
+    Columns of the file that were not asked for, of 2 to `LEVELS_MOST` values with `LEVEL_ROWS` rows each, are tried,
+    each by a rank test (Kruskal and Wallis) at `CHANCE` over their number. Values that follow from N or D are left to
+    trends.
     """
     residuals, found = -fitted.residuals, []
     tried = {name: values for name, values in table.others.items() if _labels(values, table)}
@@ -141,7 +142,7 @@ def clusters(fitted: Fit, table: Table) -> list[str]:
         if chance < CHANCE / len(tried):
             means = ", ".join(f"{level} {np.mean(part):+.2%}" for level, part in zip(levels, parts, strict=True))
             text = f"residuals cluster by {name} ({means}): one law does not describe all; fit each alone"
-            found.append(f"{text}, with --where \"{name} == ...\"")
+            found.append(f'{text}, with --where "{name} == ..."')
     return found
 
 
@@ -149,8 +150,11 @@ def _labels(values: np.ndarray, table: Table) -> bool:
     counts = Counter(values)
     if not 2 <= len(counts) <= LEVELS_MOST or min(counts.values()) < LEVEL_ROWS:
         return False
-    sizes = [table.columns[letter] for letter in ("N", "D") if letter in table.columns]
-    return all(len(set(zip(size, values, strict=True))) > len(set(size)) for size in sizes)
+    for size in (table.columns[letter] for letter in ("N", "D") if letter in table.columns):
+        few = len(set(size)) <= len(size) // 2  # where each row has a size of its own, nothing can follow from it
+        if few and len(set(zip(size, values, strict=True))) == len(set(size)):
+            return False
+    return True
 
 
 def warnings(fitted: Fit, table: Table, certain: Uncertainty | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Arithmetic that a user writes, over the columns of a table or the sizes of a run: read, checked and worked out.
 
-Python's syntax is parsed and every node is looked up in a list of what is allowed; nothing is ever run by `eval`. `^` is a
-power, as people write laws. A column whose name is no word stands in backticks: `tokens (B)` * 1e9.
+Python's syntax is parsed and every node is looked up in a list of what is allowed; nothing is run by `eval`. `^` is
+a power, as people write laws. A column whose name is no word stands in backticks: `tokens (B)` * 1e9.
 """
 
 import ast
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-NUMBER = re.compile(r"([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)
+DIGITS = r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+NUMBER = re.compile(rf"({DIGITS})\s*([kmbgt]?)", re.IGNORECASE)
 BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -126,8 +127,8 @@ def _check(node: ast.AST, text: str, names: dict[str, None]) -> None:
             below = elements
         case _:
             raise ValueError(
-                f"{text!r:.200}: {type(node).__name__} is not allowed; there are columns, numbers, 'texts', + - * / // % ^,"
-                f" < <= == != >= > in, and or not, {', '.join(FUNCTIONS)}()"
+                f"{text!r:.200}: {type(node).__name__} is not allowed; there are columns, numbers, 'texts', + - * /"
+                f" // % ^ < <= == != >= > in, and or not, {', '.join(FUNCTIONS)}()"
             )
     for one in below:
         _check(one, text, names)
@@ -144,8 +145,8 @@ def _value(node: ast.AST, values: Mapping, functions: Mapping[str, Callable], qu
             return _power(below(left), below(right))
         case ast.BinOp(left=left, op=op, right=right):
             sides = below(left), below(right)
-            if any(isinstance(side, str) for side in sides):
-                raise TypeError(f"{next(side for side in sides if isinstance(side, str))!r:.40} is a text, not a number")
+            if texts := [side for side in sides if isinstance(side, str)]:
+                raise TypeError(f"{texts[0]!r:.40} is a text, not a number")
             return BINARY[type(op)](*sides)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return not below(operand)

@@ -53,8 +53,9 @@ class Slice:
 def slices(n: np.ndarray, c: np.ndarray, loss: np.ndarray, groups: np.ndarray) -> list[Slice]:
     """A parabola of loss in log N for each group's runs, in order of C; without an interior minimum it is refused.
 
-    A parabola goes through the runs in a window around its minimum. It is as wide as the runs allow, for each run counts,
-    and the same for all budgets, so that what a parabola misses shifts every minimum alike and leaves the exponent alone.
+    A parabola goes through the runs in a window around its minimum. It is as wide as the runs allow, for each run
+    counts, and the same for all budgets, so that what a parabola misses shifts every minimum alike and leaves the
+    exponent alone.
     """
     parts = [(str(group), *(values[groups == group] for values in (n, c, loss))) for group in set(groups)]
     reach = window([(size, y) for _, size, _, y in parts])
@@ -62,8 +63,8 @@ def slices(n: np.ndarray, c: np.ndarray, loss: np.ndarray, groups: np.ndarray) -
 
 
 def window(parts: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Half the width, in log N, of the windows of slices (N, loss): the widest in which the middle slice's cubic term is
-    no larger than its noise."""
+    """Half the width, in log N, of the windows of slices (N, loss): the widest in which the middle slice's cubic term
+    is no larger than its noise."""
     logs = [(np.log(n), loss) for n, loss in parts if len(np.unique(n)) > FEWEST]
     reach = max((float(np.ptp(log_n)) for log_n, _ in logs), default=np.inf)
     while logs and reach > NARROWEST:

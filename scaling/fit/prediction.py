@@ -1,7 +1,8 @@
 """Losses of runs that were not fitted, with intervals: at sizes that are asked for, and of runs held out.
 
-An interval is the prediction times exp(-+ sqrt(F) s): s the spread of the bootstrap's refits there, F the threshold that
-this bootstrap has measured. The curve's holds the law's loss, if the law is right; a run's adds the noise of one run.
+An interval is the prediction times exp(-+ sqrt(F) s): s the spread of the bootstrap's refits there, F the threshold
+that this bootstrap has measured. The curve's holds the law's loss, if the law is right; a run's adds the noise of
+one run.
 """
 
 import jax
@@ -17,8 +18,8 @@ from scaling.fit.uncertainty import LEVELS, Uncertainty, bootstrap
 
 
 def predictions(fitted: Fit, certain: Uncertainty | None, sizes: Sizes) -> list[dict]:
-    """One row for each run of `sizes`: its sizes, `loss`, and with a bootstrap `interval95`, `interval80` of the curve and
-    `run95`, `run80` of one new run."""
+    """One row for each run of `sizes`: its sizes, `loss`, and with a bootstrap `interval95`, `interval80` of the curve
+    and `run95`, `run80` of one new run."""
     losses = fitted.predict(sizes)
     rows = []
     for place, loss in enumerate(losses):
@@ -93,6 +94,7 @@ def holdout(
         ends = {name: value for name, value in one.items() if name.startswith(("interval", "run"))}
         rows.append({"line": int(line), "C": float(c), "measured": float(y), "predicted": one["loss"]})
         rows[-1] |= {"error": one["loss"] / float(y) - 1, **ends}
+    rows.sort(key=lambda row: (row["C"], row["line"]))
     errors = np.abs([row["error"] for row in rows])
     return {
         "above": above,

@@ -1,8 +1,8 @@
 """What a bootstrap draws: new losses around the surface, or new weights of rows or of whole runs.
 
-Which is right depends on the table. Drawn residuals suppose that errors are independent and of one size everywhere, and
-are the best for few rows. Weights of rows (a case bootstrap) let errors be larger in one corner than in another. Weights
-of whole runs (a cluster bootstrap) let the points of one training curve share their error.
+Which is right depends on the table. Drawn residuals suppose that errors are independent and of one size everywhere,
+and are the best for few rows. Weights of rows (a case bootstrap) let errors be larger in one corner than in another.
+Weights of whole runs (a cluster bootstrap) let the points of one training curve share their error.
 
 Weights are exponential with mean 1, not counts of a draw with replacement (Rubin's Bayesian bootstrap): every row keeps
 some weight, so no draw loses the only small model of the table.

@@ -1,4 +1,4 @@
-"""Which rows of a table take part: a filter, a column that marks outliers, the best of each size; and budgets in bins."""
+"""Which rows of a table take part: a filter, a column that marks outliers, the best of each size; budgets in bins."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """The rows of files as they stand there: CSV, JSON lines or a JSON list, packed or not, several as one table.
 
-Lines of a second file go on after the first's, so one number tells a row. Nothing is dropped silently: what is no row is
-refused with its line.
+Lines of a second file go on after the first's, so one number tells a row. Nothing is dropped silently: what is no row
+is refused with its line.
 """
 
 import csv
@@ -201,5 +201,3 @@ def _json_rows(text: str) -> tuple[list[tuple[int, dict]], list[Refused]]:
 def _notes(text: str) -> tuple[str, ...]:
     whole = text.endswith(("\n", "\r")) or text.rstrip().endswith("]")  # a JSON list that parses is whole
     return () if whole else ("the file does not end with a line end: was it cut short?",)
-
-
