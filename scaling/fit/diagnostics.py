@@ -188,7 +188,8 @@ def warnings(fitted: Fit, table: Table, certain: Uncertainty | None) -> list[str
             )
             said.append(f"{name} is unidentified from below" + (f": {words}" if words else ""))
         if not np.isfinite(high[row]):
-            said.append(f"{name} is unidentified from above" + (f": so is all over {low[row]:.4g}" if low[row] else ""))
+            over = f": so is all over {low[row]:.4g}" if low[row] > 0 else ""
+            said.append(f"{name} is unidentified from above{over}")
     for letter, found in residuals_by(fitted, table).items():
         if abs(found["trend_t"]) > TREND:
             said.append(

@@ -110,7 +110,9 @@ class Parabola:
 def _parabola(log_n: np.ndarray, loss: np.ndarray, reach: float) -> Parabola:
     """Through the runs within `reach` of its own minimum, which is looked for from the size of the least loss."""
     sizes = np.unique(log_n)
-    centre = sizes[np.argmin([loss[log_n == size].mean() for size in sizes])]
+    means = np.array([loss[log_n == size].mean() for size in sizes])
+    beside = (len(sizes) - 1) // 6  # of many sizes, the least mean of neighbours: the least loss alone may be noise
+    centre = sizes[beside + np.argmin(np.convolve(means, np.ones(2 * beside + 1), "valid"))]
     before = None
     for _ in range(ROUNDS):
         near = _window(sizes, centre, reach)

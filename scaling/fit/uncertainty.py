@@ -28,6 +28,7 @@ FARTHEST = 40.0  # along the log of a quantity: 17 powers of ten are as good as 
 CLOSER = 4  # rounds that narrow a crossing down
 CURVE = (0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4, 6, 10)
 PULL = 1e4
+GIVEN = 1e-12  # a quantity that moves by less follows from what is fixed or tied: its interval is its value
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,15 @@ def profile_intervals(fit: Fit, spread: np.ndarray, thresholds: dict[float, np.n
         return near + np.clip(np.where(np.isfinite(far), share, 0), 0, 1) * np.where(np.isfinite(far), far - near, 0)
 
     for reach in LADDER:
-        if np.all(np.isfinite(far)):
+        if np.all(np.isfinite(far) | (steps <= GIVEN)):
             break
         advance(np.where(np.isfinite(far), crossing(), np.minimum(reach * steps, most)))
     for _ in range(CLOSER):
         gap = np.where(np.isfinite(far), far - near, 0)
         advance(np.clip(crossing(), near + 0.1 * gap, near + 0.9 * gap))
-    ends = np.where(np.isfinite(far), scores + signs * crossing(), signs * np.inf).reshape(levels, count, 2)
+    given = steps <= GIVEN
+    gone = np.where(given, 0, np.where(np.isfinite(far), crossing(), np.inf))
+    ends = (scores + signs * gone).reshape(levels, count, 2)
     ends = np.where(fit.logged[:, None], np.exp(np.where(fit.logged[:, None], ends, 0)), ends)
     return dict(zip(thresholds, ends, strict=True))
 

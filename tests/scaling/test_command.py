@@ -113,15 +113,25 @@ def test_mistakes(tmp_path, arguments, message, capsys, monkeypatch):
 
 
 def test_somebodys_table_and_a_prediction(tmp_path):
-    """Expressions, a filter, a law of one's own with a fixed parameter, two files of which one is packed: the JSON and the
-    terminal agree, and the interval holds the law's loss."""
+    """Expressions, a filter, a law of one's own with a fixed parameter, two files of which one is packed: the JSON and
+    the terminal agree, and the interval holds the law's loss."""
     header, *lines = isoflop_table(tmp_path / "runs.csv", noise=0.001).read_text().splitlines()
     lines = [line for line in lines if "1e+20" not in line]
     (tmp_path / "a.csv").write_text("# by hand\n" + "\n".join([header, *lines[:12]]) + "\n")
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress(("\n".join([header, *lines[12:]]) + "\n").encode()))
     out = tmp_path / "out.json"
     done = command(
-        *("predict", tmp_path / "a.csv", tmp_path / "b.csv.gz", "--law", "E + A / N^a + B / D^b", "--fix", "E=1.8172"),
+        *(
+            "predict",
+            tmp_path / "a.csv",
+            tmp_path / "b.csv.gz",
+            "--law",
+            "E + A / N^a + B / D^b",
+            "--fix",
+            "E=1.8172",
+            "--objective",
+            "mse",
+        ),
         *("--n", "N*1", "--d", "tokens", "--loss", "nats", "--where", "nats > 0", "--bootstrap", "100", "--json", out),
         *("--at", "N=10B,C=1.2e22"),
     )

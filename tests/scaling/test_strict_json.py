@@ -31,7 +31,7 @@ def test_a_file_is_whole_or_the_one_before(tmp_path):
 
 
 def test_files_are_written_through_it():
-    """json.dumps is left for digests alone: each call in this room is an argument of a hash, or sorts its keys for one."""
+    """json.dumps is left for digests alone: each call in this room is hashed, or sorts its keys for a hash."""
     loose = []
     for file in ROOM.rglob("*.py"):
         tree = ast.parse(file.read_text())

@@ -9,6 +9,7 @@ from scaling.fit.law_fit import fit
 from scaling.fit.laws import HOFFMANN, KAPLAN, predict
 from scaling.fit.own_law import own_law
 from scaling.fit.solver import Objective
+from scaling.fit.uncertainty import bootstrap
 
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 
@@ -35,6 +36,8 @@ def test_tied_exponents_are_the_law_with_one(runs):
     assert tied.value == pytest.approx(written.value, rel=1e-9)
     assert tied.parameters["alpha"] == pytest.approx(written.parameters["a"], rel=1e-5)
     assert tied.quantities["N exponent"] == pytest.approx(0.5)
+    low, high = bootstrap(tied, 100).intervals[0.95][tied.names.index("N exponent")]
+    assert low == pytest.approx(0.5) == high  # it follows from the tie: nothing to be unsure of
 
 
 @pytest.mark.parametrize(
