@@ -12,7 +12,10 @@ if __name__ == "__main__":
     heap.start_undivided()
     BEGAN = time.perf_counter()  # the slow imports count
 
-from config import Config, command_line, differences, identity, load_run, mesh_sizes, pipeline_table, to_yaml
+from config.command_line import command_line
+from config.compose import load_run, to_yaml
+from config.layout import mesh_sizes
+from config.schema import Config, differences, identity
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
@@ -99,8 +102,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # at this point we have the batch of any step, the same on every mesh, and the held-out batches
 
         # ------------------------------------------------------------------------------------------------------- model
-        table = pipeline_table(config, dict(mesh.shape))
-        job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
+        job = make_job(config, mesh)
         # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore

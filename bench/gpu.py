@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import config
+from config import compose, layout
 from model.config import ModelConfig
 from model.counts import flops_per_token
 
@@ -117,10 +117,10 @@ def train(given: dict) -> dict:
     start(RuntimeConfig(platform=given["platform"]))
     devices = jax.devices()
     attempt = Try(given["batch"], given["remat"], tuple(given["overrides"]))
-    cfg = config.load(overrides_of(WORKS[given["work"]], attempt, len(devices), given["tiny"]))
-    mesh = make_mesh(config.mesh_sizes(cfg, len(devices)), devices)
+    cfg = compose.load(overrides_of(WORKS[given["work"]], attempt, len(devices), given["tiny"]))
+    mesh = make_mesh(layout.mesh_sizes(cfg, len(devices)), devices)
     with jax.set_mesh(mesh):
-        job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer)
+        job = make_job(cfg, mesh)
         rows = random_batch(cfg, 0, slice(0, cfg.train.batch_size))
         batch = put_batch(mesh, rows | {"mask_BT": rows["mask_BT"] * 0 + 1}, cfg.train.batch_size)
         began = time.perf_counter()
@@ -231,7 +231,7 @@ class Bench:
 
     def model(self, name: str) -> tuple[ModelConfig, int]:
         """A work's model, and the length of its sequences."""
-        cfg = config.load(overrides_of(WORKS[name], Try(1), 1, self.given.tiny))
+        cfg = compose.load(overrides_of(WORKS[name], Try(1), 1, self.given.tiny))
         return cfg.model, cfg.train.seq_len
 
     def best(self, name: str, who: str, until: float) -> Try | None:

@@ -58,7 +58,7 @@ def measure(point: Point) -> dict:
     """Compiles the step and times it, in this process."""
     import jax
 
-    import config
+    from config import compose, layout
     from model.counts import parameter_count
     from parallel.mesh import make_mesh
     from parallel.sharding import put_batch
@@ -68,11 +68,11 @@ def measure(point: Point) -> dict:
     from training.job import make_job
     from training.parity import random_batch
 
-    cfg = config.load([*BASE, *point.overrides])
+    cfg = compose.load([*BASE, *point.overrides])
     start(RuntimeConfig(platform="cpu", cpu_devices=point.devices, compile_cache=None))
-    mesh, t = make_mesh(config.mesh_sizes(cfg, point.devices)), cfg.train
+    mesh, t = make_mesh(layout.mesh_sizes(cfg, point.devices)), cfg.train
     with jax.set_mesh(mesh):
-        job = make_job(mesh, cfg.model, t, cfg.optimizer)
+        job = make_job(cfg, mesh)
         batch = put_batch(mesh, random_batch(cfg, 0, slice(0, t.batch_size)), t.batch_size)
         began = time.perf_counter()
         step = job.compile(job.step, batch)

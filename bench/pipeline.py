@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 
-import config
+from config import compose, layout
 from parallel.mesh import AXES, make_mesh
-from parallel.pipeline.schedules import DEFAULT_CHUNKS
+from parallel.pipeline.schedules import DEFAULT_CHUNKS, make
 from parallel.sharding import put_batch
 from runtime.config import RuntimeConfig
 from runtime.start import start
@@ -28,12 +28,11 @@ MODEL = ["train.seq_len=128", "model.layers=8", "mesh.fsdp=1", "optimizer=adamw"
 
 def compiled(overrides: list[str], stages: int):
     """The step, its state and batch, and the seconds that compiling took."""
-    cfg = config.load([*MODEL, *overrides, f"mesh.pipe={stages}"])
-    sizes = config.mesh_sizes(cfg, stages)
+    cfg = compose.load([*MODEL, *overrides, f"mesh.pipe={stages}"])
+    sizes = layout.mesh_sizes(cfg, stages)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes, jax.devices()[:stages])
     with jax.set_mesh(mesh):
-        table = config.pipeline_table(cfg, sizes)
-        job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer, table, cfg.context.style)
+        job = make_job(cfg, mesh)
         rows = slice(0, cfg.train.batch_size)
         batch = put_batch(mesh, random_batch(cfg, 0, rows), cfg.train.batch_size)
         began = time.perf_counter()
@@ -68,10 +67,10 @@ def main(overrides: list[str]) -> None:
                 four, compile_s = Timed(step, state, batch), seconds
         for _ in range(TURNS):
             one.turn(), four.turn()
-        table = config.make(schedule, STAGES, 8)
+        made = make(schedule, STAGES, 8)
         told = "  ".join(f"{m:8.2f}" for m in megabytes)
         print(
-            f"{schedule:15s} {four.best / one.best:9.2f}  {told}  {compile_s:20.1f}  {table.bubble():6.1%}", flush=True
+            f"{schedule:15s} {four.best / one.best:9.2f}  {told}  {compile_s:20.1f}  {made.bubble():6.1%}", flush=True
         )
 
 

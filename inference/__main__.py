@@ -1,11 +1,11 @@
-"""Text from a run: python -m inference RUN_DIR "prompt" ["prompt 2" ...]. Options: python -m inference --help.
+"""Text from a run: python -m inference RUN_DIR "prompt" ["prompt 2" ...] [key=value ...]; --help says more.
 
 Prompts with their continuations go to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's mistake.
 """
 
 import sys
 
-from inference.options import BEST, NEWEST, parse
+from inference.options import BEST, GROUPS, NEWEST, parse
 from runtime.exit_codes import MISTAKE
 
 if __name__ == "__main__":
@@ -21,12 +21,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from checkpoint.store import CheckpointStore, Restored
-from config import Config, load_run, model_requirements
+from config.compose import load_run, overridden
+from config.layout import model_requirements
+from config.schema import Config
 from data.tokenizer import load_tokenizer
 from inference.generate import check, generate
 from model.specs import Specs
 from model.transformer import Description, describe
-from parallel.mesh import make_mesh, resolve
+from parallel.mesh import MeshConfig, make_mesh, resolve
+from runtime.config import RuntimeConfig
 from runtime.start import start
 from tracking.run_directory import RunDirectory
 from training.state import has_vocabulary
@@ -47,16 +50,17 @@ def run(options: argparse.Namespace) -> list[str]:
     """Each prompt with its continuation. Raises ValueError or OSError for what the user can mend."""
     directory = RunDirectory(options.run)
     config = load_run(directory.path)
-    sample = replace(config.sample, **options.sample)
+    alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model
+    config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), options.overrides, GROUPS)
+    sample = config.sample
     tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
     prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in options.prompts]
     check(config.model, prompts, sample.tokens)
 
-    alone = {"coordinator": None, "processes": 1, "process_id": -1}
-    start(replace(config.runtime, platform=options.platform, cpu_devices=options.devices, **alone))
-    if options.mesh.pipe != 1:
-        raise ValueError(f"mesh.pipe={options.mesh.pipe}: stages are for training; use data, fsdp, expert or tensor")
-    mesh = make_mesh(resolve(options.mesh, jax.device_count(), model_requirements(config.model)))
+    start(replace(config.runtime, coordinator=None, processes=1, process_id=-1))
+    if config.mesh.pipe != 1:
+        raise ValueError(f"mesh.pipe={config.mesh.pipe}: stages are for training; use data, fsdp, expert or tensor")
+    mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
     store = CheckpointStore(Path(config.checkpoint.dir or directory.path / "checkpoints"), config.checkpoint)
     with closing(store), jax.set_mesh(mesh):
         description = describe(config.model)

@@ -12,7 +12,7 @@ class SampleConfig:
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # only the k most likely tokens; 0 off
     top_p: float = 1.0  # only the most likely tokens that make up this probability; 1 off
-    seed: int = 0
+    seed: int = 0  # of the sampling: the same seed gives the same text
 
     def __post_init__(self):
         for name in ("tokens", "temperature", "top_k"):

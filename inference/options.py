@@ -1,40 +1,41 @@
 """The command line of `python -m inference`. No JAX here: a mistake is told before anything slow is imported."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel.mesh import AXES, MeshConfig
 from runtime.arguments import Parser
-from runtime.config import PLATFORMS
 
 NEWEST, BEST = "last", "best"  # choices of --step besides a number
+GROUPS = ("sample", "mesh", "runtime")  # of a run's settings, those that may be set anew for generation
+SETTING = re.compile(rf"({'|'.join(GROUPS)})\.\w+=")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options; `sample` is a dict of those that were given of SampleConfig, the run's own hold for the rest.
+    """The options: `run`, `prompts`, `overrides` of the run's settings, `step`.
 
-    Help ends the process with exit code 0, a mistake with one line on stderr and 2.
+    A word like mesh.fsdp=2 is a setting; what stands after -- is a prompt, whatever it looks like. Help ends the
+    process with exit code 0, a mistake with one line on stderr and 2.
     """
-    parser = Parser("python -m inference", description="Continues prompts with the model of a run.")
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = Parser(
+        "python -m inference",
+        description="Continues prompts with the model of a run.",
+        usage="%(prog)s RUN_DIR PROMPT [PROMPT ...] [--step best|last|N] [key=value ...] [-- PROMPT ...]",
+        epilog="key=value sets sample.*, mesh.* or runtime.* anew, as for train.py (see its --help): "
+        "sample.tokens=200 sample.temperature=0 sample.seed=1 mesh.tensor=2 runtime.cpu_devices=2. "
+        "A prompt that looks like an option or a setting goes after --.",
+    )
     parser.add_argument("run", metavar="RUN_DIR", type=_run, help="directory of a run of train.py")
-    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help='text to continue; "" starts a document')
-    sampling = parser.add_argument_group("sampling (defaults: the run's)")
-    sampling.add_argument("--tokens", type=int, metavar="N", help="new tokens for each prompt")
-    sampling.add_argument("--temperature", type=float, metavar="X", help="0: always the likeliest token")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 off")
-    sampling.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that make up P; 1 off")
-    sampling.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    parser.add_argument("words", metavar="PROMPT", nargs="*", help='text to continue; "" starts a document')
     parser.add_argument("--step", type=_step, default=NEWEST, metavar="best|last|N", help="checkpoint (last)")
-    parser.add_argument("--mesh", type=_mesh, default="", metavar="AXIS=N,...", help="fsdp=2,tensor=2 (fsdp=-1: all)")
-    parser.add_argument("--platform", choices=PLATFORMS, default="auto", help="auto takes an accelerator if it can")
-    parser.add_argument("--devices", type=_devices, default=1, metavar="N", help="simulated devices of the CPU (1)")
-    options = parser.parse_args(arguments)
-    options.sample = {
-        name: value
-        for name in ("tokens", "temperature", "top_k", "top_p", "seed")
-        if (value := getattr(options, name)) is not None
-    }
+    options = parser.parse_intermixed_args(arguments[:end])
+    options.overrides = [word for word in options.words if SETTING.match(word)]
+    options.prompts = [word for word in options.words if not SETTING.match(word)] + arguments[end + 1 :]
+    if not options.prompts:
+        parser.error("the following arguments are required: PROMPT")
     return options
 
 
@@ -50,23 +51,3 @@ def _step(text: str) -> str | int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is neither best nor last nor the number of a step")
     return int(text)
-
-
-def _devices(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of devices, 1 or more")
-    return int(text)
-
-
-def _mesh(text: str) -> MeshConfig:
-    """`fsdp=2,tensor=2`: axes that are not named have size 1; nothing named: fsdp takes all devices."""
-    sizes = {}
-    for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes or not size.removeprefix("-").isdecimal():
-            raise argparse.ArgumentTypeError(f"{part} is not AXIS=N with an axis named once of {', '.join(AXES)}")
-        sizes[axis] = int(size)
-    try:
-        return MeshConfig(**{"fsdp": 1, **sizes}) if sizes else MeshConfig()
-    except ValueError as error:  # argparse would replace its text
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -59,11 +59,11 @@ class RopeScaling:
 class ModelConfig:
     """A transformer: sizes first, then the options in the order of the forward pass."""
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
+    layers: int = 4  # blocks
+    width: int = 128  # of the residual stream
+    heads: int = 4  # of queries
     kv_heads: int = 4  # fewer than heads: grouped-query attention; 1: multi-query
-    head_dim: int = 32
+    head_dim: int = 32  # entries of a head's queries, keys and values
     ffn: int = 512  # of one expert, where there are experts
     vocab_size: int | None = None  # None: the tokenizer's
     tied_embeddings: bool = True  # one table for input and output
@@ -74,13 +74,13 @@ class ModelConfig:
 
     positions: str = "rotary"  # rotary | learned | none
     max_positions: int = 2048  # rows of the learned table
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # base of the rotary wavelengths: the longest is 2 pi times this, in tokens
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     embedding_scale: bool = False  # multiply embeddings by sqrt(width) (Gemma)
 
     norm: str = "rms"  # rms | layer
     norm_position: str = "pre"  # pre | post | both (around each half of a block)
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to the mean square that a norm divides by
     bias: str = "none"  # none | qkv | all (norms included)
 
     causal: bool = True  # False: full attention, an encoder

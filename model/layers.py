@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model import parametrization
-from model.attention import TokenInfo, attention
+from model.attention import attention
+from model.attention_rule import TokenInfo
 from model.config import ModelConfig, RopeScaling
 from model.kv_cache import LayerCache
 from model.projection import Projection, param

@@ -1,8 +1,11 @@
 """What a run may set of its pipeline and its context axis. No JAX here: it is read before anything slow is imported."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from parallel.pipeline.schedules import DEFAULT_CHUNKS
+from parallel.axes import ACTIVATION_AXES
+from parallel.pipeline.schedules import DEFAULT_CHUNKS, PipelineSchedule, make, read_csv
 
 CONTEXT_STYLES = ("ring", "ulysses", "gather")
 
@@ -36,3 +39,21 @@ class ContextConfig:
     def __post_init__(self):
         if self.style not in CONTEXT_STYLES:
             raise ValueError(f"context.style={self.style} is unknown; use one of {', '.join(CONTEXT_STYLES)}")
+
+
+def schedule_for(config: PipelineConfig, sequences: int, sizes: Mapping[str, int]) -> PipelineSchedule | None:
+    """The pipeline's schedule on a mesh of these sizes, None without stages. Raises ValueError for an illegal one.
+
+    `sequences` are those of an accumulation step over the whole mesh, of which microbatches are cut.
+    """
+    if sizes["pipe"] == 1:
+        return None
+    stages = sizes["pipe"]
+    if config.microbatches:
+        microbatches = config.microbatches
+    elif config.schedule.endswith(".csv"):
+        microbatches = read_csv(config.schedule).microbatches
+    else:
+        rows = sequences // math.prod(sizes[axis] for axis in ACTIVATION_AXES["batch"])
+        microbatches = max(m for m in range(1, rows + 1) if rows % m == 0 and m <= 2 * stages)
+    return make(config.schedule, stages, microbatches, config.chunks)

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from parallel.axes import ACTIVATION_AXES, AXES, PARAMETER_AXES, REPLICATED_IF_UNDIVIDED
+
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh, Mesh
-
-# Outermost first: neighbours along the last axis sit closest, so the chattiest axis (tensor) comes last.
-AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,20 @@ class MicrobatchRequirement:
 
     def problem(self, sizes: Mapping[str, int]) -> str | None:
         """As Requirement.problem."""
-        shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+        axes = ACTIVATION_AXES["batch"]
+        shards = math.prod(sizes[axis] for axis in axes)
         if sizes["pipe"] == 1 or not self.microbatches or self.size % (shards * self.microbatches) == 0:
             return None
-        parts = [f"mesh.{a}={sizes[a]}" for a in ("data", "fsdp", "expert") if sizes[a] > 1]
+        parts = [f"mesh.{a}={sizes[a]}" for a in axes if sizes[a] > 1]
         split = " * ".join([f"pipeline.microbatches={self.microbatches}", *parts])
         total = f" = {shards * self.microbatches}" if parts else ""
         return f"{self.name}={self.size} does not divide by {split}{total}"
+
+
+def requirement(name: str, size: int, dim: str, *, stored: bool = False) -> Requirement:
+    """What the tables ask of a config field `name` with value `size`: it becomes `dim` of activations or parameters."""
+    table = PARAMETER_AXES if stored else ACTIVATION_AXES
+    return Requirement(name, size, table[dim], or_divisor=dim in REPLICATED_IF_UNDIVIDED)
 
 
 def resolve(config: MeshConfig, devices: int, requirements: Iterable[Requirement] = ()) -> dict[str, int]:

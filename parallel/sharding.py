@@ -1,4 +1,7 @@
-"""How every tensor lies on the mesh: two tables, and the only functions that spell Flax and JAX sharding.
+"""How every tensor lies on the mesh: the functions that apply the two tables of parallel/axes.py to arrays.
+
+Outside parallel/ nothing spells a sharding: it is asked for here, by the names of dims. Inside, code that is manual
+over some axes (pipeline, context, experts) splits its own arguments over these, and asks here how the rest lies.
 
 A parameter or an activation names its dims once, with logical names; the tables map names to mesh axes. To change how
 the model is sharded, change a row. A mesh axis of size 1 is a no-op, so one device and a pod run the same code.
@@ -14,40 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from parallel.mesh import Requirement
-
-# Where stored parameters, their gradients and their optimizer moments live.
-PARAMETER_AXES = {
-    "width": ("fsdp",),  # every matrix has one width dim: shard it, gather it just before use
-    "heads": ("tensor",),  # a device computes whole heads
-    "kv_heads": ("tensor",),  # as heads; replicated when there are fewer than tensor shards
-    "head_dim": (),  # never split: rotary positions and norms need whole heads
-    "ffn": ("tensor",),  # first matrix by column, second by row: one exchange a block
-    "experts": ("expert",),  # whole experts: tokens travel to them
-    "routes": (),  # a router's outputs: every device chooses among all experts
-    "vocab": ("pipe", "tensor"),  # the two largest tables; logits come out split by vocabulary
-    "positions": (),  # learned positions: looked up by a contiguous slice
-    "norm": (),  # vectors: too small to be worth a gather
-    "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.run.slots
-}
-
-# Where activations live between operations.
-ACTIVATION_AXES = {
-    "batch": ("data", "fsdp", "expert"),  # sequences go to every axis that holds a copy of the weights' work
-    "tokens": ("context",),  # inside a block: whole sequences, or context shards of them
-    "residual": ("context", "tensor"),  # between blocks: sequence parallelism, so no token is stored twice
-    "width": (),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "ffn": ("tensor",),
-    "experts": ("expert",),  # of the matrices that a dispatch is handed
-    "vocab": ("tensor",),
-}
-
-# Dims that stay whole, instead of being refused, when the mesh does not divide them.
-REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads", "layers"})
-
+from parallel.axes import ACTIVATION_AXES, PARAMETER_AXES, REPLICATED_IF_UNDIVIDED
 
 # --------------------------------------------------------------------------------------------------- specs and lookups
 
@@ -76,12 +46,6 @@ def splits(name: str, *, stored: bool = False) -> int:
     """Into how many parts the mesh in context splits the dim `name` of activations, or of stored parameters."""
     sizes = _sizes()
     return math.prod(sizes.get(axis, 1) for axis in (PARAMETER_AXES if stored else ACTIVATION_AXES)[name])
-
-
-def requirement(name: str, size: int, dim: str, *, stored: bool = False) -> Requirement:
-    """What the tables ask of a config field `name` with value `size`: it becomes `dim` of activations or parameters."""
-    table = PARAMETER_AXES if stored else ACTIVATION_AXES
-    return Requirement(name, size, table[dim], or_divisor=dim in REPLICATED_IF_UNDIVIDED)
 
 
 # --------------------------------------------------------------------------------------------------------- parameters
@@ -119,6 +83,20 @@ _cast.defvjp(_cast_forward, _cast_backward)
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
     """The NamedSharding of a parameter with these dims, named by rows of PARAMETER_AXES."""
     return NamedSharding(mesh, _spec(PARAMETER_AXES, axes, shape, mesh.shape))
+
+
+def sharding_like(sharding: NamedSharding, shape: Sequence[int], like: Sequence[int]) -> NamedSharding:
+    """How an array of shape `like` lies beside one of `shape` that lies as `sharding` says.
+
+    As that one, or as what is left of it where `like` lacks one dim, as a mean over it does; else on every device.
+    """
+    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+    if tuple(like) == tuple(shape):
+        return sharding
+    for dim in range(len(shape)):
+        if (*shape[:dim], *shape[dim + 1 :]) == tuple(like) and math.prod(like) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec(*spec[:dim], *spec[dim + 1 :]))
+    return replicated(sharding.mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

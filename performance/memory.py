@@ -7,7 +7,9 @@ layout that cannot fit is told before it is run. Exit code 2 for a mistake.
 import json
 import sys
 
-from config import Config, command_line, mesh_sizes, pipeline_table
+from config.command_line import command_line
+from config.layout import mesh_sizes
+from config.schema import Config
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])
@@ -25,8 +27,7 @@ def needed(config: Config) -> dict[str, int]:
     """Bytes a device: `arguments` (state and batch), `temporary`, and their sum `total`, as train.py's header says."""
     t, mesh = config.train, make_mesh(mesh_sizes(config, jax.device_count()))
     with jax.set_mesh(mesh):
-        table = pipeline_table(config, dict(mesh.shape))
-        job = make_job(mesh, config.model, t, config.optimizer, table, config.context.style)
+        job = make_job(config, mesh)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
         if config.data.segments:
             dtypes["segments_BT"] = jnp.int32

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
-from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.schedules import PipelineSchedule
 from performance.flops import Flops
 from performance.hardware import Peak
 
@@ -55,7 +55,7 @@ class Throughput:
     - it had nothing to do, and the host did anything else: Python, dispatch, logging.
     What the host does while the device is busy costs nothing, and is not counted.
 
-    flops: of a token. devices: how many share the tokens. table: a pipeline's schedule, whose predicted idle share is
+    flops: of a token. devices: how many share the tokens. schedule: a pipeline's, whose predicted idle share is
     logged beside what was measured. began: the clock when the process began. compile_s: seconds that the step took to
     compile. earlier: what other lives of the run have spent.
     """
@@ -65,14 +65,14 @@ class Throughput:
         flops: Flops,
         peak: Peak,
         devices: int,
-        table: Schedule | None,
+        schedule: PipelineSchedule | None,
         began: float,
         compile_s: float,
         earlier: Spent,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.flops, self.peak, self.devices, self.clock = flops, peak, devices, clock
-        self.bubble = table.bubble() if table else 0.0
+        self.bubble = schedule.bubble() if schedule else 0.0
         self.began, self.compile_s, self.earlier = began, compile_s, earlier
         self.productive_s = 0.0  # of this life
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="throughput")

@@ -58,7 +58,7 @@ def make_room(step_bytes: int) -> None:
     """To be called before the first step, whose temporary memory this is, once all that stays is allocated.
 
     Room for small objects, and behind it a block for the step: glibc gives the smallest chunk that does, and objects
-    that nibbled at the step's block would leave it too small for the next step. Where the heap could grow to more than
+    cut off the step's block would leave it too small for the next step. Where the heap could grow to more than
     there is free memory, nothing is kept. Without `keep_freed_memory` before, nothing happens.
     """
     if not _keeps:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-import config
+from config import compose, layout
 from parallel.mesh import AXES, MeshConfig, resolve
 from training import parity
 
@@ -42,14 +42,14 @@ MODELS = {
 @functools.cache
 def one_device(model: str, *extra: str) -> parity.Trace:
     """The run to compare with; `extra` are overrides that change the numbers, such as the number of layers."""
-    return parity.trace(config.load([*MODELS[model], *extra]), parity.ONE_DEVICE)
+    return parity.trace(compose.load([*MODELS[model], *extra]), parity.ONE_DEVICE)
 
 
 def assert_changes_nothing(model: str, mesh: Mapping[str, int], *how: str, extra: tuple[str, ...] = ()) -> None:
     """Trains `model` on `mesh` and on one device. `how` are overrides that must not matter, such as a schedule."""
-    cfg = config.load([*MODELS[model], *extra, *how])
+    cfg = compose.load([*MODELS[model], *extra, *how])
     asked = MeshConfig(**dict.fromkeys(AXES, 1) | dict(mesh))
-    sizes = resolve(asked, math.prod(mesh.values()), config.requirements(cfg))
+    sizes = resolve(asked, math.prod(mesh.values()), layout.requirements(cfg))
     ours, one = parity.trace(cfg, sizes), one_device(model, *extra)
     np.testing.assert_allclose(ours.losses, one.losses, rtol=1e-5)
     assert len(set(one.losses)) == len(one.losses)  # the steps did something

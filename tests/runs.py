@@ -13,9 +13,9 @@ import numpy as np
 import orbax.checkpoint
 import yaml
 
-import config
 import train
 from checkpoint.digests import read_manifest
+from config import compose, layout
 from performance.hardware import Peak
 from tracking.metrics_file import read_metrics
 
@@ -55,12 +55,12 @@ def overrides(text: Path, directory: Path, *more: str) -> list[str]:
 
 def run(arguments: list[str], devices: int = DEVICES, peak=lambda *_: Peak(1e12, "no peak in particular", "")) -> int:
     """`python train.py ARGUMENTS` in this process, on the first `devices` of its devices; the exit code."""
-    sizes = config.mesh_sizes
+    sizes = layout.mesh_sizes
     with (
         mock.patch.object(train, "mesh_sizes", lambda cfg, _: sizes(cfg, devices)),
         mock.patch.object(train, "peak_flops", peak),  # to measure one takes half a second
     ):
-        return train.main([config.load([*arguments, f"runtime.cpu_devices={DEVICES}"])])
+        return train.main([compose.load([*arguments, f"runtime.cpu_devices={DEVICES}"])])
 
 
 def environment(**more: str) -> dict[str, str]:

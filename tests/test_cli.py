@@ -7,8 +7,9 @@ import time
 import pytest
 import runs
 
-import config
 import train
+from config import build, command_line, compose
+from config.schema import Config
 
 DONE, MISTAKE = 0, 2
 AT_ONCE_S = 4.0  # two, on a machine that is not busy with tests
@@ -91,15 +92,15 @@ def test_mistakes_across_folders(capsys):
         (["data=text"], ["data.path"]),
     ]:
         with pytest.raises(SystemExit) as ended:
-            config.command_line(arguments)
+            command_line.command_line(arguments)
         assert ended.value.code == MISTAKE
         assert_one_line(capsys.readouterr().err, *words)
 
 
 def test_missing_conf_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(compose, "CONF", tmp_path / "conf")
     with pytest.raises(SystemExit) as ended:
-        config.command_line(["seed=1"])
+        command_line.command_line(["seed=1"])
     assert ended.value.code == MISTAKE
     assert_one_line(capsys.readouterr().err, str(tmp_path / "conf"))
 
@@ -108,13 +109,15 @@ def test_help_lists_every_key_and_preset():
     ended, seconds = call("--help")
     assert (ended.returncode, ended.stderr) == (DONE, "")
     listed = {line.strip().partition("=")[0] for line in ended.stdout.splitlines()}
-    assert set(config.keys()) <= listed
+    assert set(build.keys(Config)) <= listed
     assert "gpt2_124m|" in ended.stdout
     assert seconds < AT_ONCE_S
 
 
 def test_sweep_is_every_combination():
-    jobs = config.command_line(["-m", "seed=1,2", "model=nano,gpt2_124m", "sample.prompts=[a,b]", "train.steps=70"])
+    jobs = command_line.command_line(
+        ["-m", "seed=1,2", "model=nano,gpt2_124m", "sample.prompts=[a,b]", "train.steps=70"]
+    )
     assert [(job.seed, job.model.layers) for job in jobs] == [(1, 4), (1, 12), (2, 4), (2, 12)]
     assert {(job.sample.prompts, job.train.steps) for job in jobs} == {(("a", "b"), 70)}
     assert len({job.run.dir for job in jobs}) == 4
@@ -124,24 +127,24 @@ def test_sweep_runs_each_job_until_one_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = runs.overrides(runs.corpus(tmp_path / "text"), tmp_path / "nowhere", "runtime.cpu_devices=8")
     arguments.remove(f"run.dir={tmp_path / 'nowhere'}")
-    assert train.main(config.command_line(["--multirun", *arguments, "seed=0,1", "train.steps=4"])) == DONE
+    assert train.main(command_line.command_line(["--multirun", *arguments, "seed=0,1", "train.steps=4"])) == DONE
     first, second = sorted((tmp_path / "runs").iterdir())
     assert {runs.saved_config(run)["seed"] for run in (first, second)} == {0, 1}
     assert runs.losses(first).keys() == runs.losses(second).keys()
     assert runs.losses(first) != runs.losses(second)
     capsys.readouterr()
-    failing = config.command_line(["-m", *arguments, "checkpoint.resume=require", "seed=2,3", "train.steps=4"])
+    failing = command_line.command_line(["-m", *arguments, "checkpoint.resume=require", "seed=2,3", "train.steps=4"])
     assert train.main(failing) == MISTAKE
     assert_one_line(capsys.readouterr().err, "checkpoint.resume=require")
 
 
 def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "data.path=my notes/*.txt", "run.dir=a b", "train.steps=5"])
-    done = train.going_on(config.load(["run.dir=a b", "train.steps=100"]), DONE)
+    done = train.going_on(compose.load(["run.dir=a b", "train.steps=100"]), DONE)
     assert done["extend"] == "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=200"
     assert done["generate"] == "python -m inference 'a b' 'def '"
     assert done["see"] == "python -m tracking 'a b'"
-    assert train.going_on(config.load(["run.dir=a b"]), 75) == {
+    assert train.going_on(compose.load(["run.dir=a b"]), 75) == {
         "go on": "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=5",
         "see": "python -m tracking 'a b'",
     }
@@ -149,17 +152,17 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
 
 def test_an_experiment_is_a_sweep(monkeypatch, capsys):
     became = []
-    monkeypatch.setattr(config, "_become", lambda *words: became.append(list(words)) or sys.exit(0))
+    monkeypatch.setattr(command_line, "_become", lambda *words: became.append(list(words)) or sys.exit(0))
     sweep = "experiments/isoflop_cpu/sweep.yaml"
     slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu"]
     for words in ([], slurm):
         with pytest.raises(SystemExit):
-            config.command_line(["-m", "experiment=isoflop_cpu", *words])
+            command_line.command_line(["-m", "experiment=isoflop_cpu", *words])
     assert became == [["run", sweep], ["run", sweep, "--launcher", "submitit_slurm", "hydra.launcher.partition=gpu"]]
     for words, told in (
         (["experiment=nowhere"], "there is no experiments/nowhere/sweep.yaml; experiments with a sweep: isoflop_cpu,"),
         (["experiment=isoflop_cpu", "seed=1"], "is a whole sweep: seed=1 belongs into the overrides"),
     ):
         with pytest.raises(SystemExit) as ended:
-            config.command_line(["-m", *words])
+            command_line.command_line(["-m", *words])
         assert (ended.value.code, told in capsys.readouterr().err) == (2, True)

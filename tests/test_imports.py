@@ -18,10 +18,17 @@ ALLOWED = {
     "checkpoint": {"model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
     "inference": {"model", "parallel", "runtime"},
+    # nests the settings of every room, each from a module without JAX
+    "config": {
+        *("checkpoint.config", "data.corpus", "data.tokenizer", "inference.config", "model.config", "runtime"),
+        "model.counts",
+        *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
+        *("tracking.sinks", "training.config", "training.recipes"),
+    },
     "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps
     # reads what runs wrote, and starts them as processes of their own: no JAX
     "scaling": {
-        *("model.config", "model.counts"),
+        *("config.build", "model.config", "model.counts"),
         *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"),
     },
 }
@@ -36,7 +43,7 @@ ENTRY_POINTS = {
     "scaling/__main__.py",
 }
 PARTS = "scaling/commands/"  # of the entry point scaling/__main__.py, which looks them up by name
-MODULES = {"config", "train"}  # that stand beside the folders
+MODULES = {"train"}  # that stand beside the folders
 
 ROOMS = {place.partition("/")[0] for place in ALLOWED}
 NOT_OURS = {"tests", "bench", "experiments", "conf", "docs", "runs"}
@@ -62,7 +69,7 @@ def imported(file: str) -> set[str]:
 
 
 def test_there_is_something_to_check():
-    assert {file.partition("/")[0] for file in sources()} == {*ROOMS, "config.py", "train.py"}
+    assert {file.partition("/")[0] for file in sources()} == {*ROOMS, "train.py"}
     assert set(sources()) >= ENTRY_POINTS
 
 
@@ -74,14 +81,23 @@ def test_imports_run_one_way(file):
     assert not tops & {"tests", "bench", "experiments"}
     entries = {entry.removesuffix(".py").replace("/", ".") for entry in [*ENTRY_POINTS, PARTS.rstrip("/")]}
     assert not modules & entries, "an entry point is imported by nobody"
-    if file == "config.py":  # it nests the folders' dataclasses
-        assert "config" not in tops
-    elif file not in ENTRY_POINTS and not file.startswith(PARTS):
+    if file not in ENTRY_POINTS and not file.startswith(PARTS):
         row = set().union(*(names for place, names in ALLOWED.items() if file.startswith(f"{place}/")))
         allowed = {name for name in row if "." not in name}
         modules -= {name for name in modules for whole in row if f"{name}.".startswith(f"{whole}.")}
         tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
         assert tops - {folder} <= allowed, f"{file} imports {tops - {folder} - allowed}"
+
+
+def test_nothing_outside_parallel_spells_a_sharding():
+    """It may hold a NamedSharding, but makes none, and knows no PartitionSpec and no sharding constraint."""
+    for file in sources():
+        if file.startswith("parallel/"):
+            continue
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = getattr(called, "attr", getattr(called, "id", None))
+            assert name not in ("NamedSharding", "PartitionSpec", "with_sharding_constraint"), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("file", [file for file in sources() if file.endswith("__init__.py")])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from meshes import MODELS, assert_changes_nothing, one_device
 
-import config
+from config import compose
 from parallel.mesh import AXES
 from training import parity
 
@@ -31,14 +31,14 @@ def test_optimizers_do_not_see_the_mesh(name):
     arguments = [*MODELS["gemma"], f"optimizer={name}", "train.grad_accumulation=1", "train.steps=6"]
     arguments += ["model.width=144", "train.remat=none", "model.tied_embeddings=false"]
     three, one = (
-        parity.trace(config.load(arguments), parity.ONE_DEVICE | {"tensor": tensor}, steps=6) for tensor in (3, 1)
+        parity.trace(compose.load(arguments), parity.ONE_DEVICE | {"tensor": tensor}, steps=6) for tensor in (3, 1)
     )
     np.testing.assert_allclose(three.losses, one.losses, rtol=1e-5)
 
 
 def test_parity_sees_a_difference():
     """The comparison can fail: another seed is another run, and the report says so."""
-    cfg = config.load([*MODELS["llama"], "seed=1"])
+    cfg = compose.load([*MODELS["llama"], "seed=1"])
     lines, good = parity.report(parity.trace(cfg, parity.ONE_DEVICE, steps=3), one_device("llama"))
     assert not good
     assert "DIFFERENT" in lines[0]
@@ -53,13 +53,13 @@ def test_no_device_holds_the_whole_model():
     from training.optimizer import make_optimizer
     from training.state import abstract_state, init_state
 
-    cfg = config.load([*MODELS["llama"], "mesh.fsdp=4", "mesh.tensor=2"])
+    cfg = compose.load([*MODELS["llama"], "mesh.fsdp=4", "mesh.tensor=2"])
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"fsdp": 4, "tensor": 2})
     with jax.set_mesh(mesh):
         description = describe(cfg.model)
         for name in ("adamw", "muon", "lion", "sgd", "adafactor"):
             optimizer = make_optimizer(
-                config.load([*MODELS["llama"], f"optimizer={name}"]).optimizer, description.specs
+                compose.load([*MODELS["llama"], f"optimizer={name}"]).optimizer, description.specs
             )
             state = init_state(abstract_state(mesh, description, optimizer, jnp.float32), description, optimizer, 0)
             for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-import config
+from config import compose, schema
 from parallel.mesh import make_mesh
 from parallel.sharding import local_rows, put_batch
 from training import parity
@@ -37,12 +37,12 @@ CASES = [
 ]
 
 
-def routed(cfg: config.Config, sizes: dict) -> dict[str, np.ndarray]:
+def routed(cfg: schema.Config, sizes: dict) -> dict[str, np.ndarray]:
     """What the first step logs of its routers."""
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     batch_size = cfg.train.batch_size
     with jax.set_mesh(mesh):
-        job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer, None)
+        job = make_job(cfg, mesh)
         batch = put_batch(mesh, parity.random_batch(cfg, 0, local_rows(mesh, batch_size)), batch_size)
         metrics = job.step(job.init(cfg.seed), batch)[1]
     return {name: np.asarray(value) for name, value in metrics.items() if name.startswith("moe/")}
@@ -50,7 +50,7 @@ def routed(cfg: config.Config, sizes: dict) -> dict[str, np.ndarray]:
 
 @functools.cache
 def one_device(model: str):
-    cfg = config.load(MODELS[model])
+    cfg = compose.load(MODELS[model])
     return parity.trace(cfg, parity.ONE_DEVICE), routed(cfg, parity.ONE_DEVICE)
 
 
@@ -61,7 +61,7 @@ def spelled(value) -> str:
 @pytest.mark.parametrize(("model", "axes"), CASES, ids=spelled)
 def test_mesh_changes_nothing(model, axes):
     one, _ = one_device(model)
-    ours = parity.trace(config.load(MODELS[model]), parity.ONE_DEVICE | axes)
+    ours = parity.trace(compose.load(MODELS[model]), parity.ONE_DEVICE | axes)
     np.testing.assert_allclose(ours.losses, one.losses, rtol=1e-5)
     lines, good = parity.report(ours, one)
     assert good, lines
@@ -70,7 +70,7 @@ def test_mesh_changes_nothing(model, axes):
 def test_routers_log_the_same_assignments():
     axes = {"expert": 2, "context": 2, "tensor": 2}
     _, logged = one_device("deepseek")
-    theirs = routed(config.load(MODELS["deepseek"]), parity.ONE_DEVICE | axes)
+    theirs = routed(compose.load(MODELS["deepseek"]), parity.ONE_DEVICE | axes)
     for name in ("moe/load", "moe/load_max_over_mean", "moe/dropped"):  # whole numbers: the same assignments
         np.testing.assert_array_equal(theirs[name], logged[name], err_msg=name)
     for name in ("moe/router_entropy", "moe/auxiliary_loss"):

@@ -10,7 +10,7 @@ import runs
 from hypothesis import strategies as st
 from meshes import MODELS, assert_changes_nothing
 
-import config
+from config import compose, layout
 from parallel.mesh import AXES, factorizations
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
 
@@ -47,9 +47,9 @@ def test_four_processes_of_two_devices():
 
 def legal(model: str) -> list[tuple[dict, str]]:
     """Every mesh of 8 devices with at least two axes that the model can be trained on, with a schedule."""
-    cfg, found = config.load(MODELS[model]), []
+    cfg, found = compose.load(MODELS[model]), []
     for sizes in factorizations(8):
-        if sum(n > 1 for n in sizes.values()) < 2 or any(r.problem(sizes) for r in config.requirements(cfg)):
+        if sum(n > 1 for n in sizes.values()) < 2 or any(r.problem(sizes) for r in layout.requirements(cfg)):
             continue
         possible = [s for s, chunks in DEFAULT_CHUNKS.items() if cfg.model.layers >= sizes["pipe"] * chunks]
         found += [(sizes, schedule) for schedule in (possible if sizes["pipe"] > 1 else ["1f1b"])]

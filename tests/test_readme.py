@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import config
 import scaling.__main__ as scaling
 import tracking.__main__ as tracking
+from config import command_line, compose, layout
 from inference.options import parse
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
     if words[:2] == ["-m", "inference"]:
         run = tmp_path / words[2]
         run.mkdir(parents=True)
-        (run / "config.yaml").write_text(config.to_yaml(config.load([])))
+        (run / "config.yaml").write_text(compose.to_yaml(compose.load([])))
         monkeypatch.chdir(tmp_path)
         parse(words[2:])
         return
@@ -54,9 +54,9 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
     else:
         assert words[:2] == ["-m", "training.parity"]
         words = words[2:]
-    for job in config.command_line(words):
+    for job in command_line.command_line(words):
         devices = job.runtime.cpu_devices * (2 if "runtime.launch" in line else 1)
-        assert config.mesh_sizes(job, devices)
+        assert layout.mesh_sizes(job, devices)
 
 
 def test_named_files_exist():

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import runs
 
-import config
 import train
 from checkpoint.leaves import by_path
+from config import compose
 from data.loader import Loader
 from data.shards import prepare
 from tracking.metrics_file import last_value
@@ -183,7 +183,7 @@ def test_other_meshes_restore_bitwise_and_go_on(text, undisturbed, tmp_path):
     assert sorted(arrays) == [12, 16]
     runs.assert_near(runs.losses(here), runs.losses(undisturbed))
 
-    ours = config.load(arguments)
+    ours = compose.load(arguments)
     stream = prepare(ours.data, ours.tokenizer).train
     loader = Loader(stream, seq_len=ours.train.seq_len, batch_size=ours.train.batch_size, seed=ours.seed)
     read = [12, *range(12, 16), 16, *range(16, runs.STEPS)]  # each life compiles for its first batch

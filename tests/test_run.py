@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import runs
 
-import config
 import train
+from config import compose
 from data.loader import Loader
 from tracking.run_directory import RunDirectory
 from training import job
@@ -99,11 +99,11 @@ def test_evaluations(finished):
 
 
 def test_config_reads_back_as_it_was(finished, text):
-    config_again = config.load_run(finished)
+    config_again = compose.load_run(finished)
     assert re.fullmatch(r"[0-9a-f]{8}", config_again.run.id)
     arguments = runs.overrides(text, finished, f"run.id='{config_again.run.id}'", f"runtime.cpu_devices={runs.DEVICES}")
-    assert config.load(arguments) == config_again
-    assert config.to_yaml(config_again) == (finished / "config.yaml").read_text()
+    assert compose.load(arguments) == config_again
+    assert compose.to_yaml(config_again) == (finished / "config.yaml").read_text()
 
 
 def test_log_tells_the_story_with_times(finished):
@@ -169,7 +169,7 @@ def test_default_text_samples_and_tracking(text, tmp_path, monkeypatch):
     assert samples.startswith("--- step 2, prompt 'def '\ndef ")
     assert "--- step 2, prompt 'import '\nimport " in samples
     (recorded,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    assert recorded.name.endswith("-" + config.load_run(tmp_path / "run").run.id)
+    assert recorded.name.endswith("-" + compose.load_run(tmp_path / "run").run.id)
     assert "sample 1 | prompt 'def '" in (tmp_path / "run" / "run.log").read_text()
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import config
+from config import compose
 from parallel.mesh import AXES, make_mesh
 from parallel.sharding import batch_sharding
 from performance.collectives import collectives, summary
@@ -46,9 +46,9 @@ def program(remat: str = "none", loss_chunk: int = 0, dtype: str = "float32", **
     """
     sizes = dict.fromkeys(AXES, 1) | mesh
     settings = [f"train.remat={remat}", f"train.loss_chunk={loss_chunk}", f"train.compute_dtype={dtype}"]
-    cfg, mesh = config.load([*MODEL, *settings]), make_mesh(sizes)
+    cfg, mesh = compose.load([*MODEL, *settings]), make_mesh(sizes)
     with jax.set_mesh(mesh):
-        job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer)
+        job = make_job(cfg, mesh)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
         layout = batch_sharding(mesh)
         batch = {name: jax.ShapeDtypeStruct((B, T), dtype, sharding=layout) for name, dtype in dtypes.items()}

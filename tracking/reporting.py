@@ -12,7 +12,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.counts import parameter_count
 from parallel.mesh import slow_network_warning
-from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.schedules import PipelineSchedule
 from performance.flops import Flops, count_flops
 from performance.hardware import Peak
 from performance.throughput import Spent, Throughput
@@ -31,7 +31,7 @@ def header(
     model: ModelConfig,
     train: TrainConfig,
     mesh: jax.sharding.Mesh,
-    table: Schedule | None,
+    schedule: PipelineSchedule | None,
     peak: Peak,
     flops: Flops,
     memory,
@@ -43,23 +43,10 @@ def header(
     seconds = steps * tokens * flops.model / (peak.flops * mesh.size * EXPECTED_MFU)
     active = f", {human(count.active)} active in a token" if count.idle else ""
     expected = f"about {duration(seconds)}" if math.isfinite(seconds) else "unknown"
-    pipeline = (
-        ""
-        if table is None
-        else (
-            f"{table.name}: {table.stages} stages, {table.microbatches} microbatches, {table.ticks} ticks, at most "
-            f"{max(table.peak_in_flight())} in flight, predicted bubble {table.bubble():.0%}"
-            + (
-                f", {table.lockstep_bubble():.0%} in lockstep"
-                if table.lockstep_bubble() > table.bubble() + 0.005
-                else ""
-            )
-        )
-    )
     return {
         "parameters": f"{human(count.total)}, {human(count.embedding)} of them in embeddings{active}",
         "mesh": " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device",
-        **({"pipeline": pipeline} if pipeline else {}),
+        **({} if schedule is None else {"pipeline": _in_words(schedule)}),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}",
         "a step": f"{human(tokens)} tokens ({train.batch_size} x {train.seq_len}), {train.compute_dtype}",
         "FLOPs a token": f"{human(flops.model)}, attention as the mask has it; {human(flops.full_attention)} with full "
@@ -68,6 +55,13 @@ def header(
         "memory a device": f"{bytes_text(used)}, {bytes_text(memory.temp_size_in_bytes)} of them temporary",
         "expected": f"{expected} at {EXPECTED_MFU:.0%} of the peak",
     }
+
+
+def _in_words(schedule: PipelineSchedule) -> str:
+    said = f"{schedule.name}: {schedule.stages} stages, {schedule.microbatches} microbatches, {schedule.ticks} ticks, "
+    said += f"at most {max(schedule.peak_in_flight())} in flight, predicted bubble {schedule.bubble():.0%}"
+    waits = schedule.lockstep_bubble() > schedule.bubble() + 0.005
+    return said + (f", {schedule.lockstep_bubble():.0%} in lockstep" if waits else "")
 
 
 def _scalars(values: dict[str, jax.Array]) -> Iterator[tuple[str, float]]:
@@ -158,7 +152,7 @@ def introduce(
     t, mesh, primary = config.train, job.mesh, jax.process_index() == 0
     first = restored.step if restored else 0
     flops = count_flops(config.model, t, mesh, config.context.style, packed=config.data.segments)
-    console.header(header(config.model, t, mesh, job.table, peak, flops, memory, t.steps - first) | facts)
+    console.header(header(config.model, t, mesh, job.schedule, peak, flops, memory, t.steps - first) | facts)
     if slow := slow_network_warning(mesh):
         console.warn(slow)
     console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
@@ -167,7 +161,7 @@ def introduce(
     elif primary and run.set_metrics_aside():
         console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
     earlier = Spent.before(last_value(run.metrics, "perf/wall_s"), restored and restored.record)
-    meter = Throughput(flops, peak, mesh.size, job.table, began, compile_s, earlier)
+    meter = Throughput(flops, peak, mesh.size, job.schedule, began, compile_s, earlier)
     return Reporter(t, first, meter, open_sinks(config, run, peak, first, primary=primary), console, epoch)
 
 

@@ -16,10 +16,9 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 class TrainConfig:
     """How long, how much at once, in which precision."""
 
-    steps: int = 1000
-    batch_size: int = (
-        32  # sequences a step, over the whole mesh; or a law: step_law | deepseek | power_lines | critical
-    )
+    steps: int = 1000  # optimizer steps of the whole run, those before a restart included
+    # sequences a step, over the whole mesh; or a published law: step_law | deepseek | power_lines | critical
+    batch_size: int = 32
     seq_len: int = 256  # tokens of a sequence
     grad_accumulation: int = 1  # microbatches that a step is cut into
     compute_dtype: str = "float32"  # float32 | bfloat16: of matmuls and activations
@@ -28,8 +27,8 @@ class TrainConfig:
     loss_chunk: int = 1024  # a device has as many logits at once as this many tokens of a sequence have; 0: all
     z_loss: float = 0.0  # weight of the squared log-normaliser
     nonfinite: str = "stop"  # stop | skip: what to do when the loss or a gradient is not finite
-    log_every: int = 10
-    eval_every: int = 100
+    log_every: int = 10  # steps between two lines of metrics; 0: none
+    eval_every: int = 100  # steps between two evaluations on held-out text; 0: none
     eval_batches: int = 8  # of batch_size, the same ones each time
     patience: int = 0  # evaluations without a new best after which to stop; 0 off
     profile: str = ""  # a:b traces the steps from a to b into <run.dir>/profile; empty: off
@@ -72,7 +71,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # decoupled, times the learning rate; matrices and tables only; or a law: power_lines
     beta1: float = 0.9  # adamw, lion: decay of the first moment
     beta2: float = 0.95  # adamw, lion: decay of the second
-    eps: float = 1e-8
+    eps: float = 1e-8  # adamw, and muon's vectors: added to the root of the second moment
     momentum: float = 0.95  # muon, sgd (Nesterov)
     moment_dtype: str = ""  # "" (as the parameters) | bfloat16: of stored moments; not adafactor's, which are small
     clip_norm: float = 1.0  # global norm that gradients are scaled down to; 0 off

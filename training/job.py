@@ -7,6 +7,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.transformer import Description, describe
+from parallel.config import ContextConfig, PipelineConfig, schedule_for
 from parallel.pipeline.run import slots
-from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import replicated
 from performance.collectives import check_pipeline
 from training.config import OptimizerConfig, TrainConfig
@@ -38,7 +40,7 @@ class Job:
     description: Description
     stored_description: Description
     optimizer: optax.GradientTransformation
-    table: Schedule | None
+    schedule: PipelineSchedule | None
     abstract: TrainState
     stored: TrainState
 
@@ -46,12 +48,12 @@ class Job:
     def step(self) -> Callable:
         """The training step (state, batch) -> (state, metrics), jitted; the state is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        return jax.jit(self._step(), donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jax.jit(self.pure_step(), donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
     def compile(self, function: Callable, batch) -> jax.stages.Compiled:
         """`step` or `step_and_gradients`, compiled ahead for batches like this one, and checked. Raises ValueError."""
         compiled = function.lower(self.abstract, batch).compile()
-        if self.table is not None and self.mesh.devices.flat[0].platform == "cpu":
+        if self.schedule is not None and self.mesh.devices.flat[0].platform == "cpu":
             check_pipeline(compiled.as_text(), self.mesh)
         return compiled
 
@@ -60,17 +62,18 @@ class Job:
         """As `step`, with the gradients before clipping as a third result; nothing is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         out_shardings = (shardings, replicated(self.mesh), shardings.params)
-        return jax.jit(self._step(expose_gradients=True), out_shardings=out_shardings)
+        return jax.jit(self.pure_step(expose_gradients=True), out_shardings=out_shardings)
 
-    def _step(self, **kwargs) -> Callable:
+    def pure_step(self, **kwargs) -> Callable:
+        """The training step (state, batch) -> (state, metrics), not jitted; see training.step.make_train_step."""
         o = self.optimizer_config
         rate = learning_rate(o, self.train.steps)
-        return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.table, **kwargs)
+        return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.schedule, **kwargs)
 
     @property
     def evaluate(self) -> Callable:
         """The evaluation step (params, batch, token_bytes_V) -> sums, jitted."""
-        step = make_eval_step(self.description, self.train, self.table)
+        step = make_eval_step(self.description, self.train, self.schedule)
         return jax.jit(step, out_shardings=replicated(self.mesh))
 
     def init(self, seed: int) -> TrainState:
@@ -88,10 +91,11 @@ class Job:
     @contextlib.contextmanager
     def for_inference(self, params: dict) -> Iterator[tuple[Description, dict]]:
         """The model and its parameters as generation needs them, on the same devices: stages become shards."""
-        if self.table is None:
+        if self.schedule is None:
             yield self.description, params
             return
-        shape, devices = dict(self.mesh.shape), np.moveaxis(self.mesh.devices, 0, 1)  # (data, pipe, fsdp, ...)
+        at = self.mesh.axis_names.index("pipe")
+        shape, devices = dict(self.mesh.shape), np.moveaxis(self.mesh.devices, at, at + 1)  # (data, pipe, fsdp, ...)
         joined = "data" if self.model.width % (shape["fsdp"] * shape["pipe"]) else "fsdp"
         shape |= {"pipe": 1, joined: shape[joined] * shape["pipe"]}
         mesh = Mesh(devices.reshape(tuple(shape.values())), self.mesh.axis_names, axis_types=self.mesh.axis_types)
@@ -113,19 +117,23 @@ class Job:
         return {}
 
 
-def make_job(
-    mesh: Mesh,
-    model: ModelConfig,
-    train: TrainConfig,
-    optimizer: OptimizerConfig,
-    table: Schedule | None = None,
-    context_style: str = "ring",
-) -> Job:
-    """A job on `mesh`, which must be in context. `table` is the pipeline's schedule if mesh.pipe > 1."""
-    stored = describe(model, context_style=context_style)
-    description = stored if table is None else describe(model, slots(model.layers, table), context_style)
-    direction = make_optimizer(optimizer, description.specs, model)
-    abstract = lambda description: abstract_state(mesh, description, direction, jnp.dtype(train.param_dtype))
-    return Job(
-        mesh, model, train, optimizer, description, stored, direction, table, abstract(description), abstract(stored)
-    )
+class Settings(Protocol):
+    """What a job needs of a run's config."""
+
+    model: ModelConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    pipeline: PipelineConfig
+    context: ContextConfig
+
+
+def make_job(config: Settings, mesh: Mesh) -> Job:
+    """The job of a run on `mesh`, which must be in context. Raises ValueError for a pipeline that cannot be."""
+    model, train, style = config.model, config.train, config.context.style
+    schedule = schedule_for(config.pipeline, train.batch_size // train.grad_accumulation, mesh.shape)
+    stored = describe(model, context_style=style)
+    description = stored if schedule is None else describe(model, slots(model.layers, schedule), style)
+    optimizer = make_optimizer(config.optimizer, description.specs, model)
+    abstract = lambda description: abstract_state(mesh, description, optimizer, jnp.dtype(train.param_dtype))
+    of_run, of_checkpoints = abstract(description), abstract(stored)
+    return Job(mesh, model, train, config.optimizer, description, stored, optimizer, schedule, of_run, of_checkpoints)

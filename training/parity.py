@@ -8,7 +8,9 @@ by a gradient's size follows rounding noise where the gradient is close to zero.
 
 import sys
 
-from config import Config, command_line, mesh_sizes, pipeline_table
+from config.command_line import command_line
+from config.layout import mesh_sizes
+from config.schema import Config
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])
@@ -46,7 +48,7 @@ def trace(config: Config, sizes: dict[str, int], steps: int = STEPS) -> Trace:
     # of several processes, each runs the comparison with one device by itself
     mesh = make_mesh(sizes, jax.local_devices()[:needed] if needed < jax.device_count() else None)
     with jax.set_mesh(mesh):
-        job = make_job(mesh, config.model, t, config.optimizer, pipeline_table(config, sizes), config.context.style)
+        job = make_job(config, mesh)
         batches = [
             put_batch(mesh, random_batch(config, i, local_rows(mesh, t.batch_size)), t.batch_size) for i in range(steps)
         ]

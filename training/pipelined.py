@@ -9,7 +9,7 @@ from model.specs import map_specs
 from model.transformer import Description, block_of, rematerialised, rows_of
 from parallel.pipeline import run as pipeline
 from parallel.pipeline import schedules
-from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import stored_over_stages
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses
@@ -55,23 +55,27 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
     )
 
 
-def _run(description: Description, config: TrainConfig, table: Schedule, params, batch, keys_B):
+def _run(description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B):
     micros = dict(batch) | ({} if keys_B is None else {"dropout_keys_B": keys_B})
-    micros = {name: cut(x, table.microbatches) for name, x in micros.items()}
+    micros = {name: cut(x, schedule.microbatches) for name, x in micros.items()}
     shared = {name: value for name, value in params.items() if name != "layers"}
     rows, padded = rows_of(description.config, description.slots), -1 in description.slots
     what = program(description, config)
-    sums, router, *grads = pipeline.run(what, table, params["layers"], rows, shared, micros, padded=padded)
+    sums, router, *grads = pipeline.run(what, schedule, params["layers"], rows, shared, micros, padded=padded)
     return replace(sums, router=router), *grads
 
 
-def pipelined_losses(description: Description, config: TrainConfig, table: Schedule, params, batch) -> LossSums:
+def pipelined_losses(
+    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch
+) -> LossSums:
     """As training.step.batch_losses, through the stages."""
-    forward = schedules.forward_only(table.stages, table.microbatches, table.placement)
+    forward = schedules.forward_only(schedule.stages, schedule.microbatches, schedule.placement)
     return _run(description, config, forward, params, batch, None)[0]
 
 
-def pipelined_gradients(description: Description, config: TrainConfig, table: Schedule, params, batch, keys_B, tokens):
+def pipelined_gradients(
+    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B, tokens
+):
     """(gradients of what is minimised, divided by `tokens`; loss sums) of a batch, through the stages."""
-    sums, layers, shared = _run(description, config, table, params, batch, keys_B)
+    sums, layers, shared = _run(description, config, schedule, params, batch, keys_B)
     return jax.tree.map(lambda g: g / tokens, shared | {"layers": layers}), sums

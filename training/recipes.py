@@ -73,7 +73,7 @@ def deepseek_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 # --------------------------------------------------------------------------------------------------------- in a config
 
 
-def number(
+def law_number(
     key: tuple[str, str], law: str, model: ModelConfig, train: TrainConfig, optimizer: OptimizerConfig
 ) -> float | int:
     """What the config key (group, name) is by `law`. Raises ValueError for a config that the law was not made for."""

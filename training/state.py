@@ -1,17 +1,16 @@
 """What a run carries from step to step, how it lies on the mesh, and how it begins."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from model.specs import Specs, leaves
 from model.transformer import Description
-from parallel.sharding import replicated
+from parallel.sharding import replicated, sharding_like
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +89,7 @@ def state_shardings(mesh: Mesh, description: Description, state: TrainState) -> 
 
     def moment(path, leaf) -> NamedSharding:
         shape, sharding = by_path.get(_dict_path(path), ((), None))
-        return replicated(mesh) if sharding is None else _like(sharding, shape, leaf.shape)
+        return replicated(mesh) if sharding is None else sharding_like(sharding, shape, leaf.shape)
 
     everywhere = jax.tree.map(lambda _: replicated(mesh), state)
     return replace(everywhere, params=params, opt_state=jax.tree_util.tree_map_with_path(moment, state.opt_state))
@@ -104,17 +103,6 @@ def _dict_path(path) -> tuple[str, ...]:
             break
         names.append(key.key)
     return tuple(reversed(names))
-
-
-def _like(sharding: NamedSharding, shape: tuple[int, ...], leaf: tuple[int, ...]) -> NamedSharding:
-    """A moment's sharding: the parameter's, or what is left of it when the moment is a mean over one dim."""
-    spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
-    if leaf == shape:
-        return sharding
-    for dim in range(len(shape)):
-        if shape[:dim] + shape[dim + 1 :] == leaf and math.prod(leaf) > 1:
-            return NamedSharding(sharding.mesh, PartitionSpec(*spec[:dim], *spec[dim + 1 :]))
-    return replicated(sharding.mesh)
 
 
 def abstract_state(mesh: Mesh, description: Description, optimizer, param_dtype) -> TrainState:

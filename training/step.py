@@ -1,6 +1,5 @@
 """One training step and one evaluation step, as pure functions to be jitted."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import optax
 from model.moe import RouterSums
 from model.transformer import Description
 from parallel.context import zigzag
-from parallel.pipeline.schedules import Schedule
+from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import shard, splits
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses
@@ -60,12 +59,12 @@ def gradients(
     params,
     batch: Batch,
     keys_B=None,
-    table: Schedule | None = None,
+    schedule: PipelineSchedule | None = None,
 ):
     """Loss sums of the whole batch and the gradient of the mean loss, auxiliary ones included, by microbatches.
 
     Every microbatch divides by the tokens of the whole batch, so cutting a batch does not change its gradient. With a
-    pipeline's `table`, each accumulation step goes through it.
+    pipeline's `schedule`, each accumulation step goes through it.
     """
     batch = in_context_order(description, batch)
     tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
@@ -74,10 +73,10 @@ def gradients(
         sums = batch_losses(description, config, params, batch, keys_B)
         return sums.objective(config.z_loss) / tokens, sums
 
-    if table is None:
+    if schedule is None:
         gradient = jax.grad(objective, has_aux=True)
     else:
-        gradient = lambda *args: pipelined_gradients(description, config, table, *args, tokens)
+        gradient = lambda *args: pipelined_gradients(description, config, schedule, *args, tokens)
     if config.grad_accumulation == 1:
         grads, sums = gradient(params, batch, keys_B)
         return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
@@ -152,23 +151,23 @@ def router_metrics(description: Description, router: RouterSums, tokens: jax.Arr
 def make_train_step(
     description: Description,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
+    lr_schedule: Callable[[jax.Array], jax.Array],
     config: TrainConfig,
     clip_norm: float,
-    table: Schedule | None = None,
+    schedule: PipelineSchedule | None = None,
     *,
     expose_gradients: bool = False,
 ) -> Callable:
     """The step (state, batch) -> (state, metrics); metrics are float32 under their logged names, scalars or, by layer,
     vectors.
 
-    `table` is the schedule of a pipeline, where the mesh has one. With `expose_gradients` the step also returns the
+    `schedule` is that of a pipeline, where the mesh has one. With `expose_gradients` the step also returns the
     gradients before clipping.
     """
 
     def train_step(state: TrainState, batch: Batch):
         keys_B = dropout_keys(description, config, state)
-        sums, raw = gradients(description, config, state.params, batch, keys_B, table)
+        sums, raw = gradients(description, config, state.params, batch, keys_B, schedule)
         tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
         with jax.named_scope("clip"):
             loss, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), raw))
@@ -176,7 +175,7 @@ def make_train_step(
             grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), raw)
 
         with jax.named_scope("optimizer"):
-            lr = schedule(state.step)
+            lr = lr_schedule(state.step)
             direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
             if description.config.balance_bias:
@@ -218,15 +217,15 @@ def make_train_step(
     return in_float32_matmuls(train_step, config)
 
 
-def make_eval_step(description: Description, config: TrainConfig, table: Schedule | None = None) -> Callable:
+def make_eval_step(description: Description, config: TrainConfig, schedule: PipelineSchedule | None = None) -> Callable:
     """The step (params, batch, token_bytes_V) -> nats, tokens and bytes of the targets that count, float32 sums."""
 
     def eval_step(params, batch: Batch, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
         batch = in_context_order(description, batch)
-        if table is None:
+        if schedule is None:
             sums = batch_losses(description, config, params, batch)
         else:
-            sums = pipelined_losses(description, config, table, params, batch)
+            sums = pipelined_losses(description, config, schedule, params, batch)
         bytes_BT = jnp.take(token_bytes_V, batch["targets_BT"]) * batch["mask_BT"]
         return {"nats": sums.nll, "tokens": batch["mask_BT"].sum(), "bytes": bytes_BT.sum()}
 
@@ -235,12 +234,4 @@ def make_eval_step(description: Description, config: TrainConfig, table: Schedul
 
 def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:
     """Accelerators round float32 matmuls to fewer bits by default; a run in float32 means float32."""
-    if config.compute_dtype != "float32":
-        return step
-
-    @functools.wraps(step)
-    def precise(*args):
-        with jax.default_matmul_precision("float32"):
-            return step(*args)
-
-    return precise
+    return jax.default_matmul_precision("float32")(step) if config.compute_dtype == "float32" else step

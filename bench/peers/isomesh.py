@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from work import WARM_UP, WORKS, Work, arguments, report
 
-import config
+from config import compose
 from model.counts import parameter_count
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,7 +64,7 @@ def main() -> None:
     keys = [*overrides(WORKS[given.work], given.dtype), f"train.steps={WARM_UP + given.steps}"]
     with tempfile.TemporaryDirectory() as folder:
         measured = run([*keys, f"runtime.compile_cache={folder}/xla"], Path(folder))  # of its own: compiles anew
-    parameters = parameter_count(config.load(keys).model).total
+    parameters = parameter_count(compose.load(keys).model).total
     report(WORKS[given.work], measured, parameters, resource.RUSAGE_CHILDREN)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-import config
+from config import compose, schema
 from data.loader import Loader, heldout_batches
 from data.shards import prepare
 from parallel.mesh import AXES, make_mesh
@@ -38,7 +38,7 @@ TRACED = ("lr", "weight_decay", "beta1", "beta2", "final_lr")
 class Evaluate:
     """Trains the run of a trial in this process; losses as `train.py` would write them, up to rounding."""
 
-    def __init__(self, cfg: config.Config):
+    def __init__(self, cfg: schema.Config):
         start(cfg.runtime)
         self.mesh, t = make_mesh(dict.fromkeys(AXES, 1)), cfg.train
         dataset = prepare(cfg.data, cfg.tokenizer)
@@ -51,18 +51,20 @@ class Evaluate:
         self.token_bytes_V = dataset.tokenizer.token_bytes.astype(np.float32)
 
     def __call__(self, trial, overrides, directory) -> Outcome:
-        began, cfg = time.monotonic(), config.load([*overrides, f"run.dir={directory}"])
-        key = dataclasses.replace(cfg.optimizer, **dict.fromkeys(TRACED, 0.5)), cfg.model, cfg.train
+        began, cfg = time.monotonic(), compose.load([*overrides, f"run.dir={directory}"])
+        traced = dataclasses.replace(cfg.optimizer, **dict.fromkeys(TRACED, 0.5))
+        key = dataclasses.replace(cfg, optimizer=traced, run=schema.RunConfig())
         numbers = {name: jnp.float32(getattr(cfg.optimizer, name)) for name in TRACED}
         with jax.set_mesh(self.mesh):
             if key not in self.programs:
-                self.programs[key] = self._compiled(*key)
+                self.programs[key] = self._compiled(key)
             loss = float(self.programs[key](numbers))
         kind = "complete" if math.isfinite(loss) else "diverged"
         return Outcome(kind, (loss,) if kind == "complete" else (), seconds=time.monotonic() - began)
 
-    def _compiled(self, optimizer, model, train):
-        job = make_job(self.mesh, model, train, optimizer)
+    def _compiled(self, cfg):
+        optimizer, train = cfg.optimizer, cfg.train
+        job = make_job(cfg, self.mesh)
         state, evaluate = job.init(0), make_eval_step(job.description, train)
 
         @jax.jit
@@ -90,7 +92,7 @@ def curve(search: Search) -> list[float]:
 
 def main() -> None:
     settings = search_loop.read_search(HERE / "search.yaml")
-    evaluate, curves = Evaluate(config.load(list(settings.train))), {}
+    evaluate, curves = Evaluate(compose.load(list(settings.train))), {}
     with open(HERE / "comparison.jsonl", "w") as file:
         for sampler in SAMPLERS:
             for seed in SEEDS:

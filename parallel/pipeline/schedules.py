@@ -34,7 +34,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """A table of operations with the placement of the model's parts. `check` tells whether it is legal."""
 
     name: str  # of the schedule, or the path of the user's table
@@ -95,7 +95,7 @@ class Schedule:
         return {FORWARD: forward, BACKWARD: backward_input + (0 if self.split else weight), WEIGHT: weight}
 
 
-def make(name: str, stages: int, microbatches: int, chunks: int = 0) -> Schedule:
+def make(name: str, stages: int, microbatches: int, chunks: int = 0) -> PipelineSchedule:
     """The schedule of that name, or the user's table at that path if it ends with .csv; legal for any sizes >= 1.
 
     `chunks` 0 takes the schedule's own: 2 for interleaved and zero_bubble_v, else 1. Raises ValueError for an unknown
@@ -116,10 +116,10 @@ def make(name: str, stages: int, microbatches: int, chunks: int = 0) -> Schedule
 
     orders = [_order(name, stage, stages, microbatches, chunks) for stage in range(stages)]
     placement = v_placement(stages) if name == "zero_bubble_v" else looped_placement(stages, chunks)
-    return Schedule(name, stages, microbatches, chunks, placement, _table(placement, orders))
+    return PipelineSchedule(name, stages, microbatches, chunks, placement, _table(placement, orders))
 
 
-def _of_sizes(schedule: Schedule, asked: Mapping[str, int]) -> Schedule:
+def _of_sizes(schedule: PipelineSchedule, asked: Mapping[str, int]) -> PipelineSchedule:
     wrong = [word for word, size in asked.items() if getattr(schedule, word) != size]
     if wrong:
         has = ", ".join(f"{word}={getattr(schedule, word)}" for word in wrong)
@@ -138,7 +138,7 @@ def v_placement(stages: int) -> Placement:
     return (*((stage, 0) for stage in range(stages)), *((stage, 1) for stage in reversed(range(stages))))
 
 
-def forward_only(stages: int, microbatches: int, placement: Placement) -> Schedule:
+def forward_only(stages: int, microbatches: int, placement: Placement) -> PipelineSchedule:
     """F operations only, for evaluation, in as few ticks as the placement allows.
 
     A stage runs what has arrived, in the order of training: group by group, in a group the first chunk first. Nothing
@@ -159,7 +159,7 @@ def forward_only(stages: int, microbatches: int, placement: Placement) -> Schedu
             if virtual < len(placement):
                 heapq.heappush(waiting[placement[virtual][0]], (group, virtual, microbatch))
         table.append(tuple(row))
-    return Schedule("forward_only", stages, microbatches, len(placement) // stages, placement, tuple(table))
+    return PipelineSchedule("forward_only", stages, microbatches, len(placement) // stages, placement, tuple(table))
 
 
 # ------------------------------------------------------------------------------- the order of each stage's operations
@@ -262,7 +262,7 @@ def _table(placement: Placement, orders: Sequence[Sequence[Op]]) -> tuple[tuple[
 # ------------------------------------------------------------------------------------------------------ what is legal
 
 
-def check(schedule: Schedule) -> None:
+def check(schedule: PipelineSchedule) -> None:
     """Raises ValueError for an illegal schedule, naming tick, stage and operation, and the line of a user's table.
 
     Legal: every chunk of every microbatch has one F, one B and, if there is any W, one W; each at a later tick than its
@@ -297,7 +297,7 @@ def check(schedule: Schedule) -> None:
                 raise ValueError(f"{_at(name, tick, stage, op)} {needs}: it can be at tick {sent + 1} at the soonest")
 
 
-def _check_complete(schedule: Schedule, found: Mapping[tuple[str, int, int], tuple[int, int, Op]]) -> None:
+def _check_complete(schedule: PipelineSchedule, found: Mapping[tuple[str, int, int], tuple[int, int, Op]]) -> None:
     kinds = KINDS if schedule.split else (FORWARD, BACKWARD)
     for virtual, (stage, chunk) in enumerate(schedule.placement):
         for microbatch in range(schedule.microbatches):
@@ -323,7 +323,7 @@ COLUMNS = ("tick", "stage", "operation", "chunk", "microbatch")
 VIRTUAL = "virtual"  # optional column: place of (stage, chunk) in the model; default chunk * stages + stage
 
 
-def write_csv(schedule: Schedule, path: str | Path) -> None:
+def write_csv(schedule: PipelineSchedule, path: str | Path) -> None:
     """Writes the table with one line an operation; `read_csv` gives the same schedule back. Raises OSError."""
     looped = schedule.placement == looped_placement(schedule.stages, schedule.chunks)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -334,7 +334,7 @@ def write_csv(schedule: Schedule, path: str | Path) -> None:
             writer.writerow(row if looped else (*row, schedule.placement.index((stage, op.chunk))))
 
 
-def read_csv(path: str | Path) -> Schedule:
+def read_csv(path: str | Path) -> PipelineSchedule:
     """A user's table: columns tick, stage, operation (F, B or W), chunk, microbatch and perhaps virtual, all from 0.
 
     Its sizes are what the table holds. Raises ValueError naming file and line for anything that is not legal.
@@ -364,7 +364,7 @@ def read_csv(path: str | Path) -> Schedule:
     ticks, stages, chunks, microbatches = (_count(path, column, lines) for column, lines in counts.items())
     placement = _placement(path, stages, chunks, virtuals) if virtuals else looped_placement(stages, chunks)
     table = tuple(tuple(cells.get((tick, stage)) for stage in range(stages)) for tick in range(ticks))
-    schedule = Schedule(str(path), stages, microbatches, chunks, placement, table)
+    schedule = PipelineSchedule(str(path), stages, microbatches, chunks, placement, table)
     check(schedule)
     return schedule
 

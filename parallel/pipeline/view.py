@@ -11,7 +11,7 @@ from parallel.pipeline.schedules import (
     FORWARD,
     WEIGHT,
     Op,
-    Schedule,
+    PipelineSchedule,
 )
 
 COLORS = {FORWARD: (118, 178, 230), BACKWARD: (245, 166, 91), WEIGHT: (133, 200, 138)}
@@ -22,7 +22,7 @@ IDLE, INK, PAPER = "#eeeeee", "#1a1a1a", "#ffffff"
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def title(schedule: Schedule) -> str:
+def title(schedule: PipelineSchedule) -> str:
     """The schedule's name and sizes."""
     chunks = f", {schedule.chunks} chunks a stage" if schedule.chunks > 1 else ""
     return f"{schedule.name}: {schedule.stages} stages, {schedule.microbatches} microbatches{chunks}"
@@ -33,7 +33,7 @@ def label(op: Op, chunks: int) -> str:
     return f"{op.kind}{op.microbatch}" + (f".{op.chunk}" if chunks > 1 else "")
 
 
-def facts(schedule: Schedule) -> list[str]:
+def facts(schedule: PipelineSchedule) -> list[str]:
     """What the letters mean, ticks, peak in flight and bubble."""
     backward = "B backward for inputs, W backward for weights" if schedule.split else "B backward"
     chunk = ", F3.1: microbatch 3, chunk 1" if schedule.chunks > 1 else ""
@@ -58,7 +58,7 @@ def _shade(op: Op, chunks: int) -> str:
 # ------------------------------------------------------------------------------------------------------ in the terminal
 
 
-def terminal(schedule: Schedule, width: int) -> list[Text]:
+def terminal(schedule: PipelineSchedule, width: int) -> list[Text]:
     """One row a stage, one column a tick, in blocks that fit `width` characters."""
     cell = 1 + max(len(label(op, schedule.chunks)) for _, _, op in schedule.operations())
     cell = max(cell, 1 + len(str(schedule.ticks - 1)))
@@ -99,7 +99,7 @@ class Box:
     fill: str | None = None
 
 
-def boxes(schedule: Schedule) -> tuple[int, int, list[Box]]:
+def boxes(schedule: PipelineSchedule) -> tuple[int, int, list[Box]]:
     """Width, height and boxes of the picture: bands of ticks below each other, then the facts."""
     longest = max(len(label(op, schedule.chunks)) for _, _, op in schedule.operations())
     cell, margin = 8 * longest + 8, 64
@@ -123,7 +123,7 @@ def boxes(schedule: Schedule) -> tuple[int, int, list[Box]]:
     return max(right, 16 + 7 * max(map(len, notes))), top + len(notes) * ROW + 8, found
 
 
-def write_svg(schedule: Schedule, path: Path) -> None:
+def write_svg(schedule: PipelineSchedule, path: Path) -> None:
     """Writes the picture as SVG. Raises OSError."""
     width, height, found = boxes(schedule)
     lines = [
@@ -141,7 +141,7 @@ def write_svg(schedule: Schedule, path: Path) -> None:
     path.write_text("\n".join([*lines, "</svg>", ""]), encoding="utf-8")
 
 
-def write_png(schedule: Schedule, path: Path) -> None:
+def write_png(schedule: PipelineSchedule, path: Path) -> None:
     """Writes the picture as PNG. Raises OSError, and ValueError without pillow."""
     try:
         from PIL import Image, ImageDraw, ImageFont

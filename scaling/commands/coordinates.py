@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from config import load, mesh_sizes, pipeline_table
+from config.compose import load
+from config.layout import mesh_sizes
 from parallel.mesh import make_mesh
 from runtime.start import start
 from scaling.console import show_coordinates, wide_console
@@ -65,6 +66,4 @@ def coordinates(config, dial: str, size: int, seeds: int, steps: int):
     axes = mesh_sizes(config, jax.device_count())
     mesh = make_mesh(axes)
     with jax.set_mesh(mesh):
-        table = pipeline_table(config, axes)
-        job = make_job(mesh, model, config.train, config.optimizer, table, config.context.style)
-        return measure(job, seeds, steps)
+        return measure(make_job(config, mesh), seeds, steps)

@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from config import combinations, multirun
+from config.command_line import combinations, multirun
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
 from scaling.sweep.batch import OUTPUT, Batch, Job
-from scaling.sweep.launchers import PACKAGES, SAID, Unknown, check, start, still_to_do, stop, submission
+from scaling.sweep.launchers import LAUNCHER_OUTPUT, PACKAGES, Unknown, check, start, still_to_do, stop, submission
 from scaling.sweep.provenance import commit
 from scaling.sweep.run_directories import ATTEMPTS, last_line, read_lines
 
@@ -92,7 +92,7 @@ def told(number: int, job: Job, code: int | None, batch: Batch) -> int:
     """Prints how a job ended; a code above 128 is a signal's, as in a shell."""
     said = last_line(Path(job.directory) / OUTPUT)
     if code is None:
-        code, said = FAULT, said or last_line(batch.folder / SAID)
+        code, said = FAULT, said or last_line(batch.folder / LAUNCHER_OUTPUT)
         how = "did not end by itself"
     else:
         code = code if code >= 0 else 128 - code

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-import config
+from config.build import keys
+from config.compose import CONF, load
+from config.schema import Config
 from runtime.exit_codes import DONE, PREEMPTED
 from training import recipes
 
@@ -43,13 +45,13 @@ def run_search(options: argparse.Namespace) -> int:
         raise ValueError(f"one file and one worker or more, not {len(files)} files and --workers {options.workers}")
     file = Path(files[0]) if files else None
     settings = numbered(search_loop.read_search(file, [word for word in options.words if "=" in word]))
-    known = {*config.keys(), *(path.name for path in config.CONF.iterdir() if path.is_dir())}
+    known = {*keys(Config), *(path.name for path in CONF.iterdir() if path.is_dir())}
     if unknown := space.parse_space(settings.space).keys() - known:
         raise ValueError(f"space: unknown {', '.join(sorted(unknown))}; python train.py --help lists the keys")
     name = f"search-{file.resolve().parent.name}" if file else "search"
     study = search.Search(settings, options.dir or Path("runs") / name)
     console, out = Console(), file.parent if file else study.folder
-    runner = trial.Runner(settings, CHECKOUT, config.load)
+    runner = trial.Runner(settings, CHECKOUT, load)
     signal.signal(signal.SIGTERM, lambda *_: runner.stop.set())
 
     def ended(asked, found) -> None:
@@ -76,7 +78,7 @@ def numbered(settings):
         named = [key for key, value in point.items() if value in recipes.LAWS.get(tuple(key.split(".", 1)), ())]
         if named:
             own = [f"{key}={value}" for key, value in point.items() if not isinstance(value, dict)]
-            values = dataclasses.asdict(config.load([*settings.train, *own]))
+            values = dataclasses.asdict(load([*settings.train, *own]))
             point = point | {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in named}
         points.append(point)
     return dataclasses.replace(settings, start=tuple(points))

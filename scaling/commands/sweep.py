@@ -6,7 +6,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from config import Config, build, finish, identity, load
+from config.build import build
+from config.compose import load
+from config.schema import Config, finish, identity
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED
 from scaling.console import wide_console
 from scaling.sweep.collect import collect, find, write
@@ -14,7 +16,7 @@ from scaling.sweep.design import Run, SweepConfig, design, expected_seconds, loa
 from scaling.sweep.launchers import PACKAGES, PREFIX
 from scaling.sweep.provenance import code_digest
 from scaling.sweep.run import Planned, measured, multirun, place, probes, run_missing, share
-from scaling.sweep.submitted import Queue, run_launched
+from scaling.sweep.submitted import Queue, run_on_launcher
 from scaling.sweep.view import Progress, bill, plan_table, progress, remaining
 
 CHECKOUT = Path(__file__).parents[2]
@@ -123,7 +125,7 @@ def run_sweep(options: argparse.Namespace) -> int:
             whole = run_missing(planned, root, CHECKOUT, view.show, jobs=options.jobs, retry=options.retry)
         else:
             settings, again = launcher_settings(options), {"retry": options.retry, "resubmit": options.resubmit}
-            whole = run_launched(planned, root, CHECKOUT, queue, view.show, options.launcher, settings, **again)
+            whole = run_on_launcher(planned, root, CHECKOUT, queue, view.show, options.launcher, settings, **again)
         if not whole:
             theirs = sum(state.name == "queued" or "SLURM" in state.reason for state in queue.ask())
             told = f"{theirs} runs are SLURM's and go on" if theirs else "all runs have saved"

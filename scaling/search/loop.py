@@ -1,8 +1,6 @@
 """A search from its YAML file to its end: reading it, and workers that ask, run and tell."""
 
-import dataclasses
 import threading
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +8,10 @@ import optuna
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from config.build import build, keys, one_line
 from scaling.search.study import Outcome, Search, SearchConfig
 
 PREFIXES = ("search.", "hydra.sweeper.")  # of words on the command line that set a field of SearchConfig
@@ -22,57 +23,46 @@ Evaluate = Callable[[optuna.Trial, Sequence[str], Path], Outcome]
 def read_search(file: Path | None, words: Sequence[str] = ()) -> SearchConfig:
     """The config of a YAML file, changed by words of the command line: search.FIELD=value, a sweep in Hydra's grammar,
     or a plain override for every trial. Raises ValueError for what is wrong with it."""
-    values = {} if file is None else _load(file)
+    values = {} if file is None else _load(_text(file), str(file))
     values["space"], values["train"] = dict(values.get("space") or {}), [*(values.get("train") or [])]
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"{word} is no override; write key=value")
         if name := next((key.removeprefix(p) for p in PREFIXES if key.startswith(p)), None):
-            values[name] = yaml.safe_load(text)
+            values |= _load(f"{name}: {text}", word)
         elif _is_sweep(word):
             values["space"][key] = text
         else:
             values["train"].append(word)
             values["space"].pop(key, None)
-    return _build(values)
+    return _built(values)
 
 
-def _load(file: Path) -> dict:
+def _text(file: Path) -> str:
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+        return file.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {file}: {one_line(error)}") from None
+
+
+def _load(text: str, where: str) -> dict:
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot read {where}: {one_line(error)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} should hold keys: {', '.join(_fields())}")
+        raise ValueError(f"{where} should hold keys: {', '.join(keys(SearchConfig))}")
     return values
 
 
-def _build(values: dict) -> SearchConfig:
-    hints, made = typing.get_type_hints(SearchConfig), {}
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"unknown {name}; valid: {', '.join(_fields())}")
-        hint = hints[name]
-        try:
-            made[name] = hint(value) if hint in (int, float, str) and not isinstance(value, bool) else value
-        except (TypeError, ValueError):
-            raise ValueError(f"{name}: {value} should be a number") from None
-        if hint is int and made[name] != float(value):
-            raise ValueError(f"{name}: {value} should be a whole number")
-    for name, kind in (("objectives", dict), ("train", list), ("start", list)):
-        if name in made and not isinstance(made[name], kind):
-            raise ValueError(f"{name} should be a {'mapping' if kind is dict else 'list'}, not {made[name]!r}")
-    if not all(isinstance(point, dict) for point in made.get("start", ())):
-        raise ValueError("start should be a list of points, each key: value")
-    if "objectives" in made:
-        made["objectives"] = tuple((str(key), str(way)) for key, way in made["objectives"].items())
-    made["train"], made["start"] = tuple(map(str, made["train"])), tuple(made.get("start", ()))
-    return SearchConfig(**made)
-
-
-def _fields() -> list[str]:
-    return [f.name for f in dataclasses.fields(SearchConfig)]
+def _built(values: dict) -> SearchConfig:
+    """Objectives are a mapping in YAML: of each key, whether it is to be as small or as large as can be."""
+    objectives = values.get("objectives", {})
+    if not isinstance(objectives, dict):
+        raise ValueError(f"objectives should be a mapping, not {objectives!r}")
+    pairs = {"objectives": [*objectives.items()]} if objectives else {}
+    return build(SearchConfig, values | pairs)
 
 
 def _is_sweep(word: str) -> bool:

@@ -203,7 +203,7 @@ class Search:
         return FileLock(self.folder / "turn.lock").held()
 
     def _ask_lost_ones_again(self) -> None:
-        """Trials that nobody is at any more come back: their worker is dead, or never wrote its name."""
+        """Trials without a living worker come back: it has died, or never wrote its name."""
         for trial in self.trials():
             worker = trial.user_attrs.get("worker", "")
             if trial.state == TrialState.RUNNING and not self._lives(worker):

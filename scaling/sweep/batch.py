@@ -28,7 +28,7 @@ from scaling.sweep.run_directories import FINAL, IN_USE, STOPPED, append, last_l
 BATCH, JOB_LOCK, OUTPUT = "batch.json", ".job", "output.txt"
 REQUEUE = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))  # submitit's: the time is up
 POLL_S = 0.2
-LOCK_S = 3.0  # somebody may glance at the lock just now
+LOCK_S = 3.0  # how long to try: whoever asks whether a lock is free holds it for a moment
 KILL_S = 60.0  # SLURM kills what it told to stop after this time at the latest (its KillWait is 30 s unless set)
 
 

@@ -38,7 +38,7 @@ PREFIX = "hydra.launcher."
 OURS = ("_target_", "submitit_folder", "name")  # keys that a batch sets itself
 # Runs resume, so that their time may be up as often as they make progress; 0 is the plugin's default.
 DEFAULTS = {"submitit_slurm": {"max_num_timeout": 20}}
-LOCK, SAID = "launcher.lock", "launcher.txt"
+LOCK, LAUNCHER_OUTPUT = "launcher.lock", "launcher.txt"
 SQUEUE_S = 60.0
 GRACE_S, POLL_S = 120.0, 0.2  # for runs to save, once they were told to stop
 
@@ -111,7 +111,7 @@ def launch(batch: Batch) -> None:
 def start(batch: Batch, checkout: Path) -> subprocess.Popen:
     """Starts the process that launches a batch; it has the lock of the batch from the first moment on."""
     batch.write()
-    with (batch.folder / LOCK).open("w") as lock, (batch.folder / SAID).open("ab") as said:
+    with (batch.folder / LOCK).open("w") as lock, (batch.folder / LAUNCHER_OUTPUT).open("ab") as said:
         acquire(lock, wait=True)
         process = subprocess.Popen(
             [sys.executable, "-m", "scaling.sweep.launchers", str(batch.folder.absolute())],

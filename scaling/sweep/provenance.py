@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 # What decides a run's numbers; comments, docstrings and layout of the code do not.
-SOURCES = ("train.py", "config.py", "runtime", "model", "parallel", "data", "training", "checkpoint")
+SOURCES = ("train.py", "config", "runtime", "model", "parallel", "data", "training", "checkpoint")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 

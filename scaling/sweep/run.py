@@ -219,7 +219,7 @@ class Pool:
         if code == MISTAKE and IN_USE in last_line(one.directory / "output.txt"):
             if held(one.directory):  # an earlier call's process was faster
                 self.running.append(Process(one, None, -1, process.step))
-            else:  # it met somebody's glance at the lock
+            else:  # another process was asking just then whether the lock is free
                 self.waiting.insert(0, one)
             return
         state = one.state()

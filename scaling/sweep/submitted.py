@@ -15,8 +15,8 @@ from pathlib import Path
 
 from scaling.sweep.batch import Batch, Job
 from scaling.sweep.launchers import (
+    LAUNCHER_OUTPUT,
     LOCK,
-    SAID,
     Unknown,
     check,
     last_batch,
@@ -75,7 +75,7 @@ def submit(todo: list[Planned], root: Path, checkout: Path, launcher: str, setti
     return start(Batch(folder, launcher, tuple(settings), jobs), checkout)
 
 
-def run_launched(
+def run_on_launcher(
     planned: list[Planned],
     root: Path,
     checkout: Path,
@@ -122,7 +122,9 @@ def run_launched(
         if process is not None and process.poll() and all(only_queued(one.directory) for one in todo):
             batch = batches(todo)[0]
             if not submission(batch):
-                raise ValueError(f"{launcher} took nothing: {last_line(batch.folder / SAID).removeprefix('error: ')}")
+                raise ValueError(
+                    f"{launcher} took nothing: {last_line(batch.folder / LAUNCHER_OUTPUT).removeprefix('error: ')}"
+                )
     return True
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-import config
+from config import compose, layout, schema
 from model.counts import flops_per_token, parameter_count
 from parallel.mesh import AXES, crossings, make_mesh, slow_network_warning
 from parallel.sharding import batch_sharding
@@ -39,7 +39,7 @@ INVOLUNTARY = "nvoluntary full rematerialization"  # what XLA's partitioner warn
 class Program:
     """A training step, compiled."""
 
-    config: config.Config
+    config: schema.Config
     job: Job
     compiled: jax.stages.Compiled
     lower_s: float
@@ -55,13 +55,13 @@ def build(product: Product, machine: Machine) -> Program:
     sizes = dict.fromkeys(AXES, 1) | product.mesh
     rows = len(devices) // (sizes["context"] * sizes["tensor"])  # as many sequences as devices that share none
     chosen = [f"model={product.model}", f"train.batch_size={rows}", *(f"mesh.{a}={n}" for a, n in sizes.items())]
-    cfg = config.load([*chosen, *COMMON, *product.overrides])
-    mesh = make_mesh(config.mesh_sizes(cfg, len(devices)), devices)
+    cfg = compose.load([*chosen, *COMMON, *product.overrides])
+    mesh = make_mesh(layout.mesh_sizes(cfg, len(devices)), devices)
     with jax.set_mesh(mesh):
-        job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer, config.pipeline_table(cfg, sizes))
-        shape, layout = (cfg.train.batch_size, cfg.train.seq_len), batch_sharding(mesh)
+        job = make_job(cfg, mesh)
+        shape, sharding = (cfg.train.batch_size, cfg.train.seq_len), batch_sharding(mesh)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
         target = {"gpu": "cuda"}.get(machine.platform, machine.platform)
         lowered = job.step.trace(job.abstract, batch).lower(lowering_platforms=(target,))
     lowered_at = time.perf_counter()

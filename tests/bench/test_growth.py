@@ -1,7 +1,7 @@
 """The points of the growth table, its text, and the section of the results file."""
 
-import config
 from bench import growth
+from config import compose, layout, schema
 
 
 def row(dial: str, value: int, speed: float | None, memory: float = 8.0, compile_s: float = 2.0) -> dict:
@@ -10,12 +10,12 @@ def row(dial: str, value: int, speed: float | None, memory: float = 8.0, compile
 
 
 def test_every_point_is_a_legal_config_and_changes_one_dial():
-    base = config.identity(config.load(list(growth.BASE)))
+    base = schema.identity(compose.load(list(growth.BASE)))
     for point in growth.points():
-        asked = config.load([*growth.BASE, *point.overrides])
-        config.mesh_sizes(asked, point.devices)
+        asked = compose.load([*growth.BASE, *point.overrides])
+        layout.mesh_sizes(asked, point.devices)
         if (point.dial, point.value) in [("width", 128), ("layers", 4), ("sequence", 128), ("batch", 16)]:
-            assert config.identity(asked) == base, "every dial goes through the base"
+            assert schema.identity(asked) == base, "every dial goes through the base"
 
 
 def test_rows_are_relative_to_the_base():

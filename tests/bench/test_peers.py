@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-import config
 from bench import peers
+from config import compose
 from model.counts import parameter_count
 
 sys.path.append(str(Path(peers.__file__).parent / "peers"))  # where the scripts of the peers find each other
@@ -65,7 +65,7 @@ def test_all_train_the_same_model(name):
     shapes = jax.eval_shape(lambda key: handwritten.init(WORKS[name], key), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == PARAMETERS[name]
     for dtype in ("float32", "bfloat16"):
-        asked = config.load(isomesh.overrides(WORKS[name], dtype))
+        asked = compose.load(isomesh.overrides(WORKS[name], dtype))
         assert parameter_count(asked.model).total == PARAMETERS[name]
         assert (asked.train.batch_size, asked.train.seq_len) == (WORKS[name].batch_size, WORKS[name].seq_len)
         assert (asked.train.compute_dtype, asked.optimizer.name, asked.optimizer.clip_norm) == (dtype, "adamw", 1.0)

@@ -13,7 +13,8 @@ import pytest
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.store import CheckpointStore
-from config import Config, finish, to_yaml
+from config.compose import to_yaml
+from config.schema import Config, finish
 from data.tokenizer import ByteTokenizer
 from inference import options
 from inference.generate import generate
@@ -68,12 +69,6 @@ def run(tmp_path_factory):
     ("arguments", "message"),
     [
         (["--step", "newest"], "newest is neither best nor last nor the number of a step"),
-        (["--mesh", "fdsp=2"], "fdsp=2 is not AXIS=N with an axis named once of pipe, data, fsdp"),
-        (["--mesh", "fsdp=2,fsdp=2"], "fsdp=2 is not AXIS=N with an axis named once"),
-        (["--mesh", "fsdp=0"], "mesh.fsdp=0 is no number of devices"),
-        (["--devices", "0"], "0 is not a number of devices"),
-        (["--tokens", "many"], "invalid int value: 'many'"),
-        (["--platform", "abacus"], "invalid choice: 'abacus'"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -89,8 +84,14 @@ def test_no_run_directory_and_no_prompt(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "-3"], "sample.tokens=-3 must be 0 or more"),
-        (["--mesh", "fsdp=3"], "mesh 3 = 3 needs 3 devices, 1 found"),
+        (["sample.tokens=-3"], "sample.tokens=-3 must be 0 or more"),
+        (["sample.tokens=many"], "sample.tokens='many' is str, but should be int"),
+        (["mesh.fdsp=2"], "unknown mesh.fdsp; did you mean mesh.fsdp?"),
+        (["mesh.fsdp=0"], "mesh.fsdp=0 is no number of devices"),
+        (["mesh.fsdp=3"], "mesh 3 = 3 needs 3 devices, 1 found"),
+        (["mesh.pipe=2", "runtime.cpu_devices=2"], "stages are for training"),
+        (["runtime.cpu_devices=0"], "runtime.cpu_devices=0 is below 1"),
+        (["runtime.platform=abacus"], "runtime.platform=abacus is unknown"),
         (["--step", "3"], "holds no checkpoint of step 3; there are: 2, 5"),
     ],
 )
@@ -112,11 +113,11 @@ def test_a_run_without_a_checkpoint(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "step"),
-    [([], 5), (["--step", "best"], 2), (["--step", "2", "--mesh", "fsdp=2,tensor=2", "--devices", "4"], 2)],
+    [([], 5), (["--step", "best"], 2), (["--step", "2", "mesh.fsdp=2", "mesh.tensor=2", "runtime.cpu_devices=4"], 2)],
 )
 def test_texts_come_from_the_checkpoint(run, arguments, step):
     path, description, params, sample = run
-    code, out, err = command(path, "def f", "", "--tokens", 9, "--seed", 3, "--top-k", 90, *arguments)
+    code, out, err = command(path, "def f", "", "sample.tokens=9", "sample.seed=3", "sample.top_k=90", *arguments)
     assert (code, err) == (0, f"{path}: step {step}\n")
     tokenizer, sample = ByteTokenizer(), replace(sample, tokens=9, seed=3, top_k=90)
     prompts = [tokenizer.encode("def f").tolist(), [tokenizer.eos_id]]

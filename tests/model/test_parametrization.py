@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from meshes import MODELS, assert_changes_nothing
 
-import config
+from config import compose
 from model import parametrization
 from model.config import ModelConfig
 from model.initialise import draw
@@ -25,7 +25,7 @@ COMPLETE_P = ("model.parametrization=complete_p", "model.base_width=12", "model.
 
 def description(*overrides):
     with jax.set_mesh(make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])):
-        return describe(config.load([*overrides]).model)
+        return describe(compose.load([*overrides]).model)
 
 
 def factors(*overrides):
@@ -39,7 +39,7 @@ def test_at_the_base_size_it_is_the_standard_one(rule):
     same = ("model.attention_scale=0.3", "optimizer=adamw")
     base = (f"model.parametrization={rule}", "model.base_width=48", "model.base_depth=2")
     ours, standard = (
-        parity.trace(config.load([*MODELS["moe"], *same, *extra]), parity.ONE_DEVICE) for extra in (base, ())
+        parity.trace(compose.load([*MODELS["moe"], *same, *extra]), parity.ONE_DEVICE) for extra in (base, ())
     )
     assert ours.losses == standard.losses
     for name, end in standard.end.items():
@@ -73,12 +73,12 @@ def test_multipliers_and_scales():
     p = parametrization
     got = {}
     for rule in ("standard", "mup", "complete_p"):
-        c = config.load([*sizes, *base, f"model.parametrization={rule}"]).model
+        c = compose.load([*sizes, *base, f"model.parametrization={rule}"]).model
         got[rule] = p.embedding_multiplier(c), p.attention_scale(c), p.logit_multiplier(c), p.residual_multiplier(c)
     assert got["standard"] == (8, 32**-0.5, 1, 1)
     assert got["mup"] == (4, 1 / 32, 1 / 4, 1)
     assert got["complete_p"] == (4, 1 / 32, 1 / 4, 1 / 4)
-    c = config.load([*sizes, *base, "model.parametrization=complete_p"]).model
+    c = compose.load([*sizes, *base, "model.parametrization=complete_p"]).model
     assert p.matrix_std(c, 100) == pytest.approx(0.1)
     assert p.matrix_std(c, 100, residual=True) == pytest.approx(0.05)  # of 2 layers, not of 8
     assert p.router_std(c) == pytest.approx(1 / 16)
@@ -113,6 +113,6 @@ def test_the_mesh_changes_nothing(model, axis, rule):
 
 def test_complete_p_needs_a_stream_that_no_norm_rescales():
     with pytest.raises(ValueError, match="set model.norm_position=pre or both"):
-        config.load(["model.parametrization=complete_p", "model.norm_position=post"])
+        compose.load(["model.parametrization=complete_p", "model.norm_position=post"])
     with pytest.raises(ValueError, match="model.base_width=0 must be 1 or more"):
-        config.load(["model.base_width=0"])
+        compose.load(["model.base_width=0"])

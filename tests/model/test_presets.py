@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from config import load, requirements
+from config.compose import load
+from config.layout import requirements
 from model.counts import parameter_count
 from model.transformer import describe
 from parallel.mesh import AXES, MeshConfig, abstract_mesh, resolve

@@ -4,11 +4,24 @@ import itertools
 import math
 import re
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.mesh import AXES, MeshConfig, Requirement, factorizations, resolve
+from parallel.axes import ACTIVATION_AXES
+from parallel.config import PipelineConfig, schedule_for
+from parallel.mesh import (
+    AXES,
+    MeshConfig,
+    MicrobatchRequirement,
+    Requirement,
+    factorizations,
+    make_mesh,
+    requirement,
+    resolve,
+)
+from parallel.sharding import batch_sharding
 
 
 def test_rest_takes_what_is_left():
@@ -67,3 +80,21 @@ def test_factorizations_are_all_of_them_once():
     found = [tuple(s[axis] for axis in AXES) for s in factorizations(12)]
     wanted = [s for s in itertools.product((1, 2, 3, 4, 6, 12), repeat=len(AXES)) if math.prod(s) == 12]
     assert sorted(found) == sorted(wanted)
+
+
+def test_to_change_a_row_is_enough(monkeypatch):
+    """Batches over data and fsdp alone: what must divide, the layout, the rows of a process and microbatches follow."""
+    sizes = dict.fromkeys(AXES, 1) | {"data": 2, "expert": 4}
+    mesh = make_mesh(sizes, jax.devices()[:8])
+    found = lambda: (
+        requirement("train.batch_size", 4, "batch").problem(sizes),
+        MicrobatchRequirement("train.batch_size", 4, 2).problem(sizes | {"pipe": 2}),
+        batch_sharding(mesh).shard_shape((8, 16)),
+        schedule_for(PipelineConfig(), 8, sizes | {"pipe": 2}).microbatches,
+    )
+    broken, uneven, shape, microbatches = found()
+    assert "mesh.data=2 * mesh.expert=4 = 8" in broken
+    assert "mesh.expert=4" in uneven
+    assert (shape, microbatches) == ((1, 16), 1)
+    monkeypatch.setitem(ACTIVATION_AXES, "batch", ("data", "fsdp"))
+    assert found() == (None, None, (4, 16), 4)

@@ -23,7 +23,12 @@ class Loop:
 
     def __init__(self, startup: float = 0.0, earlier: Spent | None = None, **kwargs):
         self.now, self.pending = 100.0, None
-        options = {"flops": Flops(1e6, 2e6, 4e6), "peak": Peak(1e9, "a peak", ""), "devices": 2, "table": None} | kwargs
+        options = {
+            "flops": Flops(1e6, 2e6, 4e6),
+            "peak": Peak(1e9, "a peak", ""),
+            "devices": 2,
+            "schedule": None,
+        } | kwargs
         self.meter = Throughput(
             **options, began=self.now, compile_s=3.0, earlier=earlier or Spent(), clock=lambda: self.now
         )
@@ -139,7 +144,7 @@ def test_pause_beside_a_busy_device_costs_nothing():
 
 def test_bubble_is_what_the_schedule_predicts():
     table = make("1f1b", 4, 8)
-    loop = Loop(table=table)
+    loop = Loop(schedule=table)
     loop.turn(device=1.0)
     loop.settle()
     assert loop.meter.report(1, 1)["perf/bubble"] == table.bubble() > 0

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import config
+from config import compose
 from model.specs import RandomKey, projection, table, vector
 from parallel.mesh import AXES, make_mesh
 from training.config import OptimizerConfig
@@ -139,10 +139,10 @@ def test_neither_the_order_of_layers_nor_the_padding_of_a_vocabulary_matters():
 
 
 def test_moments_lie_like_their_parameters():
-    cfg = config.load([*TINY, "model.layers=2"])
+    cfg = compose.load([*TINY, "model.layers=2"])
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"fsdp": 2, "tensor": 2}, jax.devices()[:4])
     with jax.set_mesh(mesh):
-        state = make_job(mesh, cfg.model, cfg.train, cfg.optimizer).abstract
+        state = make_job(cfg, mesh).abstract
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.bfloat16]
     specs = lambda leaves: sorted(str((leaf.shape, leaf.sharding.spec)) for leaf in leaves)
     assert specs(moments) == specs(2 * jax.tree.leaves(state.params))
@@ -162,4 +162,4 @@ def test_the_rounding_is_drawn_anew_for_each_step_and_parameter():
 @pytest.mark.parametrize("overrides", [["optimizer.moment_dtype=float8"], ["optimizer.name=adafactor"]])
 def test_what_cannot_be_is_one_clear_line(overrides):
     with pytest.raises(ValueError, match=r"optimizer\.moment_dtype="):
-        config.load([*TINY, *overrides])
+        compose.load([*TINY, *overrides])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-import config
+from config import compose
 from model.config import ModelConfig
 from model.counts import parameter_count
 from training import recipes
@@ -53,25 +53,25 @@ def test_a_batch_is_what_its_law_says_of_the_run_that_it_makes(law):
 
 def test_a_config_holds_the_numbers():
     laws = ["train.batch_size=step_law", "optimizer.lr=step_law", "optimizer.weight_decay=power_lines"]
-    made = config.load([*laws, "train.steps=20000"])
+    made = compose.load([*laws, "train.steps=20000"])
     t, o, counts = made.train, made.optimizer, parameter_count(made.model)
     d = t.steps * t.batch_size * t.seq_len
     assert t.batch_size == recipes.batch_size("step_law", made.model, t.steps, t.seq_len, 1)
     assert o.lr == pytest.approx(recipes.step_law_lr(counts.layers, d))
     timescale = t.batch_size * t.seq_len / (o.lr * o.weight_decay * d)
     assert timescale == pytest.approx(recipes.power_lines_timescale(d / counts.total))
-    assert "step_law" not in config.to_yaml(made)
+    assert "step_law" not in compose.to_yaml(made)
     numbers = [
         f"train.batch_size={t.batch_size}",
         f"optimizer.lr={o.lr!r}",
         f"optimizer.weight_decay={o.weight_decay!r}",
     ]
-    assert config.load([*numbers, "train.steps=20000"]) == made
-    assert config.load(["optimizer.lr=deepseek"]).optimizer.lr != config.load(["optimizer.lr=step_law"]).optimizer.lr
+    assert compose.load([*numbers, "train.steps=20000"]) == made
+    assert compose.load(["optimizer.lr=deepseek"]).optimizer.lr != compose.load(["optimizer.lr=step_law"]).optimizer.lr
 
 
 def test_batches_divide_whatever_the_accumulation():
-    made = config.load(["train.batch_size=deepseek", "train.grad_accumulation=3", "optimizer.lr=deepseek"])
+    made = compose.load(["train.batch_size=deepseek", "train.grad_accumulation=3", "optimizer.lr=deepseek"])
     assert made.train.batch_size % 3 == 0
 
 
@@ -87,4 +87,4 @@ def test_batches_divide_whatever_the_accumulation():
 )
 def test_mistakes_are_told(overrides, words):
     with pytest.raises(ValueError, match=words):
-        config.load(overrides)
+        compose.load(overrides)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import config
+from config import compose
 from parallel.mesh import AXES, make_mesh
 from parallel.pipeline import run as pipeline
 from parallel.pipeline.buffers import allocate
@@ -25,19 +25,18 @@ MODEL = [
 
 @functools.cache
 def compiled(schedule: str, microbatches: int, rows: int = 1, **mesh: int):
-    """The step on 4 stages, with `rows` sequences in each microbatch, and its mesh and table."""
+    """The step on 4 stages, with `rows` sequences in each microbatch, and its mesh and schedule."""
     sizes = dict.fromkeys(AXES, 1) | {"pipe": STAGES} | mesh
     batch_size = rows * microbatches
     how = [f"pipeline.schedule={schedule}", f"pipeline.microbatches={microbatches}", f"train.batch_size={batch_size}"]
-    cfg = config.load([*MODEL, *how])
+    cfg = compose.load([*MODEL, *how])
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
-        table = config.pipeline_table(cfg, sizes)
-        job = make_job(mesh, cfg.model, cfg.train, cfg.optimizer, table)
+        job = make_job(cfg, mesh)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
         layout = batch_sharding(mesh)
         batch = {n: jax.ShapeDtypeStruct((batch_size, T), d, sharding=layout) for n, d in dtypes.items()}
-        return job.step.lower(job.abstract, batch).compile(), mesh, table
+        return job.step.lower(job.abstract, batch).compile(), mesh, job.schedule
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
@@ -61,7 +60,7 @@ def test_stages_send_one_activation_a_microbatch_and_boundary_each_way(schedule)
     assert {c.axes for c in sends} == {("pipe",)}
     assert {c.payload for c in sends} == {4 * T * D}  # one microbatch's activation, float32
     buffers = allocate(table)
-    pairs = sum(len(pairs) for p in buffers.pattern for pairs in buffers.patterns[p])
+    pairs = sum(len(pairs) for p in buffers.ticks.pattern for pairs in buffers.patterns[p])
     assert pairs == 2 * microbatches * (STAGES - 1)
     rounds = sum(len(pattern) for pattern in buffers.patterns)
     assert len(sends) == rounds  # so no pattern sends more than its pairs

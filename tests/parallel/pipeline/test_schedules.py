@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from parallel.pipeline.schedules import (
     DEFAULT_CHUNKS,
     Op,
-    Schedule,
+    PipelineSchedule,
     check,
     forward_only,
     looped_placement,
@@ -38,7 +38,7 @@ def family(request):
     return request.param
 
 
-def replay(schedule: Schedule, kinds: str) -> list[int]:
+def replay(schedule: PipelineSchedule, kinds: str) -> list[int]:
     """Runs a table with mailboxes: the most microbatches that each stage holds; AssertionError if it cannot be run.
 
     Written apart from what it tests: values move between stages, one a tick, and are consumed where they are used.
@@ -82,7 +82,7 @@ def replay(schedule: Schedule, kinds: str) -> list[int]:
     return most
 
 
-def clocked(schedule: Schedule, costs: dict[str, int]) -> float:
+def clocked(schedule: PipelineSchedule, costs: dict[str, int]) -> float:
     """The bubble, by a clock that counts in units: an idle stage starts its next operation once its inputs are done."""
     part_of = {place: part for part, place in enumerate(schedule.placement)}
     queues = [[row[stage] for row in schedule.table if row[stage]] for stage in range(schedule.stages)]
@@ -239,7 +239,7 @@ def test_forward_only(chunks, v_shape):
             assert schedule.ticks == chunks * m + (stages - 1) * (2 if v_shape else 1)
 
 
-def mutated(schedule: Schedule, cells: dict[tuple[int, int], Op | None]) -> Schedule:
+def mutated(schedule: PipelineSchedule, cells: dict[tuple[int, int], Op | None]) -> PipelineSchedule:
     table = [list(row) for row in schedule.table]
     for (tick, stage), op in cells.items():
         table[tick][stage] = op

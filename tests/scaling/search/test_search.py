@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from config import load
+from config.compose import load
 from scaling.commands.search import numbered
 from scaling.search.loop import read_search, run
 from scaling.search.report import front, importances, rows
@@ -192,13 +192,13 @@ def test_yaml_and_words(tmp_path):
     ("text", "words"),
     [
         ("trails: 3", ["unknown trails", "trials"]),
-        ("trials: many", ["trials: many should be a number"]),
-        ("trials: 0.5", ["whole number"]),
+        ("trials: many", ["trials='many' is str, but should be int"]),
+        ("trials: 0.5", ["trials=0.5 is float, but should be int"]),
         ("sampler: grid", ["sampler: grid is unknown", "tpe, random"]),
         ("objectives: {eval/loss: less}", ["eval/loss: less", "minimize, maximize"]),
         ("objectives: [eval/loss]", ["objectives should be a mapping"]),
         ("pruner: median\nobjectives: {perf/step_ms: minimize}", ["pruner: median follows eval/loss alone"]),
-        ("start: [1]", ["start should be a list of points"]),
+        ("start: [1]", ["start[0]=1 is int, but should be dict"]),
         ("- 3", ["should hold keys"]),
         ("a: [", ["cannot read"]),
     ],

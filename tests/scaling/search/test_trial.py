@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import runs
 
-import config
+from config import compose
 from performance.memory import needed
 from scaling.search.loop import run
 from scaling.search.report import draw, rows
@@ -159,7 +159,7 @@ def test_metrics_of_a_run_that_was_cut_back(tmp_path):
 def test_memory_is_what_the_compiled_step_needs():
     tiny = [word for word in runs.TINY if not word.startswith("data")]
     sizes = [
-        needed(config.load([*tiny, "runtime.cpu_devices=8", *more]))
+        needed(compose.load([*tiny, "runtime.cpu_devices=8", *more]))
         for more in (["mesh.data=8"], ["mesh.fsdp=8"], ["mesh.data=8", "train.batch_size=64"])
     ]
     assert all(found["total"] == found["arguments"] + found["temporary"] for found in sizes)

@@ -11,7 +11,8 @@ import pytest
 import wandb
 import yaml
 
-from config import identity, load
+from config.compose import load
+from config.schema import identity
 from scaling.fit.runs_table import read_table
 from scaling.sweep.collect import collect, find, write
 from scaling.sweep.design import SweepConfig, design

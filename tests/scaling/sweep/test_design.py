@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import load
+from config.compose import load
 from model.config import ModelConfig
 from model.counts import parameter_count
 from scaling.sweep.design import Measured, SweepConfig, design, expected_seconds, load_sweep, shape

@@ -23,7 +23,7 @@ from scaling.sweep.design import SweepConfig, design
 from scaling.sweep.provenance import code_digest
 from scaling.sweep.run import place
 from scaling.sweep.run_directories import ATTEMPTS, held, read_lines
-from scaling.sweep.submitted import Queue, run_launched, submit
+from scaling.sweep.submitted import Queue, run_on_launcher, submit
 
 ROOT = Path(__file__).parents[3]
 DONE, MISTAKE, STOPPED = 0, 2, 75
@@ -58,7 +58,7 @@ def cluster(tmp_path, monkeypatch):
 
 def go(sweep, launcher, *settings, show=lambda: None, **options):
     checkout, root, planned = sweep
-    return run_launched(planned, root, checkout, Queue(planned), show, launcher, list(settings), **options)
+    return run_on_launcher(planned, root, checkout, Queue(planned), show, launcher, list(settings), **options)
 
 
 def names(planned):
@@ -245,6 +245,6 @@ def test_two_jobs_for_one_run_do_not_meet(sweep):
         assert held(one.directory, JOB_LOCK)
         assert batch.work(job, checkout) == DONE
     assert started(sweep) == []
-    (checkout / "config.py").write_text("changed = True\n")
+    (checkout / "train.py").write_text("changed = True\n")
     assert batch.work(job, checkout) == MISTAKE
     assert started(sweep) == []

@@ -190,18 +190,18 @@ def test_another_code_is_another_run(sweep, tmp_path):
     assert len({one.directory for one in planned}) == 6
     assert [one.config_digest for one in planned] == [one.config_digest for one in others]
 
-    for folder in ("runtime", "model", "parallel", "data", "training", "checkpoint"):
+    for folder in ("config", "runtime", "model", "parallel", "data", "training", "checkpoint"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "config.py").write_text("x = 1\n")
+    (tmp_path / "config" / "schema.py").write_text("x = 1\n")
     before = code_digest(tmp_path)
-    (tmp_path / "config.py").write_text('"""Words."""\nx = 1  # and more words\n')
+    (tmp_path / "config" / "schema.py").write_text('"""Words."""\nx = 1  # and more words\n')
     assert code_digest(tmp_path) == before
-    (tmp_path / "config.py").write_text("x = 2\n")
+    (tmp_path / "config" / "schema.py").write_text("x = 2\n")
     assert code_digest(tmp_path) != before
 
 
 def test_multirun_lines_are_the_same_runs(sweep):
-    from config import command_line
+    from config.command_line import command_line
 
     _, _, planned = sweep
     lines = multirun(planned)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-import config
+from config import compose
 from parallel.mesh import AXES, make_mesh
 from scaling.transfer.activations import at_width, measure
 from scaling.transfer.coordinates import Check, judge
@@ -17,13 +17,13 @@ SMALL += ["optimizer.warmup_steps=0", "model.base_width=32", "model.scan_layers=
 
 
 def check(dial, sizes, *overrides, steps=6):
-    cfg = config.load([*SMALL, *overrides])
+    cfg = compose.load([*SMALL, *overrides])
     mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
     found = {}
     with jax.set_mesh(mesh):
         for size in sizes:
             model = at_width(cfg.model, size) if dial == "width" else replace(cfg.model, layers=size)
-            found[size] = measure(make_job(mesh, model, cfg.train, cfg.optimizer), 1, steps)
+            found[size] = measure(make_job(replace(cfg, model=model), mesh), 1, steps)
     return Check(dial, {s: f[0] for s, f in found.items()}, {s: f[1] for s, f in found.items()})
 
 
@@ -67,7 +67,7 @@ def test_experts_too():
 
 
 def test_widths_that_do_not_come_out_whole_are_refused():
-    model = config.load(SMALL).model
+    model = compose.load(SMALL).model
     assert at_width(at_width(model, 96), 32) == model
     with pytest.raises(ValueError, match=r"model.kv_heads = 1 \* 48 / 32 is not a whole number"):
         at_width(model, 48)

@@ -1,0 +1,87 @@
+"""The command line of train.py and of whatever takes its overrides: one run, several, help, or a study of many."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+from config.build import plain
+from config.compose import load, parsed
+from config.help import help_text
+from config.schema import Config, differences, identity
+from runtime.exit_codes import DONE, MISTAKE
+
+SEARCH = "hydra/sweeper=search"
+EXPERIMENT = "experiment="
+EXPERIMENTS = Path("experiments")
+LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
+
+
+def command_line(arguments: list[str]) -> list[Config]:
+    """The runs that a command line asks for: one, or with -m (--multirun) each of a Hydra sweep.
+
+    The process becomes `python -m scaling search` with hydra/sweeper=search, `scaling run experiments/NAME/sweep.yaml`
+    with experiment=NAME, and `scaling launch` with hydra/launcher=...: they start each run as a process of its own.
+
+    Help is printed and ends the process with 0; a mistake is one line on stderr and exit code 2.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        sys.exit(DONE)
+    try:
+        if {"-m", "--multirun"} & set(arguments):
+            words = [a for a in arguments if a not in ("-m", "--multirun", SEARCH)]
+            if SEARCH in arguments:
+                _become("search", *words)
+            if any(word.startswith(EXPERIMENT) for word in words):
+                _become("run", *_experiment(words))
+            if any(word.startswith(LAUNCHER) for word in words):
+                _become("launch", *words)
+            return multirun(words)
+        return [load(arguments)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)
+
+
+def _become(*words: str) -> None:
+    """Replaces this process by a command of `scaling`, which is not imported here."""
+    os.execv(sys.executable, [sys.executable, "-m", "scaling", *words])
+
+
+def _experiment(words: list[str]) -> list[str]:
+    """The arguments of `python -m scaling run` for experiment=NAME, on a launcher if one is named."""
+    (*_, name) = [word.removeprefix(EXPERIMENT) for word in words if word.startswith(EXPERIMENT)]
+    sweep = EXPERIMENTS / name / "sweep.yaml"
+    if not sweep.is_file():
+        there = ", ".join(sorted(path.parent.name for path in EXPERIMENTS.glob("*/sweep.yaml")))
+        raise ValueError(f"experiment={name}: there is no {sweep}; experiments with a sweep: {there}")
+    if others := [word for word in words if not word.startswith((EXPERIMENT, *LAUNCHER))]:
+        raise ValueError(f"experiment={name} is a whole sweep: {others[0]} belongs into the overrides of {sweep}")
+    chosen = [word.partition("=")[2] for word in words if word.startswith(LAUNCHER[0])]
+    launcher = ["--launcher", chosen[-1]] if chosen else []
+    return [str(sweep), *launcher, *(word for word in words if word.startswith(LAUNCHER[1]))]
+
+
+def combinations(overrides: list[str]) -> list[list[str]]:
+    """Every combination of the comma-separated choices, in Hydra's order."""
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in parsed(overrides)
+    ]
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def multirun(overrides: list[str]) -> list[Config]:
+    """The config of every combination. Raises ValueError where two of them would be one run."""
+    jobs = [load(combination) for combination in combinations(overrides)]
+    for a, b in itertools.combinations(jobs, 2):
+        if a.run.dir == b.run.dir and identity(a) == identity(b):
+            apart = differences(plain(a), plain(b))
+            raise ValueError(
+                f"two jobs of the sweep are one run in {a.run.dir}: {'; '.join(apart)} does not decide its results; "
+                "sweep run.dir too"
+            )
+    return jobs

@@ -1,0 +1,111 @@
+"""What a run is: every room's settings nested in one frozen object, and what of it decides a run's numbers.
+
+Each room's dataclass stands beside the code that it configures. Nothing slow is imported here.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint.config import CheckpointConfig
+from data.corpus import DataConfig
+from data.tokenizer import TokenizerConfig, vocab_size_of
+from inference.config import SampleConfig
+from model.config import ModelConfig
+from parallel.config import ContextConfig, PipelineConfig
+from parallel.mesh import MeshConfig
+from runtime.config import RuntimeConfig
+from tracking.sinks import MetricsConfig, WandbConfig
+from training.config import OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it is called."""
+
+    dir: str | None = None  # null: runs/<name>-<digest of what decides the result>, so the same command goes on
+    name: str = "nano"  # the first part of the directory's name, where run.dir does not give one
+    id: str | None = None  # W&B id; null: drawn once and kept in the run's config.yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0  # of the parameters, the order of the data and dropout
+    run: RunConfig = field(default_factory=RunConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+# What decides the numbers of a run. Two runs that agree here are one run, on whatever mesh and machine.
+IDENTITY = ("seed", "model", "optimizer", "data", "tokenizer", "train")
+NOT_IDENTITY = {
+    "train": (
+        *("steps", "grad_accumulation", "remat", "loss_chunk", "nonfinite"),
+        *("log_every", "eval_every", "eval_batches", "patience", "profile"),
+    ),
+    "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
+    "data": ("cache",),
+}
+
+
+def identity(config: Config | dict) -> dict:
+    """The part of a config (or of a run's config.yaml) that decides a run's numbers."""
+    values = dataclasses.asdict(config) if isinstance(config, Config) else config
+
+    def part(name: str):
+        value, ignored = values.get(name), NOT_IDENTITY.get(name, ())
+        return {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+
+    return json.loads(json.dumps({name: part(name) for name in IDENTITY}))
+
+
+def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
+    """The keys, dotted, in which two nested dicts differ, each with both values."""
+    found = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} ({b} there, {a} asked)")
+    return found
+
+
+def finish(config: Config) -> Config:
+    """Fills in what follows from other fields and checks what spans several."""
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
+    vocabulary = vocab_size_of(config.tokenizer)
+    if config.model.vocab_size is None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))
+    model, train = config.model, config.train
+    if model.vocab_size < vocabulary:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocabulary}; "
+            f"set model.vocab_size={vocabulary} or null"
+        )
+    if model.positions == "learned" and model.max_positions < train.seq_len:
+        raise ValueError(
+            f"train.seq_len={train.seq_len} is longer than model.max_positions={model.max_positions} learned "
+            f"positions; set model.max_positions={train.seq_len}"
+        )
+    if config.run.dir is None:
+        digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+        run = dataclasses.replace(config.run, dir=str(Path("runs") / f"{config.run.name}-{digest}"))
+        config = dataclasses.replace(config, run=run)
+    return config
