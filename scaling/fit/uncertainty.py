@@ -28,7 +28,8 @@ FARTHEST = 40.0  # along the log of a quantity: 17 powers of ten are as good as 
 CLOSER = 4  # rounds that narrow a crossing down
 CURVE = (0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4, 6, 10)
 PULL = 1e4
-GIVEN = 1e-12  # a quantity that moves by less follows from what is fixed or tied: its interval is its value
+STILL = 1e-12  # a quantity that moves by less in every draw follows from what is fixed or tied,
+GIVEN = 1e-16  # which this spread stands for: its interval is its value
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,13 @@ def profile_intervals(fit: Fit, spread: np.ndarray, thresholds: dict[float, np.n
         return near + np.clip(np.where(np.isfinite(far), share, 0), 0, 1) * np.where(np.isfinite(far), far - near, 0)
 
     for reach in LADDER:
-        if np.all(np.isfinite(far) | (steps <= GIVEN)):
+        if np.all(np.isfinite(far) | _given(fit, steps, which)):
             break
         advance(np.where(np.isfinite(far), crossing(), np.minimum(reach * steps, most)))
     for _ in range(CLOSER):
         gap = np.where(np.isfinite(far), far - near, 0)
         advance(np.clip(crossing(), near + 0.1 * gap, near + 0.9 * gap))
-    given = steps <= GIVEN
+    given = _given(fit, steps, which)
     gone = np.where(given, 0, np.where(np.isfinite(far), crossing(), np.inf))
     ends = (scores + signs * gone).reshape(levels, count, 2)
     ends = np.where(fit.logged[:, None], np.exp(np.where(fit.logged[:, None], ends, 0)), ends)
@@ -168,8 +169,15 @@ def _scores(fit: Fit, thetas: np.ndarray) -> np.ndarray:
 
 
 def _spread(scores: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Robust standard deviation of each quantity over draws."""
-    return np.maximum(1.4826 * np.nanmedian(np.abs(scores - fitted), axis=0), 1e-15)
+    """Robust standard deviation of each quantity over draws; `GIVEN` for one that never moves."""
+    moved = np.abs(scores - fitted)
+    spread = np.maximum(1.4826 * np.nanmedian(moved, axis=0), 10 * GIVEN)
+    return np.where(np.nanmax(moved, axis=0) <= STILL, GIVEN, spread)
+
+
+def _given(fit: Fit, steps: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Derived quantities that never move. A parameter that does not is one that no run depends on: it is open."""
+    return (steps <= GIVEN) & (which >= len(fit.law.parameters))
 
 
 def _least(fit: Fit) -> float:
