@@ -30,7 +30,7 @@ def needed(config: Config) -> dict[str, int]:
         job = make_job(config, mesh)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
         if config.data.segments:
-            dtypes["segments_BT"] = jnp.int32
+            dtypes |= {"segments_BT": jnp.int32, "places_BT": jnp.int32}
         shape, layout = (t.batch_size, t.seq_len), batch_sharding(mesh)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
         memory = job.compile(job.step, batch).memory_analysis()
