@@ -133,7 +133,7 @@ def make_job(config: Settings, mesh: Mesh) -> Job:
     schedule = schedule_for(config.pipeline, train.batch_size // train.grad_accumulation, mesh.shape)
     stored = describe(model, context_style=style)
     description = stored if schedule is None else describe(model, slots(model.layers, schedule), style)
-    optimizer = make_optimizer(config.optimizer, description.specs, model)
+    optimizer = make_optimizer(config.optimizer, description.specs, model, train.param_dtype)
     abstract = lambda description: abstract_state(mesh, description, optimizer, jnp.dtype(train.param_dtype))
     of_run, of_checkpoints = abstract(description), abstract(stored)
     return Job(mesh, model, train, config.optimizer, description, stored, optimizer, schedule, of_run, of_checkpoints)

@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.parametrization import factors_of
 from model.specs import ParameterSpec, Specs, map_specs
 from training.config import OptimizerConfig
+from training.factored import scale_by_factored_rms
 from training.moments import in_bfloat16
 
 MUON_RMS = 0.2  # root mean square of a Muon update, that of a typical AdamW one: one lr serves both (arXiv 2502.16982)
@@ -105,7 +106,7 @@ def _parametrized(core: optax.GradientTransformation, factors: dict, name: str) 
 
 
 def make_optimizer(
-    config: OptimizerConfig, specs: Specs, model: ModelConfig | None = None
+    config: OptimizerConfig, specs: Specs, model: ModelConfig | None = None, param_dtype: str = "float32"
 ) -> optax.GradientTransformation:
     """The direction to go against: `params - lr * direction`. Clipping is done before, by the step.
 
@@ -119,9 +120,9 @@ def make_optimizer(
         "sgd": lambda: optax.trace(config.momentum, nesterov=config.momentum > 0),
         "muon": lambda: _muon(config, specs),
         # arXiv 1804.04235 without its relative step size: factored second moments, updates clipped to RMS 1
-        "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.stateless(_clip_rms)),
+        "adafactor": lambda: optax.chain(scale_by_factored_rms(specs), optax.stateless(_clip_rms)),
     }[config.name]()
-    if config.moment_dtype:
+    if "bfloat16" in (config.moment_dtype, param_dtype):
         core = in_bfloat16(core)
     if model is not None:
         core = _parametrized(core, factors_of(model, specs), config.name)

@@ -40,10 +40,10 @@ class TrainState:
 def has_vocabulary(specs: Specs) -> Callable[[str], bool]:
     """Whether a leaf of a state, by its path in a checkpoint, has a vocabulary dim: its padding may depend on the mesh.
 
-    Not Adafactor's means over rows and columns: which is which depends on the padded size.
+    Adafactor's means over the other dims have it, too; what else of an optimizer has such a path has one size for all.
     """
     names = tuple("/".join(path) for path, spec in leaves(specs) if "vocab" in spec.axes)
-    return lambda path: path.endswith(names) and not {"v_row", "v_col"} & set(path.split("/"))
+    return lambda path: path.endswith(names)
 
 
 def reordered(tree, ours: tuple[int, ...], theirs: tuple[int, ...]):

@@ -15,6 +15,7 @@ from parallel.sharding import shard, splits
 from training.config import TrainConfig
 from training.loss import LossSums, TokenLosses, chunked_losses, token_losses
 from training.pipelined import cut, pipelined_gradients, pipelined_losses
+from training.rounding import stored_as
 from training.state import Monitor, TrainState
 
 SPIKE_DECAY = 0.98
@@ -183,9 +184,10 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             lr = lr_schedule(state.step)
             direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(lambda p, d: (p - lr * d).astype(p.dtype), state.params, direction)
+            params = jax.tree.map(lambda p, d: p.astype(jnp.float32) - lr * d, state.params, direction)
             if description.config.balance_bias:
                 params = balanced(params, sums.router.load_E, description.config.balance_bias)
+            params = stored_as(state.params, params, state.step)
 
         healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
         halted = state.halted | ~healthy if config.nonfinite == "stop" else state.halted

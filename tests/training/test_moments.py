@@ -13,8 +13,9 @@ from model.specs import RandomKey, projection, table, vector
 from parallel.mesh import AXES, make_mesh
 from training.config import OptimizerConfig
 from training.job import make_job
-from training.moments import _rounded, in_bfloat16
+from training.moments import in_bfloat16
 from training.optimizer import make_optimizer
+from training.rounding import rounded
 
 TINY = [
     *("model.width=16", "model.heads=2", "model.kv_heads=2", "model.head_dim=8", "model.ffn=32"),
@@ -37,7 +38,7 @@ PARAMS = {
 def test_rounding_is_to_a_neighbour_and_right_on_average():
     x = jnp.asarray([1.0, 1.001, 1.00390625, -1.0035, 3e-39, 0.0, jnp.inf], jnp.float32)
     every = jnp.arange(2**16, dtype=jnp.uint16)[:, None]  # all that can be drawn
-    values = np.asarray(_rounded(jnp.broadcast_to(x, (2**16, len(x))), every)).astype(np.float64)
+    values = np.asarray(rounded(jnp.broadcast_to(x, (2**16, len(x))), every)).astype(np.float64)
     nearest = np.asarray(x.astype(jnp.bfloat16)).astype(np.float64)
     finite = np.isfinite(nearest)
     assert (values[:, ~finite] == nearest[~finite]).all()
