@@ -192,8 +192,16 @@ def test_other_meshes_restore_bitwise_and_go_on(text, undisturbed, tmp_path):
         assert np.array_equal(found, loader.batch(step)["tokens_BT"])
 
 
-def test_padding_of_the_vocabulary_follows_the_mesh(text, tmp_path):
-    odd = ("model.vocab_size=257", "model.vocab_multiple=1", "model.tied_embeddings=false", "train.eval_every=0")
+@pytest.mark.parametrize("optimizer", [(), ("optimizer=adafactor", "model.width=128")], ids=["adamw", "adafactor"])
+def test_padding_of_the_vocabulary_follows_the_mesh(optimizer, text, tmp_path):
+    """Of parameters and of all that an optimizer keeps, also Adafactor's means over rows and columns."""
+    odd = (
+        *optimizer,
+        "model.vocab_size=257",
+        "model.vocab_multiple=1",
+        "model.tied_embeddings=false",
+        "train.eval_every=0",
+    )
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     arguments = runs.overrides(text, whole, *odd, "train.steps=12")
     assert runs.run(arguments, devices=1) == DONE

@@ -26,6 +26,7 @@ from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
 from training.state import TrainState, abstract_state, init_state, reordered
 from training.step import make_eval_step, make_train_step
+from training.trainable import Trainable, chosen
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Job:
     schedule: PipelineSchedule | None
     abstract: TrainState
     stored: TrainState
+    trainable: Trainable | None = None  # None: all parameters are trained
 
     @property
     def step(self) -> Callable:
@@ -61,13 +63,14 @@ class Job:
     def step_and_gradients(self) -> Callable:
         """As `step`, with the gradients before clipping as a third result; nothing is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        out_shardings = (shardings, replicated(self.mesh), shardings.params)
+        out_shardings = (shardings, replicated(self.mesh), chosen(shardings.params, self.trainable))
         return jax.jit(self.pure_step(expose_gradients=True), out_shardings=out_shardings)
 
     def pure_step(self, **kwargs) -> Callable:
         """The training step (state, batch) -> (state, metrics), not jitted; see training.step.make_train_step."""
         o = self.optimizer_config
         rate = learning_rate(o, self.train.steps)
+        kwargs = {"trainable": self.trainable} | kwargs
         return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.schedule, **kwargs)
 
     @property
@@ -78,7 +81,7 @@ class Job:
 
     def init(self, seed: int) -> TrainState:
         """The first state of a run."""
-        return init_state(self.abstract, self.description, self.optimizer, seed)
+        return init_state(self.abstract, self.description, self.optimizer, seed, self.trainable)
 
     def to_stored(self, state):
         """A state, or its parameters, as checkpoints hold it."""
@@ -127,13 +130,18 @@ class Settings(Protocol):
     context: ContextConfig
 
 
-def make_job(config: Settings, mesh: Mesh) -> Job:
-    """The job of a run on `mesh`, which must be in context. Raises ValueError for a pipeline that cannot be."""
+def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None) -> Job:
+    """The job of a run on `mesh`, which must be in context. Raises ValueError for a pipeline that cannot be.
+
+    Parameters that are not `trainable` have no gradient and no moments; see training.trainable.matching.
+    """
     model, train, style = config.model, config.train, config.context.style
     schedule = schedule_for(config.pipeline, train.batch_size // train.grad_accumulation, mesh.shape)
     stored = describe(model, context_style=style)
     description = stored if schedule is None else describe(model, slots(model.layers, schedule), style)
-    optimizer = make_optimizer(config.optimizer, description.specs, model, train.param_dtype)
-    abstract = lambda description: abstract_state(mesh, description, optimizer, jnp.dtype(train.param_dtype))
+    optimizer = make_optimizer(config.optimizer, chosen(description.specs, trainable), model, train.param_dtype)
+    dtype = jnp.dtype(train.param_dtype)
+    abstract = lambda description: abstract_state(mesh, description, optimizer, dtype, trainable)
     of_run, of_checkpoints = abstract(description), abstract(stored)
-    return Job(mesh, model, train, config.optimizer, description, stored, optimizer, schedule, of_run, of_checkpoints)
+    pieces = description, stored, optimizer, schedule, of_run, of_checkpoints
+    return Job(mesh, model, train, config.optimizer, *pieces, trainable)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from model.specs import Specs, leaves
 from model.transformer import Description
 from parallel.sharding import replicated, sharding_like
+from training.trainable import chosen
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +62,7 @@ def reordered(tree, ours: tuple[int, ...], theirs: tuple[int, ...]):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def make_state(description: Description, optimizer, seed: int, param_dtype) -> TrainState:
+def make_state(description: Description, optimizer, seed: int, param_dtype, trainable=None) -> TrainState:
     """The first state of a run, on the default layout: to be traced, see `init_state`."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     params = jax.tree.map(lambda p: p.astype(param_dtype), description.init(init_key))
@@ -69,7 +70,7 @@ def make_state(description: Description, optimizer, seed: int, param_dtype) -> T
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(chosen(params, trainable)),
         rng=jax.random.key_data(run_key),
         monitor=Monitor(zero, zero, zero),
         skipped=jnp.zeros((), jnp.int32),
@@ -105,20 +106,22 @@ def _dict_path(path) -> tuple[str, ...]:
     return tuple(reversed(names))
 
 
-def abstract_state(mesh: Mesh, description: Description, optimizer, param_dtype) -> TrainState:
+def abstract_state(mesh: Mesh, description: Description, optimizer, param_dtype, trainable=None) -> TrainState:
     """The state's shapes, dtypes and shardings: what a checkpoint is restored into and a step is lowered for."""
-    shapes = jax.eval_shape(lambda: make_state(description, optimizer, 0, param_dtype))
+    shapes = jax.eval_shape(lambda: make_state(description, optimizer, 0, param_dtype, trainable))
     shardings = state_shardings(mesh, description, shapes)
     return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
 
 
-def init_state(abstract: TrainState, description: Description, optimizer, seed: int) -> TrainState:
+def init_state(abstract: TrainState, description: Description, optimizer, seed: int, trainable=None) -> TrainState:
     """The first state, drawn shard by shard: no device ever holds more than its part. Bitwise equal on every mesh."""
     dtype = jax.tree.leaves(abstract.params)[0].dtype
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # runs once: four fifths of its time would be the compiler's optimisation
     quick = {"xla_backend_optimization_level": 0}
     draw = jax.jit(
-        lambda: make_state(description, optimizer, seed, dtype), out_shardings=shardings, compiler_options=quick
+        lambda: make_state(description, optimizer, seed, dtype, trainable),
+        out_shardings=shardings,
+        compiler_options=quick,
     )
     return draw()

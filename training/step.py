@@ -17,9 +17,11 @@ from training.loss import LossSums, TokenLosses, chunked_losses, token_losses
 from training.pipelined import cut, pipelined_gradients, pipelined_losses
 from training.rounding import stored_as
 from training.state import Monitor, TrainState
+from training.trainable import Trainable, chosen, merged
 
 SPIKE_DECAY = 0.98
 WARM_MONITOR = 20  # steps before a spike is called one
+BALANCE_BIAS = "layers/moe/router/balance_bias"
 
 
 Batch = Mapping[str, jax.Array]  # tokens_BT, targets_BT, mask_BT; segments_BT, places_BT where documents are kept apart
@@ -67,8 +69,11 @@ def gradients(
     batch: Batch,
     keys_B=None,
     schedule: PipelineSchedule | None = None,
+    trainable: Trainable | None = None,
 ):
     """Loss sums of the whole batch and the gradient of the mean loss, auxiliary ones included, by microbatches.
+
+    The gradient is that of what is `trainable`, a nested dict with those parameters alone.
 
     Every microbatch divides by the tokens of the whole batch, so cutting a batch does not change its gradient. With a
     pipeline's `schedule`, each accumulation step goes through it.
@@ -76,29 +81,37 @@ def gradients(
     batch = in_context_order(description, batch)
     tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
 
-    def objective(params, batch, keys_B):
-        sums = loss_sums(config, batch, *hidden(description, config, params, batch, keys_B))
+    trained = chosen(params, trainable)
+
+    def objective(trained, batch, keys_B):
+        params_of_all = merged(params, trained)
+        sums = loss_sums(config, batch, *hidden(description, config, params_of_all, batch, keys_B))
         return sums.objective(config.z_loss) / tokens, sums
 
     if schedule is None:
         gradient = jax.grad(objective, has_aux=True)
     else:
-        gradient = lambda *args: pipelined_gradients(description, config, schedule, *args, tokens)
+
+        def gradient(trained, batch, keys_B):
+            whole = merged(params, trained)
+            grads, sums = pipelined_gradients(description, config, schedule, whole, batch, keys_B, tokens)
+            return chosen(grads, trainable), sums
+
     if config.grad_accumulation == 1:
-        grads, sums = gradient(params, batch, keys_B)
-        return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        grads, sums = gradient(trained, batch, keys_B)
+        return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
 
     def body(carry, microbatch):
         sums, total = carry
-        grads, new = gradient(params, *microbatch)
+        grads, new = gradient(trained, *microbatch)
         return (sums + new, jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     parts = lambda x: cut(x, config.grad_accumulation)
     experts = description.config.experts
     none = LossSums.zero(RouterSums.zero(len(description.slots), experts) if experts else None)
     (sums, grads), _ = jax.lax.scan(body, (none, zeros), jax.tree.map(parts, (dict(batch), keys_B)))
-    return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    return sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained)
 
 
 def dropout_keys(description: Description, config: TrainConfig, state: TrainState) -> jax.Array | None:
@@ -163,18 +176,19 @@ def make_train_step(
     clip_norm: float,
     schedule: PipelineSchedule | None = None,
     *,
+    trainable: Trainable | None = None,
     expose_gradients: bool = False,
 ) -> Callable:
     """The step (state, batch) -> (state, metrics); metrics are float32 under their logged names, scalars or, by layer,
     vectors.
 
-    `schedule` is that of a pipeline, where the mesh has one. With `expose_gradients` the step also returns the
-    gradients before clipping.
+    `schedule` is that of a pipeline, where the mesh has one. `optimizer` is made for the parameters that are
+    `trainable`. With `expose_gradients` the step also returns the gradients before clipping.
     """
 
     def train_step(state: TrainState, batch: Batch):
         keys_B = dropout_keys(description, config, state)
-        sums, raw = gradients(description, config, state.params, batch, keys_B, schedule)
+        sums, raw = gradients(description, config, state.params, batch, keys_B, schedule, trainable)
         tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
         with jax.named_scope("clip"):
             loss, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), raw))
@@ -183,11 +197,12 @@ def make_train_step(
 
         with jax.named_scope("optimizer"):
             lr = lr_schedule(state.step)
-            direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = jax.tree.map(lambda p, d: p.astype(jnp.float32) - lr * d, state.params, direction)
-            if description.config.balance_bias:
+            trained = chosen(state.params, trainable)
+            direction, opt_state = optimizer.update(grads, state.opt_state, trained)
+            params = jax.tree.map(lambda p, d: p.astype(jnp.float32) - lr * d, trained, direction)
+            if description.config.balance_bias and (trainable is None or trainable(BALANCE_BIAS)):
                 params = balanced(params, sums.router.load_E, description.config.balance_bias)
-            params = stored_as(state.params, params, state.step)
+            params = stored_as(trained, params, state.step)
 
         healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
         halted = state.halted | ~healthy if config.nonfinite == "stop" else state.halted
@@ -196,7 +211,8 @@ def make_train_step(
         # decided before anything is updated, so that the update is one pass over memory; what would overflow stays
         with jax.named_scope("optimizer"):
             keep = lambda new, old: jnp.where(apply & jnp.isfinite(new), new, old)
-            params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+            params, opt_state = jax.tree.map(keep, (params, opt_state), (trained, state.opt_state))
+            params = merged(state.params, params)
             param_norm = optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
         new_state = TrainState(
             step=state.step + jnp.where(halted, 0, 1),

@@ -55,26 +55,28 @@ def changes(run) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("lr", [1e-3, 3e-4])
 def test_the_loss_follows_that_of_float32(lr):
-    """Over the last 30 steps the mean loss is that of float32 to 1%, after a fall of a third and more."""
+    """Over the last 30 steps the mean loss is that of float32 to 1%, after a fall of a seventh and more."""
     narrow, exact = trained("bfloat16", lr)[0], trained("float32", lr)[0]
-    assert exact[-30:].mean() < exact[0] * (0.5 if lr == 1e-3 else 0.8)
+    assert exact[-30:].mean() < exact[0] * (0.6 if lr == 1e-3 else 0.85)
     np.testing.assert_allclose(narrow[-30:].mean(), exact[-30:].mean(), rtol=0.01)
 
 
 @pytest.mark.parametrize("lr", [1e-3, 3e-4])
 def test_no_parameter_stands_still(lr):
-    """Norm scales begin at 1, where a step of 0.001 is a quarter of bfloat16's last bit: their mean follows float32's.
+    """Norm scales begin at 1, where a step of 0.001 is an eighth to a quarter of bfloat16's last bit.
 
-    An entry ends within a few bits of it, but seldom where it began.
+    Matrices and tables end where float32's do. An entry of a scale walks at random about where float32's goes, by 0.03
+    after 150 steps (a standard deviation, from the bit of 1/128 taken with probability 0.13), so their mean is held
+    against float32's: 32 entries, four deviations.
     """
     narrow, exact = changes(trained("bfloat16", lr)), changes(trained("float32", lr))
     for name, moved in narrow.items():
         scale = "scale" in name
-        still = (moved == 0).mean()
-        used = (exact[name] != 0).mean()  # rows of tokens that never come get no gradient
-        assert still < (1 - used) + (0.35 if scale else 0.1), (name, still)
-        correlation = np.corrcoef(moved.ravel(), exact[name].ravel())[0, 1]
-        assert correlation > 0.5, (name, correlation)
+        assert (moved == 0).mean() < (0.3 if scale else 0.05), name
+        if scale:
+            assert abs(moved.mean() - exact[name].mean()) < 4 * 0.03 / 32**0.5, name
+        else:
+            assert np.corrcoef(moved.ravel(), exact[name].ravel())[0, 1] > 0.95, name
 
 
 def test_the_mean_of_many_roundings_is_the_value():
