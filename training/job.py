@@ -67,8 +67,9 @@ class Job:
     def pure_step(self, **kwargs) -> Callable:
         """The training step (state, batch) -> (state, metrics), not jitted; see training.step.make_train_step."""
         o = self.optimizer_config
-        rate = learning_rate(o, self.train.steps)
-        return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.schedule, **kwargs)
+        lr_schedule = learning_rate(o, self.train.steps)
+        shared = self.description, self.optimizer, lr_schedule, self.train, o.clip_norm, self.schedule
+        return make_train_step(*shared, **kwargs)
 
     @property
     def evaluate(self) -> Callable:
