@@ -118,8 +118,20 @@ class Transformer(nnx.Module):
         `positions_BT` default to 0..T-1. `dropout_keys_B` (one key a sequence) switch dropout on. `remat` is none
         or a name of REMAT_POLICIES.
         """
-        info = self.info(tokens_BT, positions_BT, segments_BT, dropout_keys_B)
-        x_BTD, (cache, sums) = self._blocks(self.embed(tokens_BT, info, dtype), info, cache, remat)
+        c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, dropout_keys_B)
+        graphdef, parameters = nnx.split(self.layers)
+        block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
+        if c.scan_layers and cache is None:
+            block = stackable(block)
+
+        def layer(x_BTD, its):
+            parameters, row, cache = its
+            x_BTD, cache, sums = block(parameters, x_BTD, row, info, cache)
+            return x_BTD, (cache, sums)
+
+        layers = (parameters, rows_of(c, range(c.layers)), cache)
+        unroll = 1 if c.scan_layers else c.layers
+        x_BTD, (cache, sums) = jax.lax.scan(layer, self.embed(tokens_BT, info, dtype), layers, unroll=unroll)
         return self.finish(x_BTD), cache, sums
 
     def info(self, tokens_BT, positions_BT=None, segments_BT=None, dropout_keys_B=None) -> TokenInfo:
@@ -156,21 +168,6 @@ class Transformer(nnx.Module):
         if self.positions is not None:
             x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), info.positions_BT, axis=0)
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
-
-    def _blocks(self, x_BTD, info: TokenInfo, cache: LayerCache | None, remat: str):
-        c = self.config
-        graphdef, parameters = nnx.split(self.layers)
-        block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
-        if c.scan_layers and cache is None:
-            block = stackable(block)
-
-        def body(x_BTD, layer):
-            parameters, row, cache = layer
-            x_BTD, cache, sums = block(parameters, x_BTD, row, info, cache)
-            return x_BTD, (cache, sums)
-
-        xs = (parameters, rows_of(c, range(c.layers)), cache)
-        return jax.lax.scan(body, x_BTD, xs, unroll=1 if c.scan_layers else c.layers)
 
 
 def rows_of(config: ModelConfig, layers: Iterable[int]) -> dict:

@@ -1,6 +1,5 @@
 """One training step and one evaluation step, as pure functions to be jitted."""
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -235,12 +234,4 @@ def make_eval_step(description: Description, config: TrainConfig, schedule: Pipe
 
 def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:
     """Accelerators round float32 matmuls to fewer bits by default; a run in float32 means float32."""
-    if config.compute_dtype != "float32":
-        return step
-
-    @functools.wraps(step)
-    def precise(*args):
-        with jax.default_matmul_precision("float32"):
-            return step(*args)
-
-    return precise
+    return jax.default_matmul_precision("float32")(step) if config.compute_dtype == "float32" else step
