@@ -83,7 +83,9 @@ def train(config: Config, began: float) -> int:
 
 def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float) -> int:
     """The run, in a directory that no other process may enter meanwhile."""
-    t, primary = config.train, jax.process_index() == 0
+    primary = jax.process_index() == 0
+    t = replace(config.train, compute_dtype=agreed(lambda: compute_dtype(config, run)))
+    config = replace(config, train=t)
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), StopSignal() as stop:
@@ -121,10 +123,11 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
-        step = job.compile(job.step, put(loader.batch(first, rows)))
-        compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
-        held_out = HeldOut(job.evaluate, lambda: map(put, heldout()), token_bytes_V)
+        batch = put(loader.batch(first, rows))
+        held_out = HeldOut(job.evaluate_ahead(batch, token_bytes_V), lambda: map(put, heldout()), token_bytes_V)
+        step = job.compile(job.step, batch)
+        compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
 
         facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs", "run": str(run.path)}
@@ -226,6 +229,13 @@ def samples(job: Job, params: dict, tokenizer: Tokenizer, config: Config, consol
         return []
     console.samples(texts)
     return texts
+
+
+def compute_dtype(config: Config, run: RunDirectory) -> str:
+    """What train.compute_dtype=auto is for this run: what it began with, else what this platform is fast at."""
+    if config.train.compute_dtype == "auto" and run.holds_results():
+        return load_run(run.path).train.compute_dtype_on(jax.default_backend())
+    return config.train.compute_dtype_on(jax.default_backend())
 
 
 def claim(config: Config, run: RunDirectory) -> str:

@@ -122,7 +122,7 @@ class Bench:
         told = {"work": name, **asdict(attempt), "platform": self.given.platform, "tiny": self.given.tiny, **more}
         told |= {
             "seconds": seconds,
-            "window": 1 if self.given.tiny else max(1, 20 * 1024 // (attempt.batch * seq_len // 16)),
+            "window": 1 if self.given.tiny else max(1, 5 * 1024 // seq_len),
             "seq_len": seq_len,
         }
         if who == "isomesh":

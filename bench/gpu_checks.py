@@ -127,7 +127,7 @@ def losses(platform: str) -> None:
     say("losses of 20 steps", worst < 1e-4, worst_relative=worst, last=[ours[-1], cpu[-1]])
 
 
-# ------------------------------------------------------------------------------------------------------ runs of train.py
+# ------------------------------------------------------------------------------------------ runs of train.py
 
 
 def run(folder: Path, cache: Path, *overrides: str, tiny: bool, platform: str, kill_at: int = 0) -> dict:

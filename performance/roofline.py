@@ -1,4 +1,4 @@
-"""The least time of a compiled program, kernel by kernel: what each must read, write and multiply, and what it need not.
+"""The least time of a compiled program, by kernel: what each must read, write and multiply, and what need not be.
 
 A kernel is a fusion, a matmul, a copy or a custom call of the program's text. Its least time is the larger of its bytes
 over the memory's bandwidth and its FLOPs over the peak. A kernel that does what a better program would not do at all is
@@ -209,8 +209,8 @@ def table(found: list[Kernel], machine: Machine, dearest: int = 10) -> str:
     total = sum((Counter(row) for row in rows.values()), Counter())
     columns = ("ms", "matmul ms", "avoidable ms", "GB", "TFLOP", "kernels")
     head = f"{'':24}" + "".join(f"{column:>14}" for column in columns)
-    line = lambda name, row: f"{name:24}" + "".join(
-        f"{row[c]:14.2f}" if c != "kernels" else f"{row[c]:14.0f}" for c in columns
+    line = lambda name, row: (
+        f"{name:24}" + "".join(f"{row[c]:14.2f}" if c != "kernels" else f"{row[c]:14.0f}" for c in columns)
     )
     peak = f"{machine.flops / 1e12:.0f} TFLOP/s, {machine.bandwidth / 1e12:.2f} TB/s"
     lines = [f"least time of a step on {machine.name} ({peak}; {machine.source})", head]
@@ -223,7 +223,6 @@ def table(found: list[Kernel], machine: Machine, dearest: int = 10) -> str:
     lines += ["", f"{'dearest kernels':48}{'ms':>8}{'times':>7}{'GB':>8}{'TFLOP':>8}  from"]
     for k in sorted(found, key=lambda k: -k.seconds(machine))[:dearest]:
         told = f"{k.area}, {k.source}" + (f": {k.mark}" if k.mark else "")
-        lines.append(
-            f"{k.name[:47]:48}{1e3 * k.seconds(machine):8.2f}{k.times:7}{k.bytes / 1e9:8.2f}{k.flops / 1e12:8.2f}  {told}"
-        )
+        figures = f"{1e3 * k.seconds(machine):8.2f}{k.times:7}{k.bytes / 1e9:8.2f}{k.flops / 1e12:8.2f}"
+        lines.append(f"{k.name[:47]:48}{figures}  {told}")
     return "\n".join(lines)

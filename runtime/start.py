@@ -39,7 +39,7 @@ GPU_FLAGS = (
     "--xla_gpu_enable_pipelined_all_gather=true",
     # and the last layer's gradients are reduced meanwhile
     "--xla_gpu_enable_pipelined_all_reduce=true",
-    # 16-bit values are rounded where the program says so; else they pass from kernel to kernel in float32, twice the bytes
+    # 16-bit values are rounded where the program says so, and do not pass between kernels in float32, twice the bytes
     "--xla_allow_excess_precision=false",
     # matmuls of queries and keys stay apart: merged, their weights and gradients are copied together and apart again,
     # and biases are added by kernels of their own

@@ -6,6 +6,7 @@ What train.py, the parity check and ahead-of-time compilation share. Nothing is 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +76,16 @@ class Job:
         """The evaluation step (params, batch, token_bytes_V) -> sums, jitted."""
         step = make_eval_step(self.description, self.train, self.schedule)
         return jax.jit(step, out_shardings=replicated(self.mesh))
+
+    def evaluate_ahead(self, batch, token_bytes_V: jax.Array) -> Callable:
+        """As `evaluate`, for batches like this one. On accelerators it compiles in a thread of its own meanwhile; the
+        cores of a CPU have the training step to compile, and to run.
+        """
+        if self.mesh.devices.flat[0].platform == "cpu":
+            return self.evaluate
+        lowered = self.evaluate.lower(self.abstract.params, batch, token_bytes_V)
+        compiled = ThreadPoolExecutor(1, "compile").submit(lowered.compile)
+        return lambda *arguments: compiled.result()(*arguments)
 
     def init(self, seed: int) -> TrainState:
         """The first state of a run."""

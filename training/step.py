@@ -12,6 +12,7 @@ from model.transformer import Description
 from parallel.context import zigzag
 from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import shard, splits
+from runtime.platform import platform
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses
 from training.pipelined import cut, pipelined_gradients, pipelined_losses
@@ -46,7 +47,7 @@ def batch_losses(description: Description, config: TrainConfig, params, batch: B
         positions_BT=batch.get("positions_BT"),
         segments_BT=batch.get("segments_BT"),
         dropout_keys_B=keys_B,
-        dtype=jnp.dtype(config.compute_dtype),
+        dtype=jnp.dtype(config.compute_dtype_on(platform())),
         remat=config.remat,
     )
     sums = chunked_losses(model, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
@@ -234,4 +235,4 @@ def make_eval_step(description: Description, config: TrainConfig, schedule: Pipe
 
 def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:
     """Accelerators round float32 matmuls to fewer bits by default; a run in float32 means float32."""
-    return jax.default_matmul_precision("float32")(step) if config.compute_dtype == "float32" else step
+    return jax.default_matmul_precision("float32")(step) if config.compute_dtype_on(platform()) == "float32" else step
