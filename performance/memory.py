@@ -23,16 +23,21 @@ from runtime.start import start
 from training.job import make_job
 
 
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a run's batch, on its mesh."""
+    dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
+    if config.data.segments:
+        dtypes["segments_BT"] = jnp.int32
+    shape, layout = (config.train.batch_size, config.train.seq_len), batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+
+
 def needed(config: Config) -> dict[str, int]:
     """Bytes a device: `arguments` (state and batch), `temporary`, and their sum `total`, as train.py's header says."""
-    t, mesh = config.train, make_mesh(mesh_sizes(config, jax.device_count()))
+    mesh = make_mesh(mesh_sizes(config, jax.device_count()))
     with jax.set_mesh(mesh):
         job = make_job(config, mesh)
-        dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
-        if config.data.segments:
-            dtypes["segments_BT"] = jnp.int32
-        shape, layout = (t.batch_size, t.seq_len), batch_sharding(mesh)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+        batch = abstract_batch(config, mesh)
         memory = job.compile(job.step, batch).memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary}

@@ -20,6 +20,8 @@ FREE = {
     *("iota", "opt-barrier", "fusion-done", "copy-done", "async-done", "async-update", "all-gather-done"),
     *("all-reduce-done", "collective-permute-done"),
 }
+CUTS = ("dynamic-slice", "slice", "gather")
+PASSING = ("bitcast", "convert", "select", "broadcast", "add", "multiply", "reshape", "copy")  # each element for itself
 AREAS = (  # the first that is among a kernel's scopes names its row
     ("norm", "norms"), ("core", "attention kernel"), ("attention", "attention projections"), ("ffn", "ffn"),
     ("moe", "experts"), ("loss", "head and loss"), ("head", "head and loss"), ("embed", "embedding"),
@@ -69,7 +71,7 @@ def kernels(text: str) -> list[Kernel]:
     program = Program(text)
     entry = hlo.parse(text)[1]
     found = [_kernel(program, body, i, times) for body, i, times in _walk(program, entry, 1)]
-    return _with_repeats([kernel for kernel in found if kernel is not None])
+    return [kernel for kernel in found if kernel is not None]
 
 
 def _walk(program: Program, name: str, times: int) -> Iterator[tuple[hlo.Computation, hlo.Instruction, int]]:
@@ -103,26 +105,55 @@ def _kernel(program: Program, body: hlo.Computation, i: hlo.Instruction, times: 
 
 def _traffic(body: hlo.Computation, i: hlo.Instruction, inside: hlo.Computation) -> float:
     """Bytes that a kernel must read and write: of an array that it cuts or updates, the part that it touches."""
-    parameters = {int(p.arguments): p for p in inside.values() if p.opcode == "parameter"}
+    parameters = {int(part.arguments): name for name, part in inside.items() if part.opcode == "parameter"}
     read, updated = 0.0, 0.0
-    for place, name in enumerate(dict.fromkeys(i.operands)):
-        if name not in body or body[name].shape.startswith("("):
+    for place, name in enumerate(i.operands):
+        if name not in body or body[name].shape.startswith("(") or name in i.operands[:place]:
             continue
-        whole = sum(array.bytes for array in hlo.arrays(body[name].shape))
-        users = hlo.users(parameters[place].name, inside) if place in parameters else [i]
-        cuts = [user for user in users if user.opcode in ("dynamic-slice", "slice", "gather")]
-        updates = [u for u in users if u.opcode == "dynamic-update-slice" and u.operands[0] == getattr(
-            parameters.get(place), "name", name)]  # fmt: skip
-        if users and len(cuts) == len(users):
-            read += min(whole, sum(_bytes(cut.shape) for cut in cuts))
-        elif users and len(updates) == len(users):
-            updated += whole  # only its update is written, and it is not read
-            where = inside or body
-            read += sum(_bytes(where[u.operands[1]].shape) for u in updates if u.operands[1] in where)
+        whole = _bytes(body[name].shape)
+        within, seen = (inside, parameters[place]) if place in parameters else ({**body, i.name: i}, name)
+        users = [i] if within is not inside else hlo.users(seen, inside)
+        if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == seen for user in users):
+            updated += whole  # only the update is written, and the rest not even read
+            read += sum(_bytes(within[user.operands[1]].shape) for user in users if user.operands[1] in within)
         else:
-            read += whole
-    written = _bytes(re.sub(r"\bs8\[\d+\]|\bu8\[\d+\]", "", i.shape) if i.opcode == "custom-call" else i.shape)
-    return read + max(written - updated, 0)
+            cuts = _cuts(seen, users, within) if within is inside or i.opcode in CUTS else None
+            read += whole if cuts is None else min(whole, cuts)
+    return read + max(_written(i) - updated, 0)
+
+
+def _cuts(name: str, users: list[hlo.Instruction], inside: hlo.Computation) -> float | None:
+    """The bytes that a fusion takes out of an array, if all that it does with it ends in cuts; else None."""
+    total = 0.0
+    for user in users:
+        if user.opcode in CUTS:
+            total += _bytes(user.shape)
+        elif user.opcode in PASSING and (more := _cuts(user.name, hlo.users(user.name, inside), inside)) is not None:
+            total += more
+        else:
+            return None
+    return total if users else None
+
+
+def _written(i: hlo.Instruction) -> float:
+    shape = i.shape
+    if i.opcode.endswith("-start"):  # (what goes in, what comes out, how far it is)
+        shape = _second(shape)
+    if i.opcode == "custom-call" or "custom-call" in i.attributes or "kCustom" in i.attributes:
+        shape = re.sub(r"\b[su]8\[\d+\]", "", shape)  # where it works
+    return _bytes(shape)
+
+
+def _second(shape: str) -> str:
+    """The second element of a tuple's shape."""
+    depth, parts = 0, [""]
+    for character in shape[1:-1]:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[1] if len(parts) > 1 else shape
 
 
 def _bytes(shape: str) -> float:
@@ -148,11 +179,11 @@ def _flops(computation: hlo.Computation, i: hlo.Instruction) -> float:
         return 0.0
     first = _dims(computation, i.operands[0])
     if target and "fmha" in target[1]:  # cuDNN's attention: scores and their product with the values
-        scores = re.search(r'"intermediate_tensor_shape":{"dimensions":\[([^\]]*)\]', i.attributes)
+        scores = re.search(r'"intermediate_tensor_shape":\s*{[^\[{]*"dimensions":\s*\[([^\]]*)\]', i.attributes)
         size = _product(int(n) for n in re.findall(r"\d+", scores[1])) if scores else 0
         causal = 0.5 if "CAUSAL" in i.attributes else 1.0
         return causal * (10 if "Backward" in target[1] else 4) * size * (first[-1] if first else 0)
-    contracted = re.search(r'lhs_contracting_dim(?:s|ensions)"?[=:][{\[]([^}\]]*)[}\]]', i.attributes)
+    contracted = re.search(r'lhs_contracting_dim(?:s|ensions)"?[=:]\s*[{\[]([^}\]]*)[}\]]', i.attributes)
     if not contracted or (target and "matmul" not in target[1] and "gemm" not in target[1]):
         return 0.0
     result = hlo.arrays(i.shape)[0].size
@@ -161,7 +192,8 @@ def _flops(computation: hlo.Computation, i: hlo.Instruction) -> float:
 
 def _mark(i: hlo.Instruction, inside: hlo.Computation, kind: str, area: str) -> str:
     """Why a better program would not have this kernel; empty if nothing speaks against it."""
-    written = [array for array in hlo.arrays(i.shape) if array.bytes >= LARGE]
+    shape = _second(i.shape) if i.opcode.endswith("-start") else i.shape
+    written = [array for array in hlo.arrays(shape) if array.bytes >= LARGE]
     if not written:
         return ""
     opcodes = {part.opcode for part in inside.values()} | {i.opcode}
@@ -175,11 +207,6 @@ def _mark(i: hlo.Instruction, inside: hlo.Computation, kind: str, area: str) -> 
     if wide and area not in ("optimizer", "clipping", "head and loss") and kind == "elementwise":
         return "float32 between kernels"
     return ""
-
-
-def _with_repeats(found: list[Kernel]) -> list[Kernel]:
-    """The same, with the second of two like conversions of one array marked."""
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------- the tables

@@ -58,7 +58,7 @@ def start(config: RuntimeConfig) -> None:
         jax.config.update("jax_platforms", "cpu")
     cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
     gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
-    _add_flags(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ())
+    add_flags(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ())
     if cpu:
         heap.keep_freed_memory()
     if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused
@@ -104,7 +104,7 @@ def _check_platform(asked: str) -> None:
     )
 
 
-def _add_flags(flags: tuple[str, ...]) -> None:
+def add_flags(flags: tuple[str, ...]) -> None:
     """Adds XLA flags to those of the environment, which win."""
     theirs = os.environ.get("XLA_FLAGS", "").split()
     given = {flag.partition("=")[0] for flag in theirs}
