@@ -1,38 +1,48 @@
 # The two commands: `make train` and `make test`. Both begin with `make setup`, which does nothing when .venv is current.
+# Another Python beside it: make test-short PYTHON=python3.13 VENV=.venv-3.13
 PYTHON ?= python3
+VENV ?= .venv
 EXTRAS ?=
 export UV_PYTHON_DOWNLOADS = never
 
 # Bytecode of what a run imports: where Python may not write it later, each start would spend seconds compiling again.
-COMPILE = cd .venv/lib/python3*/site-packages && ../../../bin/python -m compileall -q -j 0 jax jaxlib flax optax orbax \
-    tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers pygments
+COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(VENV))/bin/python -m compileall -q -j 0 jax jaxlib flax \
+    optax orbax tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers \
+    pygments
 
-.PHONY: setup train test test-long test-aot test-aot-tpu test-aot-gpu lint format clean
-setup: .venv/.stamp $(EXTRAS:%=.venv/.extra-%)
+.PHONY: setup train test test-short test-long test-aot test-aot-tpu test-aot-gpu lint format clean
+setup: $(VENV)/.stamp $(EXTRAS:%=$(VENV)/.extra-%)
 
 # Pinned versions come from requirements.lock; EXTRAS=cuda or EXTRAS=tpu adds an accelerator's plugin.
-.venv/.stamp: requirements.lock pyproject.toml
-	@echo "setting up .venv ($$($(PYTHON) --version))"
-	@$(PYTHON) -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check uv
-	@.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements requirements.lock
+$(VENV)/.stamp: requirements.lock pyproject.toml
+	@echo "setting up $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --requirements requirements.lock
 	@$(COMPILE) || true
 	@touch $@
 
-.venv/.extra-%: .venv/.stamp
-	@.venv/bin/uv pip install --quiet --python .venv/bin/python --requirements pyproject.toml --extra "$*" \
+$(VENV)/.extra-%: $(VENV)/.stamp
+	@$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --requirements pyproject.toml --extra "$*" \
 	    --constraints requirements.lock
 	@touch $@
 
 train: setup
-	@.venv/bin/python train.py
+	@$(VENV)/bin/python train.py
 
 test: setup lint
-	@.venv/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest
+
+# A part of every room, for a second version of Python: start, a parity, a resume, checkpoints, data, fits, command line.
+SHORT = tests/runtime tests/checkpoint tests/data tests/scaling/fit tests/test_cli.py tests/test_conf.py \
+    "tests/test_parity.py::test_optimizers_do_not_see_the_mesh[sgd]" \
+    "tests/test_resume.py::test_stopped_run_goes_on_bitwise[SIGTERM]"
+test-short: setup
+	@$(VENV)/bin/python -m pytest $(SHORT)
 
 # What takes long or needs more than Python: a browser (apt-get install -y chromium).
 test-long: setup
-	@.venv/bin/python -m pytest -n 0 tests/long
+	@$(VENV)/bin/python -m pytest -n 0 tests/long
 
 # Compiles training steps for TPU pods and GPU hosts that are not here, each compiler in an environment of its own.
 # 1.5 and 5 GB to install; on two cores a product takes 2 to 8 minutes for TPU, half a minute for GPU.
@@ -52,15 +62,15 @@ test-aot-gpu: .venv-aot-gpu/.stamp
 .venv-aot-%/.stamp: requirements.lock pyproject.toml | setup
 	@echo "setting up .venv-aot-$*"
 	@$(PYTHON) -m venv --clear .venv-aot-$*
-	@.venv/bin/uv pip install --quiet --python .venv-aot-$*/bin/python --requirements pyproject.toml \
+	@$(VENV)/bin/uv pip install --quiet --python .venv-aot-$*/bin/python --requirements pyproject.toml \
 	    --extra $(if $(filter gpu,$*),cuda,$*) --constraints requirements.lock
 	@touch $@
 
 lint: setup
-	@.venv/bin/ruff check --quiet . && .venv/bin/ruff format --quiet --check .
+	@$(VENV)/bin/ruff check --quiet . && $(VENV)/bin/ruff format --quiet --check .
 
 format: setup
-	@.venv/bin/ruff check --quiet --fix . ; .venv/bin/ruff format --quiet .
+	@$(VENV)/bin/ruff check --quiet --fix . ; $(VENV)/bin/ruff format --quiet .
 
 clean:
-	rm -rf .venv .venv-aot-* .pytest_cache .ruff_cache
+	rm -rf .venv .venv-3.* .venv-aot-* .pytest_cache .ruff_cache

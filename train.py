@@ -6,25 +6,25 @@ One loop, in the order in which things happen: mesh, run directory, data, model,
 import sys
 import time
 
-from runtime import heap
+from runtime import heap, launch, leave
 
 if __name__ == "__main__":
     heap.start_undivided()
+    leave.answer_signals()
     BEGAN = time.perf_counter()  # the slow imports count
 
-from config.command_line import command_line
+from config.command_line import command_line, next_commands
 from config.compose import load_run, to_yaml
 from config.layout import mesh_sizes
-from config.schema import Config, differences, identity
+from config.schema import Config, differences, identity, shared
 
 if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
-import contextlib
 import logging
 import secrets
-import shlex
 import signal
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,10 +41,10 @@ from parallel.mesh import make_mesh
 from parallel.sharding import local_rows, put_batch, replicated
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
-from runtime.agreement import agreed
-from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
+from runtime.agreement import agreed, code_versions, require_same, require_shared
+from runtime.exit_codes import DONE, FAULT, MISTAKE, PREEMPTED
 from runtime.start import start, transfer_guard
-from runtime.stop import StopSignal, exit_now
+from runtime.stop import StopSignal
 from tracking.console import Console, human
 from tracking.reporting import introduce
 from tracking.run_directory import RunDirectory
@@ -62,12 +62,10 @@ def main(jobs: list[Config], began: float | None = None) -> int:
         try:
             start(config.runtime)
             code, began = train(config, began or time.perf_counter()), None  # a second job begins after the first
-        except (ValueError, OSError, OverflowError, MemoryError) as error:
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-            code = MISTAKE
-        except KeyboardInterrupt:  # before the loop, or twice in it
-            print("interrupted; what was saved before is intact", file=sys.stderr)
-            code = INTERRUPTED
+        except leave.MISTAKES as error:
+            code = leave.ended(MISTAKE, leave.one_line(error))
+        except KeyboardInterrupt:  # twice in the loop
+            code = leave.ended(*leave.SIGNALS[signal.SIGINT])
         if code != DONE:
             return code
     return DONE
@@ -75,9 +73,10 @@ def main(jobs: list[Config], began: float | None = None) -> int:
 
 def train(config: Config, began: float) -> int:
     """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
+    require_same(shared(config) | code_versions())
     mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
     run = RunDirectory(Path(config.run.dir))
-    with run.held() if primary else contextlib.nullcontext():
+    with run.held() if primary else nullcontext():
         return train_in(run, config, mesh, began)
 
 
@@ -87,10 +86,12 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
     t = replace(config.train, compute_dtype=agreed(lambda: compute_dtype(config, run)))
     config = replace(config, train=t)
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
+    require_shared(Path(config.checkpoint.dir or run.path))
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
-    with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), StopSignal() as stop:
+    with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), ExitStack() as loop:
         # -------------------------------------------------------------------------------------------------------- data
         dataset = prepare(config.data, config.tokenizer, console.preparation)
+        require_same(dataset.told)
         tokenizer, rows = dataset.tokenizer, local_rows(mesh, t.batch_size)
         shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
         shape["eos_id"] = tokenizer.eos_id if config.data.segments else None
@@ -115,7 +116,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
-            console.finish({"checkpoints": store.directory}, going_on(config, DONE))
+            console.finish({"checkpoints": store.directory}, next_commands(config, launch.words(), done=True))
             return DONE
         if primary:
             run.write_config(to_yaml(config))
@@ -144,6 +145,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         code, number, saved = DONE, first, first
         out_of_patience = lambda: 0 < t.patience <= progress.since_best
         heap.make_room(memory.temp_size_in_bytes * jax.local_device_count())
+        stop = loop.enter_context(StopSignal())  # before it, a signal ends the run at once
         meter.start(first, first * t.batch_size * t.seq_len)
         try:
             for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
@@ -182,11 +184,12 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             if saved != number:
                 save(number)
         except Exception as error:
+            leave.hear_others()
             log.exception("a fault after step %d", number)
             console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
             code = FAULT
             if jax.process_count() > 1:  # the others may be gone, and a clean exit would wait for them
-                exit_now(code)
+                leave.leave_for(error, told=primary)
         # at this point the last state is handed to the checkpoints
 
         # --------------------------------------------------------------------------------------------------------- end
@@ -204,10 +207,8 @@ def beginning(job: Job, seed: int, restored: Restored | None) -> tuple[TrainStat
 def end(code: int, number: int, config: Config, run: RunDirectory, job: Job, state, tokenizer, store, reporter) -> int:
     """Waits for the last checkpoint, lets a trained model write, says where all is; returns the exit code."""
     console = reporter.console
-    if not store.wait():
-        newest = max(store.steps(), default="none")
-        console.warn(f"the last checkpoint was not written; the newest in {store.directory}: {newest}")
-        code = FAULT if code == PREEMPTED else code
+    if lost := store.lost():
+        code = FAULT
     store.close()
     if code == DONE and config.sample.tokens and config.model.causal:
         texts = samples(job, state.params, tokenizer, config, console)
@@ -215,7 +216,11 @@ def end(code: int, number: int, config: Config, run: RunDirectory, job: Job, sta
         if jax.process_index() == 0:
             run.write_samples(number, texts)
     reporter.sinks.close()
-    console.finish(run.files(store.directory), going_on(config, code), WORDS.get(code, "stopped"))
+    console.finish(
+        run.files(store.directory), next_commands(config, launch.words(), done=code == DONE), WORDS.get(code, "stopped")
+    )
+    if lost:
+        console.warn(lost)
     return code
 
 
@@ -279,22 +284,6 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
             "the run cannot go on with the same tokens; start another with another run.dir"
         )
     return restored
-
-
-def going_on(config: Config, code: int) -> dict[str, str]:
-    """The commands that a user may want next."""
-    see = {"see": shlex.join(["python", "-m", "tracking", config.run.dir])}
-    launcher = f"-m runtime.launch --processes {n}".split() if (n := jax.process_count()) > 1 else []
-    command = ["python", *launcher, "train.py", *sys.argv[1:]]
-    if code != DONE:
-        return {"go on": shlex.join(command), **see}
-    # of a sweep, one command made several runs: none has a command of its own
-    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *config.sample.prompts[:1]])} | see
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        return generate
-    kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
-    extend = shlex.join([*kept, f"run.dir={config.run.dir}", f"train.steps={2 * config.train.steps}"])
-    return {"extend": extend, **generate}
 
 
 if __name__ == "__main__":

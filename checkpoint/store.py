@@ -13,6 +13,7 @@ decides for all of them what is restored. All processes make the same calls, in 
 """
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -134,6 +135,15 @@ class CheckpointStore:
             self._thread = None
         return self._whole
 
+    def lost(self) -> str | None:
+        """Wait for the save under way; one line if the latest save, in any process, did not come out whole."""
+        if not any_process(not self.wait()):
+            return None
+        newest = max(self.steps(), default=None)
+        there = "there is none" if newest is None else f"the newest is of step {newest}"
+        reason = self._messages[-1] if self._messages else "another process could not write its part"
+        return f"the last checkpoint was not written, and in {self.directory} {there}: {reason}"
+
     def poll(self) -> list[str]:
         """One line for each failure since the last call."""
         messages, self._messages = self._messages, []
@@ -154,6 +164,9 @@ class CheckpointStore:
         self._folder(step, ".partial").mkdir(parents=True)
         # Asked beforehand, because tensorstore meets a full disk with pages of tracebacks from its own threads.
         free = shutil.disk_usage(self.directory).free
+        if free < size:
+            self._make_room(step, size)
+            free = shutil.disk_usage(self.directory).free
         if free < size:
             raise OSError(errno.ENOSPC, f"{size / 1e6:.1f} MB to write, {free / 1e6:.1f} MB free", str(self.directory))
         return False
@@ -190,6 +203,23 @@ class CheckpointStore:
             if step <= newest and step not in kept:
                 self._remove(step)
 
+    def _make_room(self, step: int, size: int) -> None:
+        """Remove what nothing will keep once `step` is saved, the oldest first, until `size` bytes are free.
+
+        At least one checkpoint stays, and those that stay by `keep` are proved whole before anything is removed. So a
+        damaged one, or one that a run with a larger `keep` has left, cannot hold the space of the next for ever.
+        """
+        older = [other for other in _listing(self.directory)[0] if other <= step]
+        whole = (s for s in reversed(older) if s < step and "problem" not in self._inspect(s, contents=True))
+        newest = list(itertools.islice(whole, max(1, self.config.keep - 1)))
+        if not newest:
+            return
+        best = self._best_first([other for other in self.steps() if other < step])[: self.config.keep_best]
+        for other in older:
+            if other not in newest and other not in best and shutil.disk_usage(self.directory).free < size:
+                log.warning("checkpoint of step %d is removed to make room for that of step %d", other, step)
+                self._remove(other)
+
     def _best_first(self, steps: list[int]) -> list[int]:
         metrics = {step: metric for step in steps if (metric := self._metric(step)) is not None}
         return sorted(metrics, key=lambda step: (metrics[step], -step))
@@ -211,7 +241,10 @@ class CheckpointStore:
         self._whole = False
         if jax.process_index() == 0:  # give back the space: the disk may be full
             shutil.rmtree(self._folder(step, ".partial"), ignore_errors=True)
-        self._tell(f"step {step} was not saved: {_one_line(error)}")
+        line = _one_line(error)  # an error while writing names no file
+        self._tell(
+            f"step {step} was not saved: {line}" + ("" if str(self.directory) in line else f" ({self.directory})")
+        )
         return False
 
     def _tell(self, message: str) -> None:

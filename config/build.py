@@ -39,7 +39,10 @@ def _typed(value, hint, name: str):
             return str(value)  # a name that reads like a number
         if typing.get_origin(choice) is tuple and isinstance(value, list | tuple):
             return tuple(_typed(item, typing.get_args(choice)[0], f"{name}[{i}]") for i, item in enumerate(value))
-    spelled = " or ".join("null" if c is type(None) else getattr(c, "__name__", str(c)) for c in choices)
+        if typing.get_origin(choice) is tuple and isinstance(value, str | int | float):
+            return (_typed(value, typing.get_args(choice)[0], name),)  # a list of one
+    words = {type(None): "null", tuple: "a list, as in [a,b]"}
+    spelled = " or ".join(words.get(typing.get_origin(c) or c) or getattr(c, "__name__", str(c)) for c in choices)
     raise ValueError(f"{name}={value!r} is {type(value).__name__}, but should be {spelled}")
 
 

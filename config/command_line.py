@@ -1,7 +1,9 @@
 """The command line of train.py and of whatever takes its overrides: one run, several, help, or a study of many."""
 
+import contextlib
 import itertools
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from config.compose import load, parsed
 from config.help import help_text
 from config.schema import Config, differences, identity
 from runtime.exit_codes import DONE, MISTAKE
+from runtime.overrides import override
 
 SEARCH = "hydra/sweeper=search"
 EXPERIMENT = "experiment="
@@ -40,8 +43,20 @@ def command_line(arguments: list[str]) -> list[Config]:
             return multirun(words)
         return [load(arguments)]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_others(arguments, f"error: {error}")
         sys.exit(MISTAKE)
+
+
+def _tell_others(arguments: list[str], line: str) -> None:
+    """Ends the other processes too where each was started by hand; a launcher gives all the same command."""
+    place = [argument for argument in arguments if argument.startswith("runtime.")]
+    if any(argument.startswith("runtime.coordinator=") for argument in place):
+        with contextlib.suppress(ValueError):  # its place is the mistake
+            runtime = load(place).runtime
+            from runtime.start import join_and_leave  # here: it imports JAX
+
+            join_and_leave(runtime, line)
 
 
 def _become(*words: str) -> None:
@@ -85,3 +100,22 @@ def multirun(overrides: list[str]) -> list[Config]:
                 "sweep run.dir too"
             )
     return jobs
+
+
+def next_commands(config: Config, launcher: list[str], *, done: bool) -> dict[str, str]:
+    """The commands that a user may want after this one, by what they do; `launcher` are the words that start several
+    processes. Each can be pasted into a shell."""
+    arguments = sys.argv[1:]
+    see = {"see": shlex.join(["python", "-m", "tracking", config.run.dir])}
+    command = ["python", *launcher, "train.py", *arguments]
+    own = ", in each process with its own runtime.process_id" if "runtime.process_id=" in " ".join(arguments) else ""
+    if not done:
+        return {f"go on{own}": shlex.join(command), **see}
+    prompts = list(config.sample.prompts[:1])
+    marked = ["--", *prompts] if any(prompt.startswith("-") or "=" in prompt for prompt in prompts) else prompts
+    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *marked])} | see
+    if {"-m", "--multirun"} & set(arguments):  # one command made several runs: none has a command of its own
+        return generate
+    kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
+    extend = shlex.join([*kept, override("run.dir", config.run.dir), f"train.steps={2 * config.train.steps}"])
+    return {f"extend{own}": extend, **generate}

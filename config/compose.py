@@ -1,5 +1,6 @@
 """From overrides to one frozen, validated object: Hydra composes YAML and overrides, config/build.py checks them."""
 
+import shlex
 from pathlib import Path
 
 import yaml
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from config.build import build, keys, one_line, plain, unknown
 from config.schema import Config, finish
 from model.config import one_of
+from runtime.overrides import pasted
 from training.recipes import LAWS, law_number
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -21,7 +23,7 @@ CONF = Path(__file__).parent.parent / "conf"
 def load(overrides: list[str]) -> Config:
     """The config of a list of overrides. Raises ValueError with one clear line."""
     _check_keys(overrides)
-    parsed(overrides)  # Hydra itself would not say which one it could not read
+    _check_single(parsed(overrides))  # Hydra itself would not say which one it could not read
     # a key that no YAML mentions is still a field of a dataclass: ++ lets Hydra set either
     forced = [o if o.startswith(("+", "~")) or is_group(o.split("=")[0]) else f"++{o}" for o in overrides]
     try:
@@ -69,8 +71,20 @@ def parsed(overrides: list[str]) -> list[Override]:
             parsed.append(parser.parse_override(override))
         except HydraException as error:
             problem = one_line(error).partition(" See http")[0]
-            raise ValueError(f"cannot read {override}: {problem}; put a text in quotes: key='\"...\"'") from None
+            key, _, text = override.partition("=")
+            raise ValueError(f"cannot read {override}: {problem}; as a text write {pasted(key, text)}") from None
     return parsed
+
+
+def _check_single(overrides: list[Override]) -> None:
+    """Raises ValueError for a key with several values, which is a text or a list only where it says so."""
+    for override in overrides:
+        if override.is_sweep_override():
+            key, _, text = override.input_line.partition("=")
+            raise ValueError(
+                f"{override.input_line} is several values: for a run of each add -m (--multirun); "
+                f"as one text write {pasted(key, text)}, as a list {shlex.quote(f'{key}=[{text}]')}"
+            )
 
 
 def is_group(key: str) -> bool:

@@ -6,8 +6,9 @@ Each room's dataclass stands beside the code that it configures. Nothing slow is
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from checkpoint.config import CheckpointConfig
 from data.corpus import DataConfig
@@ -61,6 +62,25 @@ NOT_IDENTITY = {
     "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
     "data": ("cache",),
 }
+
+
+# What each process of a run may be given for itself: its place, local folders, and what process 0 alone looks at.
+OWN = {
+    "runtime": ("process_id", "coordinator", "processes", "compile_cache"),
+    "data": ("cache",),
+    "run": ("id",),
+    "wandb": tuple(one.name for one in fields(WandbConfig)),
+}
+
+
+def shared(config: Config) -> dict[str, Any]:
+    """What all processes of a run must have been given alike, by dotted keys."""
+    found = {}
+    for group, value in dataclasses.asdict(config).items():
+        keyed = {f"{group}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {group: value}
+        own = {f"{group}.{name}" for name in OWN.get(group, ())}
+        found |= {key: v for key, v in keyed.items() if key not in own}
+    return found
 
 
 def identity(config: Config | dict) -> dict:

@@ -8,12 +8,15 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from runtime.overrides import pasted
 
 SOURCES = ("stdlib", "text", "movie_reviews")
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -23,7 +26,7 @@ COMPRESSED = (".gz", ".zst")
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"  # stdlib (this Python's own library) | text (your files) | movie_reviews
-    path: str | None = None  # of source=text: files or globs, by commas; ~ and ** are allowed
+    path: str | None = None  # of source=text: files or globs, by commas; ~ and **, and names with commas, are allowed
     field: str = "text"  # of .jsonl files: the key of the text
     heldout: float = 0.05  # share of the documents that is kept for evaluation
     cache: str = "~/.cache/isomesh/data"  # where prepared tokens are kept
@@ -33,7 +36,7 @@ class DataConfig:
         if self.source not in SOURCES:
             raise ValueError(f"data.source={self.source}: choose one of {', '.join(SOURCES)}")
         if self.source == "text" and not self.path:
-            raise ValueError("data.source=text needs data.path=FILES, as in data.path='~/notes/**/*.md'")
+            raise ValueError(f"data.source=text needs data.path=FILES, as in {pasted('data.path', '~/notes/**/*.md')}")
         if self.source != "text" and self.path:
             raise ValueError(f"data.path={self.path} is read by data=text only, not by data.source={self.source}")
         if not 0 < self.heldout < 1:
@@ -155,23 +158,38 @@ def _reviews_file() -> Path:
 
 
 def _text_files(patterns: str) -> list[Path]:
-    files = set()
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        expanded = os.path.expanduser(pattern)
-        if os.path.isdir(expanded):
-            raise ValueError(f"data.path={pattern} is a folder: name its files, as in {pattern.rstrip('/')}/**/*.txt")
-        # A name that exists is meant as it stands, even with brackets in it.
-        matches = [expanded] if os.path.exists(expanded) else glob.glob(expanded, recursive=True)
-        matches = [Path(match) for match in matches if os.path.isfile(match)]
-        if not matches:
-            raise ValueError(f"data.path={pattern} matches no file (in {os.getcwd()})")
+    files, parts = set(), patterns.split(",")
+    while parts:
+        taken, matches = _next_files(parts)
         files.update(matches)
+        parts = parts[taken:]
     if not files:
         raise ValueError(f"data.path={patterns!r} names no file")
     for path in sorted(files):
         if kind(path) not in SUFFIXES:
             raise ValueError(f"{path}: can read {' '.join(SUFFIXES)}, each also with {' or '.join(COMPRESSED)}")
     return sorted(files)
+
+
+def _next_files(parts: list[str]) -> tuple[int, list[Path]]:
+    """How many of the parts between commas name the next files, and these. Raises ValueError if there are none.
+
+    1. As many parts as make the name of a file: it is meant as it stands, with its commas and brackets.
+    2. As few as make a pattern that matches.
+    """
+    if not parts[0].strip():
+        return 1, []
+    joined = [os.path.expanduser(",".join(parts[:count]).strip()) for count in range(1, len(parts) + 1)]
+    for count in range(len(parts), 0, -1):
+        if os.path.isfile(joined[count - 1]):
+            return count, [Path(joined[count - 1])]
+    for count, pattern in enumerate(joined, 1):
+        if matches := [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]:
+            return count, matches
+    if folder := next(filter(os.path.isdir, joined), None):
+        inside = pasted("data.path", f"{folder.rstrip('/')}/**/*.txt")
+        raise ValueError(f"data.path={folder} is a folder: name its files, as in {inside}")
+    raise ValueError(f"data.path={parts[0].strip()} matches no file (in {os.getcwd()})")
 
 
 def kind(path: Path) -> str:
@@ -210,6 +228,9 @@ def _field_of(line: bytes, field: str, name: str) -> str:
         raise ValueError(f"{name}: not UTF-8 at byte {error.start} of the line") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from None
+    except ValueError:
+        limit = sys.get_int_max_str_digits()
+        raise ValueError(f"{name}: an integer of more than {limit:,} digits, which Python does not read") from None
     if not isinstance(record, dict):
         raise ValueError(f"{name}: a {type(record).__name__}, not an object with a field {field!r}")
     if not isinstance(record.get(field), str):

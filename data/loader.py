@@ -39,8 +39,9 @@ class Loader:
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, or some rows of it: tokens_BT, targets_BT int32, mask_BT float32, segments_BT int32.
 
-        mask_BT is 1 where a target counts. segments_BT, there only if eos_id was given, numbers the documents of a row
-        from 1; the first token of a document is then not a target.
+        mask_BT is 1 where a target counts. There only if eos_id was given: segments_BT numbers the documents of a row
+        from 1, and the first token of a document is then not a target; places_BT int32 counts the tokens of a document
+        in a row from 0, for positions that begin anew with each.
         """
         samples = step * self._batch_size + np.arange(self._batch_size)[rows or slice(None)]
         epochs, indices = np.divmod(samples, self.sequences_per_epoch)
@@ -97,11 +98,14 @@ def _batch(windows: np.ndarray, eos_id: int | None) -> dict[str, np.ndarray]:
     if eos_id is None:
         return {"tokens_BT": tokens, "targets_BT": targets, "mask_BT": np.ones(tokens.shape, np.float32)}
     ends = tokens == eos_id
+    at_T = np.arange(tokens.shape[1], dtype=np.int32)
+    begins_BT = np.where(np.roll(ends, 1, axis=1), at_T, 0)  # 0, too, where a document goes on; and at 0 all begin
     return {
         "tokens_BT": tokens,
         "targets_BT": targets,
         "mask_BT": (~ends).astype(np.float32),
         "segments_BT": 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends,  # an end belongs to what it ends
+        "places_BT": at_T - np.maximum.accumulate(begins_BT, axis=1),
     }
 
 

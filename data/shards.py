@@ -21,6 +21,7 @@ import numpy as np
 
 from data.corpus import DataConfig, Document, kind, source_files, split
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from runtime import leave
 from runtime.locks import Locked, locked
 
 FORMAT = 1  # raise it when the same source and settings would give other files
@@ -40,6 +41,16 @@ class Dataset:
     tokenizer: Tokenizer
     digest: str  # of the source's content and the settings; the same on every machine
     directory: Path
+
+    @property
+    def told(self) -> dict[str, str | int]:
+        """What all processes of a run must have found alike, by the settings it comes from."""
+        return {
+            "tokenizer (digest)": self.tokenizer.digest[:12],
+            "data (digest of the text)": self.digest[:12],
+            "data (training tokens)": len(self.train),
+            "data (held-out tokens)": len(self.heldout),
+        }
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
@@ -145,7 +156,8 @@ def _build(
     """Prepares an entry beside its place and publishes it. Must hold its lock."""
     total = sum(stat[1] for stat in before)
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{entry.name}-", dir=entry.parent))
-    try:
+    with leave.on_leaving(lambda: _discard(folder)), contextlib.ExitStack() as stack:
+        stack.callback(_discard, folder)
         tokenizer = ready
         if tokenizer is None:
             texts = _reported(data, "training the tokenizer", total, progress)
@@ -167,11 +179,15 @@ def _build(
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         _publish(folder, entry)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     dataset = _open(entry, config, ready)
     assert dataset is not None, f"{entry} was published but cannot be opened"
     return dataset
+
+
+def _discard(folder: Path) -> None:
+    """Removes a temporary folder, perhaps while another thread still writes there: by another name it finds no way."""
+    with contextlib.suppress(FileNotFoundError):  # published
+        shutil.rmtree(folder.rename(f"{folder}-discarded"), ignore_errors=True)
 
 
 def _reported(data: DataConfig, what: str, total: int, progress: Progress) -> Iterator[tuple[Document, bool]]:

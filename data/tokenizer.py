@@ -1,6 +1,7 @@
 """Tokenizers: plain bytes, byte-level BPE trained on the corpus, or any tokenizer.json.
 
-All have the same face: `vocab_size`, `eos_id`, `encode`, `encode_batch`, `decode`, `token_bytes`, `digest`, `save`.
+All have the same face: `vocab_size`, `eos_id`, `encode`, `encode_batch`, `decode`, `bytes_of`, `joins_bytes`,
+`token_bytes`, `digest`, `save`. What to print of new tokens, `inference.detokenizer` tells.
 The end of a document never comes out of a text, so it can be trusted as a document's border.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from runtime.files import replace_text
 
 KINDS = ("bytes", "bpe", "file")
 END_OF_TEXT = "<|endoftext|>"
@@ -29,6 +32,17 @@ EOS_NAMES = (
     "[EOS]",
     "[SEP]",
 )
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # by which SentencePiece spells what it has no word for
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: printable ones as they are (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class ByteTokenizer:
     vocab_size = 256
     eos_id = 0
     digest = hashlib.sha256(b"bytes").hexdigest()
+    joins_bytes = False
 
     def __init__(self):
         self.token_bytes = np.ones(self.vocab_size, np.int32)
@@ -73,6 +88,10 @@ class ByteTokenizer:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
         ids = _known(ids, self.vocab_size)
         return ids[ids != self.eos_id].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token, none of the end of a document or a foreign id."""
+        return bytes([token]) if 0 <= token < self.vocab_size and token != self.eos_id else b""
 
     def save(self, path: Path) -> None:
         """Writes nothing: bytes need no file."""
@@ -108,6 +127,9 @@ class JsonTokenizer:
         if self.eos_id is None:
             raise ValueError(f"{name}: no end-of-document token; looked for {' '.join(EOS_NAMES)}")
         self.token_bytes = self._count_bytes(vocab)
+        decoder = json.dumps(json.loads(spec).get("decoder"))
+        self._byte_level, self.joins_bytes = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
         byte_level = '"ByteLevel"' in self._spec
@@ -118,7 +140,7 @@ class JsonTokenizer:
                 counts[i] = 0 if added[i].special else len(added[i].content.encode())
             elif byte_level:
                 counts[i] = len(token)  # each character of such a vocabulary stands for one byte
-            elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            elif BYTE_TOKEN.fullmatch(token):
                 counts[i] = 1  # SentencePiece falls back to bytes
             else:
                 counts[i] = len(token.replace("▁", " ").encode())
@@ -140,9 +162,27 @@ class JsonTokenizer:
         """Text of ids; broken UTF-8 shows as U+FFFD, special tokens and foreign ids as nothing."""
         return self._tokenizer.decode(_known(ids, self.vocab_size).tolist(), skip_special_tokens=True)
 
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes that a token adds to those of its neighbours, none of special and foreign ones.
+
+        None where it stands for text of its own. `joins_bytes` says that the decoder takes neighbouring bytes as a
+        whole: if they are not UTF-8, all of them are shown as broken.
+        """
+        if not 0 <= token < self.vocab_size or token in self._special:
+            return b""
+        spelled = self._tokenizer.id_to_token(token)
+        if spelled is None:
+            return b""
+        if self._byte_level:
+            try:
+                return bytes(BYTE_OF[character] for character in spelled)
+            except KeyError:  # an added token, which stands as it is
+                return spelled.encode()
+        return bytes([int(spelled[3:5], 16)]) if self.joins_bytes and BYTE_TOKEN.fullmatch(spelled) else None
+
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json."""
-        Path(path).write_text(self._spec, encoding="utf-8")
+        replace_text(Path(path), self._spec)
 
 
 Tokenizer = ByteTokenizer | JsonTokenizer

@@ -25,7 +25,8 @@ from config.compose import load_run, overridden
 from config.layout import model_requirements
 from config.schema import Config
 from data.tokenizer import load_tokenizer
-from inference.generate import check, generate
+from inference.detokenizer import after_prompt
+from inference.generate import beyond_training, check, generate
 from model.specs import Specs
 from model.transformer import Description, describe
 from parallel.mesh import MeshConfig, make_mesh, resolve
@@ -56,6 +57,8 @@ def run(options: argparse.Namespace) -> list[str]:
     tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
     prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in options.prompts]
     check(config.model, prompts, sample.tokens)
+    if warning := beyond_training(config.model, config.train.seq_len, prompts, sample.tokens):
+        print(f"warning: {warning}", file=sys.stderr)
 
     start(replace(config.runtime, coordinator=None, processes=1, process_id=-1))
     if config.mesh.pipe != 1:
@@ -68,7 +71,8 @@ def run(options: argparse.Namespace) -> list[str]:
         print(f"{directory.path}: step {restored.step}", file=sys.stderr)
         params, dtype = restored.state["params"], jnp.dtype(config.train.compute_dtype)
         new = generate(description, params, prompts, sample, eos_id=tokenizer.eos_id, dtype=dtype)
-    return [tokenizer.decode(prompt + ids) for prompt, ids in zip(prompts, new, strict=True)]
+    asked = zip(options.prompts, prompts, new, strict=True)
+    return [text + after_prompt(tokenizer, text, prompt, ids) for text, prompt, ids in asked]
 
 
 def abstract_params(config: Config, description: Description, mesh: Mesh) -> dict:

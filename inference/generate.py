@@ -4,8 +4,10 @@ All are pure functions. They run wherever the parameters lie: on one device, or 
 """
 
 import contextlib
+import logging
+import sys
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.config import SampleConfig
+from inference.detokenizer import after_prompt
 from inference.sampling import sample as draw
 from model.config import ModelConfig
 from model.kv_cache import LayerCache, make_cache
 from model.transformer import Description, Transformer
 from parallel.sharding import shard, splits
+
+logger = logging.getLogger("isomesh.inference")
 
 SMALLEST_BUCKET = 16  # tokens that a batch of prompts is padded to at least: shorter ones share a compiled program
 
@@ -89,14 +94,42 @@ def continuations(
 ) -> list[tuple[str, str]]:
     """Each of `sample.prompts` with what the model makes of it, as far as its learned positions reach.
 
-    `tokenizer` encodes and decodes, and has an eos_id. Raises ValueError as `generate`.
+    A prompt that leaves no room there is told in a warning and left out. Raises ValueError as `generate`.
     """
-    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
-    if description.config.positions == "learned":
-        room = description.config.max_positions - max(map(len, prompts), default=0)
-        sample = replace(sample, tokens=max(0, min(sample.tokens, room - 1)))
-    texts = generate(description, params, prompts, sample, eos_id=tokenizer.eos_id, dtype=dtype)
-    return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(sample.prompts, texts, strict=True)]
+    ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in sample.prompts]
+    rows_by_tokens = defaultdict(list)  # rows that reach equally far are generated together
+    for row, prompt in enumerate(ids):
+        if (room := room_behind(description.config, prompt)) > 0:
+            rows_by_tokens[min(sample.tokens, room)].append(row)
+            continue
+        logger.warning(
+            "no sample of the prompt %.40r: its %d tokens leave no room in model.max_positions=%d",
+            sample.prompts[row], len(prompt), description.config.max_positions,
+        )  # fmt: skip
+    new = {}
+    for tokens, rows in rows_by_tokens.items():
+        request, prompts = replace(sample, tokens=tokens), [ids[row] for row in rows]
+        drawn = generate(description, params, prompts, request, eos_id=tokenizer.eos_id, dtype=dtype)
+        new |= dict(zip(rows, drawn, strict=True))
+    asked = [(row, sample.prompts[row]) for row in sorted(new)]
+    return [(prompt, after_prompt(tokenizer, prompt, ids[row], new[row])) for row, prompt in asked]
+
+
+def beyond_training(config: ModelConfig, seq_len: int, prompts: Sequence[Sequence[int]], tokens: int) -> str | None:
+    """What to tell where rotary positions go beyond the sequences of `seq_len` tokens that a model was trained on."""
+    scaling, longest = config.rope_scaling, max(map(len, prompts), default=0)
+    reach = seq_len if scaling.kind == "none" else max(seq_len, int(scaling.factor * scaling.original_length))
+    if config.positions != "rotary" or longest + tokens <= reach:
+        return None
+    return (
+        f"{longest} prompt tokens + {tokens} new ones = {longest + tokens} go beyond the {reach} that the model was "
+        f"trained on: expect worse text there"
+    )
+
+
+def room_behind(config: ModelConfig, prompt: Sequence[int]) -> int:
+    """New tokens that learned positions leave room for behind a prompt; a very large number for other positions."""
+    return config.max_positions - len(prompt) if config.positions == "learned" else sys.maxsize
 
 
 def check(config: ModelConfig, prompts: Sequence[Sequence[int]], tokens: int) -> None:

@@ -4,12 +4,23 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from runtime.arguments import Parser
 
 NEWEST, BEST = "last", "best"  # choices of --step besides a number
 GROUPS = ("sample", "mesh", "runtime")  # of a run's settings, those that may be set anew for generation
 SETTING = re.compile(rf"({'|'.join(GROUPS)})\.\w+=")
+
+
+class _Parser(Parser):
+    """Says how to give a prompt that looks like an option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        if message.startswith("unrecognized") or message.endswith("required: PROMPT"):
+            message += '; a prompt that begins with a dash stands behind --, as in RUN_DIR -- "-x"'
+        super().error(message)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -20,7 +31,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     arguments = list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = Parser(
+    parser = _Parser(
         "python -m inference",
         description="Continues prompts with the model of a run.",
         usage="%(prog)s RUN_DIR PROMPT [PROMPT ...] [--step best|last|N] [key=value ...] [-- PROMPT ...]",

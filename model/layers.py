@@ -5,16 +5,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from model import parametrization
-from model.attention import TokenInfo, attention
+from model.attention import attention
+from model.attention_rule import TokenInfo
 from model.config import ModelConfig, RopeScaling
 from model.kv_cache import LayerCache
 from model.platforms import choices
 from model.projection import Projection, param
 from model.specs import Specs
 from parallel.sharding import cast_and_gather, shard
+
+ROPE_BLOCK = 4096  # tokens whose rotary angles are plain float32 products
 
 
 class Norm(nnx.Module):
@@ -124,21 +128,22 @@ class FeedForward(nnx.Module):
 # -------------------------------------------------------------------------------------------------- rotary positions
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple[jax.Array, float]:
-    """Radians a token of each pair of dims, (H/2,) float32, and the factor for sines and cosines.
+def rope_frequencies(pairs, head_dim: int, theta: float, scaling: RopeScaling):
+    """Radians a token of each pair of dims, and the factor for sines and cosines.
 
-    Scalings: linear (arXiv 2306.15595); Llama 3 by wavelength (Llama 3.1 model card); YaRN (arXiv 2309.00071,
+    `pairs` counts the pairs, 0 to H/2 - 1, as a float32 array of JAX or as float64 of NumPy; the radians are of its
+    kind. Scalings: linear (arXiv 2306.15595); Llama 3 by wavelength (Llama 3.1 model card); YaRN (arXiv 2309.00071,
     equations 19-22).
     """
     half = head_dim // 2
-    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = theta ** -(pairs / half)
     slowed, length = frequency / scaling.factor, scaling.original_length
     if scaling.kind == "linear":
         return slowed, 1.0
     if scaling.kind == "llama3":
         turns = length * frequency / (2 * math.pi)
         kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
-        kept = jnp.clip(kept, 0, 1)
+        kept = kept.clip(0, 1)
         return kept * frequency + (1 - kept) * slowed, 1.0
     if scaling.kind == "yarn":
 
@@ -147,17 +152,30 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> tuple
 
         first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
         last = min(math.ceil(pair_that_turns(scaling.beta_slow)), head_dim - 1)
-        ramp = jnp.clip((jnp.arange(half) - first) / max(last - first, 1e-3), 0, 1)
+        ramp = ((pairs - first) / max(last - first, 1e-3)).clip(0, 1)
         return (1 - ramp) * frequency + ramp * slowed, 0.1 * math.log(scaling.factor) + 1
     return frequency, 1.0
 
 
 @jax.named_scope("rope")
 def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each (B, T, 1, H/2) float32, for token positions (B may be 1)."""
-    frequency, factor = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    """Cosines and sines, each (B, T, 1, H/2) float32, for token positions (B may be 1).
+
+    A product of position and frequency has 24 bits, of which a large one leaves few to the fraction of a turn. A
+    position therefore turns by its whole blocks first, in integers that wrap around as angles do.
+    """
+    rope = (config.head_dim, config.rope_theta, config.rope_scaling)
+    half = config.head_dim // 2
+    frequency, factor = rope_frequencies(jnp.arange(half, dtype=jnp.float32), *rope)
+    positions = positions_BT[:, :, None, None]
+    angles = (positions % ROPE_BLOCK).astype(jnp.float32) * frequency
+    exact, _ = rope_frequencies(np.arange(half, dtype=np.float64), *rope)
+    a_block = np.rint(exact * ROPE_BLOCK / (2 * np.pi) % 1 * 2**32).astype(np.uint64).astype(np.uint32)  # of a turn
+    turned = jax.lax.bitcast_convert_type((positions // ROPE_BLOCK).astype(jnp.uint32) * a_block, jnp.int32)
+    before = turned.astype(jnp.float32) * (2 * math.pi / 2**32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos_before, sin_before = jnp.cos(before), jnp.sin(before)
+    return (cos * cos_before - sin * sin_before) * factor, (sin * cos_before + cos * sin_before) * factor
 
 
 @jax.named_scope("rope")

@@ -8,17 +8,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from model.attention_kernels import Case
+from model.attention_rule import MASKED, Rule
 from model.matmul import in_memory, lays_out
-from parallel.context import MASKED, Rule
 from parallel.manual import alike
 
 SMALLEST_PART = 128  # queries that are given keys of their own
 
 
 def plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window) -> jax.Array:
-    """Attention (B, T, N, H) by `rule`, of queries and keys with their marks (model.attention.TokenInfo).
+    """Attention (B, T, N, H) by `rule`, of queries and keys with their marks (model.attention_rule.TokenInfo).
 
     Where queries and keys are the same tokens in order, each part of the queries is given no keys after its own. Long
     sequences that `rule.query_chunk` divides go through part by part, recomputed in the backward pass, so that the
@@ -39,40 +40,42 @@ def plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window
     # for the backward pass, which sums no gradient over the devices on which an argument is the same
     q_BKPRH, k_BKSH, v_BKSH, *_ = alike(q_BKPRH, k_BKSH, v_BKSH, *jax.tree.leaves((q_info, k_info, window)))
 
-    def attend(q_BKPRH: jax.Array, q_marks, ends: tuple[int, ...]) -> jax.Array:
-        return _attend(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_info, window)
-
     if in_turn:
         q_parts, marks_parts = jnp.moveaxis(q_BKPRH, 2, 0), jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), q_marks)
-        one_part = lambda q_BKRH, marks: attend(q_BKRH[:, :, None], jax.tree.map(lambda x: x[:, None], marks), (S,))
+        one_part = lambda q_BKRH, marks: _attend(
+            rule, (S,), q_BKRH[:, :, None], k_BKSH, v_BKSH, jax.tree.map(lambda x: x[:, None], marks), k_info, window
+        )[0]
         out_PBKRH = jax.lax.map(jax.checkpoint(lambda part: one_part(*part)[:, :, 0]), (q_parts, marks_parts))
         out_BKPRH = jnp.moveaxis(out_PBKRH, 0, 2)
     else:
-        out_BKPRH = attend(q_BKPRH, q_marks, tuple((p + 1) * S // P for p in range(P)))
+        ends = tuple((p + 1) * S // P for p in range(P))
+        out_BKPRH, _ = _attend(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_info, window)
     out_BPTKGH = out_BKPRH.reshape(B, K, P, G, T // P, H).transpose(0, 2, 4, 1, 3, 5)
-    return out_BPTKGH.reshape(q_BTNH.shape)
+    return checkpoint_name(out_BPTKGH.reshape(q_BTNH.shape), "attention")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(rule: Rule, ends: tuple[int, ...], q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, window) -> jax.Array:
-    """out_BKPRH; each part sees the keys before its end."""
-    return _attend_forward(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, window)[0]
-
-
-def _attend_forward(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, window):
+def _attend(rule: Rule, ends: tuple[int, ...], q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, window):
+    """out_BKPRH, each part of which sees the keys before its end; and the weights of each part, without a gradient."""
     outs, kept = [], []
     for p, end in enumerate(ends):
-        scores = rule.capped(_score(q_BKPRH[:, :, p], k_BKSH[:, :, :end]))
+        scores = rule.cap(rule.scale * _score(q_BKPRH[:, :, p], k_BKSH[:, :, :end]))
         marks = _at(q_marks, p), _at(k_marks, slice(end))
         seen_BTS = rule.visible(*marks, window)
         seen_BRS = jnp.tile(seen_BTS, (1, scores.shape[2] // seen_BTS.shape[1], 1))
         weights = jax.nn.softmax(jnp.where(seen_BRS[:, None], scores, MASKED))
         outs.append(_weigh(weights.astype(v_BKSH.dtype), v_BKSH[:, :, :end]))
         kept.append(weights)
-    return jnp.stack(outs, axis=2).astype(q_BKPRH.dtype), (q_BKPRH, k_BKSH, v_BKSH, kept)
+    return jnp.stack(outs, axis=2).astype(q_BKPRH.dtype), kept
 
 
-def _attend_backward(rule, ends, residuals, dout_BKPRH):
+def _attend_forward(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, window):
+    out_BKPRH, kept = _attend.fun(rule, ends, q_BKPRH, k_BKSH, v_BKSH, q_marks, k_marks, window)
+    return (out_BKPRH, kept), (q_BKPRH, k_BKSH, v_BKSH, kept)
+
+
+def _attend_backward(rule, ends, residuals, gradients):
+    dout_BKPRH, _ = gradients
     q_BKPRH, k_BKSH, v_BKSH, kept = residuals
     dtype = q_BKPRH.dtype
     dqs, all_dscores = [], []
@@ -80,8 +83,8 @@ def _attend_backward(rule, ends, residuals, dout_BKPRH):
         weighted = weights * _score(dout_BKPRH[:, :, p], v_BKSH[:, :, :end])
         dcapped = weighted - weights * weighted.sum(-1, keepdims=True)
         # the scores are computed again if there is a soft-cap: nothing else reads them
-        uncap = jax.vjp(rule.cap, rule.scale * _score(q_BKPRH[:, :, p], k_BKSH[:, :, :end]))[1]
-        all_dscores.append(uncap(dcapped)[0].astype(dtype))
+        dscores = rule.uncap(rule.scale * _score(q_BKPRH[:, :, p], k_BKSH[:, :, :end]), dcapped)
+        all_dscores.append(dscores.astype(dtype))
         dqs.append(rule.scale * _weigh(all_dscores[-1], k_BKSH[:, :, :end]))
     dq_BKPRH = jnp.stack(dqs, axis=2).astype(dtype)
     dk_BKSH = (rule.scale * _over_rows(all_dscores, q_BKPRH)).astype(dtype)

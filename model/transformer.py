@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import parametrization
-from model.attention import TokenInfo
+from model.attention_rule import TokenInfo
 from model.config import ModelConfig
 from model.heads import Embedding, VocabularyRows
 from model.initialise import draw_all

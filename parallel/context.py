@@ -1,26 +1,35 @@
 """Attention over sequences that are split over the `context` axis: a ring, all-to-all (Ulysses), or gathered keys.
 
-The functions take queries, keys and values after rotary positions, and `marks`: a pytree of (B, T) arrays (B may be 1),
-positions and documents, from which a `visible` function makes the mask. Each device works on its own part: batch, heads
-and tokens are manual here, as far as the caller has not made them so already.
+Here is what travels between devices; softmax, mask, soft-cap and window are in model/attention_rule.py. Queries, keys
+and values come after rotary positions, with their `marks`: a pytree of (B, T) arrays (B may be 1), positions and
+documents. Each device works on its own part: batch, heads and tokens are manual here, as far as the caller has not made
+them so.
 
-Ring (arXiv 2310.01889): each device keeps its queries and meets the keys of all others block by block, with an online
-softmax. (c - 1) / c of keys and values cross; in the backward pass they do so again, and the gradients of both. In a
-causal model late tokens see more than early ones, so `zigzag` gives each device an early and a late chunk of the
-sequence, and tiles that the mask hides are skipped: then all devices have the same work in every step.
+A picture of the ring (arXiv 2310.01889), on four devices with the parts 0 to 3 of a sequence:
 
-The blocks travel in one of two ways, with the same bytes and the same memory:
+    device         0        1        2        3
+    queries        0        1        2        3       stay
+    keys, step 0   0        1        2        3       each device folds the block that it holds into its softmax,
+    keys, step 1   3        0        1        2       while the next one, its neighbour's, is already under way
+    keys, step 2   2        3        0        1
+    keys, step 3   1        2        3        0
+
+A block is the keys, values and marks of one device. In the backward pass it goes round again, and the gradient of a
+block travels one step behind it, so that every device adds its share. In a causal model late tokens see more than early
+ones, so `zigzag` gives each device an early and a late chunk of the sequence, and tiles that the mask hides are
+skipped: then all devices have the same work in every step.
+
+Blocks travel in one of two ways, with the same bytes and the same memory:
 - From neighbour to neighbour (collective-permute), which any network carries best.
-- With a pipeline, in whose operations stages take different branches, so that a permutation would wait for devices that
-  never come: step i gathers the i-th slice of every device's block (all-gather, back by reduce-scatter), collectives
-  whose groups lie inside one stage.
+- In a pipeline, where stages take different branches, a permutation would wait for devices that never come. There step
+  i gathers the i-th slice of every device's block (all-gather, back by reduce-scatter): collectives whose groups lie
+  inside one stage.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +41,6 @@ from parallel.manual import vary
 from parallel.sharding import ACTIVATION_AXES, in_pipeline
 
 AXIS = "context"
-MASKED = -1e30  # finite: a row's maximum must not be -inf - -inf
 
 
 def zigzag(T: int, shards: int) -> np.ndarray:
@@ -184,30 +192,27 @@ def _fold_back_ring(work: Callable, dq, own):
 # ---------------------------------------------------------------------------------------------------------------- ring
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What makes weights of queries and keys; static."""
+class Softmax(Protocol):
+    """The mathematics that goes round the ring, of which nothing is known here; model.attention_rule.Rule is one.
 
-    visible: Callable[[Any, Any, jax.Array | None], jax.Array]  # (query marks, key marks, window) -> bool (B, T, S)
-    scale: float
-    softcap: float  # c * tanh(scores / c); 0 off
+    Queries come as (B, T, K, G, H), keys and values as (B, S, K, H), marks as (B, T) and (B, S). A state is weighted
+    values (B, K, G, T, H), maxima and sums of weights (B, K, G, T), float32.
+    """
+
     query_chunk: int  # queries whose scores exist at once, at most
+    lowest: float  # the maximum of a softmax that has met no key
 
-    def scores(self, q_BTKGH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-        """Float32 scores (B, K, G, T, S) before the mask."""
-        return self.capped(jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32))
+    def meet(self, window, state, q_BTKGH, q_marks, k_BSKH, v_BSKH, k_marks):
+        """The state after these keys too."""
 
-    def capped(self, products: jax.Array) -> jax.Array:
-        """Scores of the products of queries and keys."""
-        return self.cap(products * self.scale)
-
-    def cap(self, scores: jax.Array) -> jax.Array:
-        """The scores after the soft-cap, if there is one."""
-        return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
+    def differentiate(
+        self, window, dq_BTKGH, dkv_BSKH, q_BTKGH, dout_BTKGH, log_BTKG, delta_BTKG, q_marks, k_BSKH, v_BSKH, k_marks
+    ):
+        """dq, and (dk, dv), after these keys too; log_BTKG is the logarithm of the softmax's sum."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ring(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window: jax.Array | None) -> jax.Array:
+def ring(rule: Softmax, q_BTNH, k_BTKH, v_BTKH, marks, window: jax.Array | None) -> jax.Array:
     """Attention (B, T, N, H) of tokens in any order, that of `zigzag` being the fastest; accumulators are float32.
 
     The backward pass keeps the arguments, the result and the logarithm of each softmax's sum. What exists of the scores
@@ -238,7 +243,7 @@ def _pieces(T: int) -> int:
     return 2 if T % 2 == 0 else 1
 
 
-def _queries(rule: Rule, tree, K: int):
+def _queries(rule: Softmax, tree, K: int):
     """(B, T, ...) arrays in chunks of queries, none of which lies in two pieces; heads (N) become (K, G)."""
 
     def one(x: jax.Array) -> jax.Array:
@@ -256,24 +261,20 @@ def _keys(k_BTKH, v_BTKH, marks):
     return vary(pieces, jax.typeof(k_BTKH).manual_axis_type.varying)
 
 
-def _rows(x_BTKG: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x_BTKG, 1, 3)
-
-
-def _attend(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window):
+def _attend(rule: Softmax, q_BTNH, k_BTKH, v_BTKH, marks, window):
     """On one device: out_BTNH of its queries and all keys, and the logarithm of the softmax's sums, (B, T, N)."""
     queries = _queries(rule, (q_BTNH, marks), k_BTKH.shape[2])
     chunks, B, T, K, G, H = queries[0].shape
     state = (
         _constant((chunks, B, K, G, T, H), 0, q_BTNH),
-        _constant((chunks, B, K, G, T), MASKED, q_BTNH),
+        _constant((chunks, B, K, G, T), rule.lowest, q_BTNH),
         _constant((chunks, B, K, G, T), 0, q_BTNH),
     )
 
     def work(state, block):
         def chunk(x):
             state, queries = x
-            tile = lambda state, keys: (_attend_tile(rule, window, state, *queries, *keys), None)
+            tile = lambda state, keys: (rule.meet(window, state, *queries, *keys), None)
             return jax.lax.scan(tile, state, block)[0]
 
         return jax.lax.map(chunk, (state, queries))
@@ -283,28 +284,7 @@ def _attend(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window):
     return back(out / total[..., None]).astype(q_BTNH.dtype), back(top + jnp.log(total))
 
 
-def _attend_tile(rule: Rule, window, state, q_BTKGH, q_marks, k_BSKH, v_BSKH, k_marks):
-    """The online softmax after one tile more; its state is sums of weighted values, maxima, sums of weights."""
-    seen_BTS = rule.visible(q_marks, k_marks, window)
-
-    def tile():
-        out_BKGTH, top_BKGT, total_BKGT = state
-        seen = seen_BTS[:, None, None]
-        scores = jnp.where(seen, rule.scores(q_BTKGH, k_BSKH), MASKED)
-        higher_BKGT = jnp.maximum(top_BKGT, scores.max(-1))
-        kept_BKGT = jnp.exp(top_BKGT - higher_BKGT)
-        # masked again: where a row has seen nothing yet, its maximum is MASKED too
-        weights = jnp.where(seen, jnp.exp(scores - higher_BKGT[..., None]), 0)
-        values_BKGTH = jnp.einsum(
-            "BKGTS,BSKH->BKGTH", weights.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32
-        )
-        out_BKGTH = out_BKGTH * kept_BKGT[..., None] + values_BKGTH
-        return out_BKGTH, higher_BKGT, total_BKGT * kept_BKGT + weights.sum(-1)
-
-    return jax.lax.cond(seen_BTS.any(), tile, lambda: state)
-
-
-def _differentiate(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window, out_BTNH, log_BTN, dout_BTNH):
+def _differentiate(rule: Softmax, q_BTNH, k_BTKH, v_BTKH, marks, window, out_BTNH, log_BTN, dout_BTNH):
     """On one device: dq_BTNH of its queries, dk_BTKH and dv_BTKH of its keys."""
     delta_BTN = (out_BTNH.astype(jnp.float32) * dout_BTNH).sum(-1)
     queries = _queries(rule, (q_BTNH, dout_BTNH, log_BTN, delta_BTN, marks), k_BTKH.shape[2])
@@ -316,7 +296,7 @@ def _differentiate(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window, out_BTNH, 
 
             def tile(dq, x):
                 keys, dkv = x
-                return _differentiate_tile(rule, window, dq, dkv, *queries, *keys)
+                return rule.differentiate(window, dq, dkv, *queries, *keys)
 
             dq, dkv = jax.lax.scan(tile, dq, (block, dkv))
             return dkv, dq
@@ -329,28 +309,6 @@ def _differentiate(rule: Rule, q_BTNH, k_BTKH, v_BTKH, marks, window, out_BTNH, 
     dq, dkv = fold_back(work, _constant(queries[0].shape, 0, q_BTNH), own)
     like = lambda x, y: _join(x).reshape(y.shape).astype(y.dtype)
     return like(dq, q_BTNH), like(dkv[0], k_BTKH), like(dkv[1], v_BTKH)
-
-
-def _differentiate_tile(
-    rule: Rule, window, dq_BTKGH, dkv_BSKH, q_BTKGH, dout_BTKGH, log_BTKG, delta_BTKG, q_marks, k_BSKH, v_BSKH, k_marks
-):
-    """dq, and (dk, dv), after one tile more, whose weights are computed again from the logarithm of their sum."""
-    seen_BTS = rule.visible(q_marks, k_marks, window)
-
-    def tile():
-        dk_BSKH, dv_BSKH = dkv_BSKH
-        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = rule.scores(q_BTKGH, k_BSKH)
-        weights = jnp.where(seen_BTS[:, None, None], jnp.exp(scores - _rows(log_BTKG)[..., None]), 0)
-        dscores = weights * (product("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH) - _rows(delta_BTKG)[..., None])
-        if rule.softcap:
-            dscores = dscores * (1 - jnp.square(scores / rule.softcap))
-        dscores = (dscores * rule.scale).astype(q_BTKGH.dtype)
-        dk_BSKH = dk_BSKH + product("BKGTS,BTKGH->BSKH", dscores, q_BTKGH)
-        dv_BSKH = dv_BSKH + product("BKGTS,BTKGH->BSKH", weights.astype(dout_BTKGH.dtype), dout_BTKGH)
-        return dq_BTKGH + product("BKGTS,BSKH->BTKGH", dscores, k_BSKH), (dk_BSKH, dv_BSKH)
-
-    return jax.lax.cond(seen_BTS.any(), tile, lambda: (dq_BTKGH, dkv_BSKH))
 
 
 # ---------------------------------------------------------------------------------------------- all-to-all, and gather

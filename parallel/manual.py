@@ -1,7 +1,17 @@
 """`jax.shard_map` over some axes inside a program that is already manual over others, with gradients.
 
-JAX splits the values that such a map keeps for its backward pass over every axis on which they differ, those of the
-program around it too, and the partitioner refuses that. Here what is kept is handed over explicitly.
+A program is manual over an axis when it is written for one device's part along it, and spells the exchanges. Such maps
+nest here: a pipeline is manual over `pipe` and `data`, and inside a stage attention is manual over `context`.
+
+    program for the whole mesh
+      └ map over pipe, data             one stage, one share of the batch
+          └ map over context, tensor    one device's tokens and heads          <- `differentiable_map`
+
+JAX splits the values that an inner map keeps for its backward pass over every axis on which they differ, those of the
+outer map too, and the partitioner refuses that. Here what is kept is handed over explicitly: the forward map returns it
+with one more dim in front, an entry for each device of the inner axes, and the backward map takes it in again.
+JAX also types each value by the axes along which devices hold different ones ("varying"); `vary` and `alike` say so
+where it does not follow by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +43,7 @@ def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _bare(tree):
-    """The same values; inside a map that is not checked, any operation takes their types away, even none."""
+    """The same values without their types: in a map that is not checked, the result of any operation has none."""
     return jax.tree.map(lambda x: jax.lax.squeeze(jax.lax.expand_dims(x, (0,)), (0,)), tree)
 
 

@@ -32,23 +32,23 @@ def compiled(config: Config, hardware: str) -> str:
     import jax
 
     from parallel.mesh import make_mesh
-    from performance.memory import abstract_batch
     from performance.targets import h200
     from runtime.start import GPU_FLAGS, add_flags, start
-    from training.job import make_job
+    from runtime.xla_flags import known
+    from training.job import abstract_batch, make_job
 
     if hardware == "here":
         start(config.runtime)
         devices = jax.devices()
     else:
         # nothing to tune on
-        add_flags((*GPU_FLAGS, "--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false"))
+        add_flags(known((*GPU_FLAGS, "--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")))
         jax.config.update("jax_platforms", "cpu")
         devices = h200()
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     with jax.set_mesh(mesh):
         job = make_job(config, mesh)
-        traced = job.step.trace(job.abstract, abstract_batch(config, mesh))
+        traced = job.step.trace(job.abstract, abstract_batch(config.train, mesh, segments=config.data.segments))
         target = "cuda" if hardware == "h200" else mesh.devices.flat[0].platform
         return traced.lower(lowering_platforms=(target,)).compile().as_text()
 

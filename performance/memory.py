@@ -15,21 +15,10 @@ if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])
 
 import jax
-import jax.numpy as jnp
 
 from parallel.mesh import make_mesh
-from parallel.sharding import batch_sharding
 from runtime.start import start
-from training.job import make_job
-
-
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a run's batch, on its mesh."""
-    dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
-    if config.data.segments:
-        dtypes["segments_BT"] = jnp.int32
-    shape, layout = (config.train.batch_size, config.train.seq_len), batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+from training.job import abstract_batch, make_job
 
 
 def needed(config: Config) -> dict[str, int]:
@@ -37,7 +26,7 @@ def needed(config: Config) -> dict[str, int]:
     mesh = make_mesh(mesh_sizes(config, jax.device_count()))
     with jax.set_mesh(mesh):
         job = make_job(config, mesh)
-        batch = abstract_batch(config, mesh)
+        batch = abstract_batch(config.train, mesh, segments=config.data.segments)
         memory = job.compile(job.step, batch).memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary}

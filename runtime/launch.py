@@ -82,6 +82,12 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
     return variables
 
 
+def words() -> list[str]:
+    """What `python` was given to launch this process: the launcher and its options, or nothing where none was used."""
+    processes = os.environ.get("ISOMESH_PROCESSES")
+    return ["-m", "runtime.launch", "--processes", processes] if processes else []
+
+
 class ProcessGroup:
     """The processes of one run: started together, ended together."""
 

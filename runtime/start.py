@@ -4,6 +4,7 @@
 same path, and `jax.distributed` is started only where there is more than one process.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import io
@@ -12,15 +13,20 @@ import os
 import platform
 import stat
 import sys
+import threading
 import zlib
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
+from jax._src.distributed import global_state  # the public door hides the client of the key-value store
 
-from runtime import heap
-from runtime.cluster import INITIALIZATION_SECONDS, find_cluster
+from runtime import heap, leave
+from runtime.cluster import INITIALIZATION_SECONDS, Cluster, find_cluster
 from runtime.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
+from runtime.exit_codes import MISTAKE
+from runtime.lifeline import Lifeline
+from runtime.xla_flags import known
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +36,8 @@ CPU_FLAGS = (
     # it may start independent collectives in a different order on each device, which then wait for each other
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
-# All known to jaxlib 0.10.2 to 0.12: an unknown flag would end the process. On without being asked are full autotuning,
-# Triton matmuls, command buffers, a stream of high priority for collectives and pipelined reduce-scatters.
+# On without being asked are full autotuning, Triton matmuls, command buffers, a stream of high priority for collectives
+# and pipelined reduce-scatters.
 GPU_FLAGS = (
     # collectives start as early, and are waited for as late, as they can
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -45,6 +51,7 @@ GPU_FLAGS = (
     # and biases are added by kernels of their own
     "--xla_gpu_dot_merger_threshold_mb=0",
 )
+PATIENCE_SECONDS = 10  # of a process that has nothing to do but to tell the others of a mistake
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
 
 
@@ -58,7 +65,7 @@ def start(config: RuntimeConfig) -> None:
         jax.config.update("jax_platforms", "cpu")
     cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
     gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
-    add_flags(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ())
+    add_flags(known(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ()))
     if cpu:
         heap.keep_freed_memory()
     if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused
@@ -70,18 +77,50 @@ def start(config: RuntimeConfig) -> None:
     if config.compile_cache and not (cpu and (config.cpu_devices > 1 or cluster is not None)):
         _use_compile_cache(Path(config.compile_cache).expanduser())
     if cluster is not None:
+        _join(cluster, config.heartbeat_seconds)
+    _check_platform(config.platform)
+    if cluster is not None and jax.default_backend() == "cpu":
+        _keep_gloo_quiet()
+
+
+def join_and_leave(config: RuntimeConfig, line: str) -> None:
+    """Ends all processes of a run because of a mistake that this one has said: the others would wait for it.
+
+    Where they do not come within ten seconds, or this process does not know its place, nothing is told.
+    """
+    with contextlib.suppress(ValueError):
+        if cluster := find_cluster(config):
+            threading.Timer(PATIENCE_SECONDS, os._exit, (MISTAKE,)).start()
+            _join(cluster, config.heartbeat_seconds)
+            leave.leave(MISTAKE, line, said=True)
+
+
+def _join(cluster: Cluster, heartbeat_seconds: int) -> None:
+    """Waits for the other processes; from here on each learns at once when another ends."""
+    if jax.distributed.is_initialized():  # a second job of a multirun
+        return
+    late = (
+        f"error: process {cluster.process_id} of {cluster.processes} has waited {INITIALIZATION_SECONDS} s for the "
+        f"others at {cluster.coordinator}; start all with the same runtime.coordinator and runtime.processes, each "
+        f"with its own runtime.process_id in 0..{cluster.processes - 1}"
+    )
+    jax.config.update("jax_enable_preemption_service", False)  # runtime.stop starts it, when the training loop begins
+    with leave.unless_within(INITIALIZATION_SECONDS, MISTAKE, late):
         jax.distributed.initialize(
             coordinator_address=cluster.coordinator,
             num_processes=cluster.processes,
             process_id=cluster.process_id,
             local_device_ids=cluster.device_ids,
             cluster_detection_method="deactivate",  # find_cluster has looked already
-            initialization_timeout=INITIALIZATION_SECONDS,
-            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            initialization_timeout=2 * INITIALIZATION_SECONDS,  # JAX would abort the process from C++
+            heartbeat_timeout_seconds=heartbeat_seconds,
         )
-    _check_platform(config.platform)
-    if cluster is not None and jax.default_backend() == "cpu":
-        _keep_gloo_quiet()
+    host, _, _ = cluster.coordinator.rpartition(":")
+    bind, _, _ = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")
+    lifeline = Lifeline(global_state.client, cluster.process_id, cluster.processes, host.strip("[]"), bind.strip("[]"))
+    leave.tell_with(lifeline.tell)
+    atexit.register(lifeline.goodbye)  # runs before JAX's own, which waits for all
+    sys.excepthook = leave.leave_by
 
 
 def transfer_guard(config: RuntimeConfig) -> AbstractContextManager:

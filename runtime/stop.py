@@ -1,24 +1,12 @@
-"""How a run ends early: signals that ask for a stop at a step that all processes share, and an exit without waiting."""
+"""How a run ends early: signals that ask for a stop at a step that all processes share."""
 
-import contextlib
-import logging
 import os
 import signal
-import sys
 import threading
-from typing import NoReturn
 
 import jax
+from jax._src.distributed import global_state  # the preemption service has no public door but `initialize`
 from jax.experimental import multihost_utils
-
-
-def exit_now(code: int) -> NoReturn:
-    """Ends the process at once. For when its peers are gone: a normal exit waits for them at a barrier for 100 s."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
 
 
 class StopSignal:
@@ -28,10 +16,10 @@ class StopSignal:
         for step in ...:
             if stop.requested(step): save and leave the loop
 
-    One process: Python handlers set a flag; a second Ctrl-C raises KeyboardInterrupt at once; the handlers before are
-    restored on leaving. Several: JAX's preemption service catches SIGTERM (that handler is left alone) and lets all
-    agree on a step, so all must ask at every step, from the same first step. Outside the main thread, where Python
-    allows no handlers, no handler is set.
+    One process: Python handlers set a flag; a second Ctrl-C raises KeyboardInterrupt at once. Several: JAX's preemption
+    service catches SIGTERM and lets all agree on a step, so all must ask at every step, from the same first step. The
+    handlers before are restored on leaving (before the loop `runtime.leave` answers). Outside the main thread, where
+    Python allows no handlers, no handler is set.
     """
 
     def __init__(self):
@@ -42,13 +30,17 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            handlers = {signal.SIGINT: self._on_interrupt}
-            if not self._several:
-                handlers[signal.SIGTERM] = self._on_terminate
+            handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_terminate}
             self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        if self._several:  # last: its handler of SIGTERM takes the place of Python's
+            jax.config.update("jax_enable_preemption_service", True)
+            global_state.initialize_preemption_sync_manager()
         return self
 
     def __exit__(self, *exception) -> None:
+        if self._several:
+            global_state.preemption_sync_manager.shutdown()
+            global_state.preemption_sync_manager = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

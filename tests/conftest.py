@@ -4,14 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from runtime.start import CPU_FLAGS
+from runtime.xla_flags import known
+
 # Compiling is most of the suite's time, and tiny programs gain nothing from optimisation. Inherited by subprocesses.
 os.environ["XLA_FLAGS"] = " ".join(
-    (
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_disable_hlo_passes=all-reduce-promotion",  # as runtime.start.start does on a CPU, and the next
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    )
+    known(("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", *CPU_FLAGS))
 )
 
 import jax

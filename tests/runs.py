@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,7 @@ import train
 from checkpoint.digests import read_manifest
 from config import compose, layout
 from performance.hardware import Peak
+from runtime.launch import free_port
 from tracking.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +88,46 @@ def outside(arguments: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(arguments, **options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
+
+
+def by_hand(
+    arguments: Sequence[str],
+    *own: Sequence[str],
+    homes: Sequence[Path] = (),
+    cwd: Sequence[Path] = (),
+    programs: Sequence[Sequence[str]] = (),
+) -> list[subprocess.Popen]:
+    """One process for each of `own`, started without the launcher, with four devices in all.
+
+    own: arguments of each. homes, cwd, programs: their home and working folders and what Python runs, where it matters.
+    """
+    place = [f"runtime.coordinator=127.0.0.1:{free_port()}", f"runtime.processes={len(own)}"]
+    place += [f"runtime.cpu_devices={4 // len(own)}"]
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-u", *(programs[rank] if programs else [ROOT / "train.py"])),
+                *(*arguments, *more, *place, f"runtime.process_id={rank}"),
+            ],
+            cwd=cwd[rank] if cwd else ROOT,
+            env=environment(**({"HOME": str(homes[rank])} if homes else {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, more in enumerate(own)
+    ]
+
+
+def ended(processes: Sequence[subprocess.Popen], within: float = 100) -> tuple[list[int], list[str]]:
+    """The exit codes of processes that end by themselves in so many seconds, and what they said."""
+    deadline = time.monotonic() + within
+    try:
+        said = [process.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
 
 
 def lines(directory: Path) -> list[dict]:

@@ -37,7 +37,7 @@ BEFORE_ANYTHING_SLOW = {
     "out of range": (["optimizer.lr=-1"], ["optimizer.lr=-1", "0 or more"]),
     "unknown preset": (["model=nanoo"], ["model=nanoo", "did you mean model=nano?"]),
     "no override": (["faster"], ["faster is no override", "key=value"]),
-    "bad syntax": (["seed=1", "run.name=a=b"], ["cannot read run.name=a=b", "quotes"]),
+    "bad syntax": (["seed=1", "run.name=a=b"], ["cannot read run.name=a=b", """as a text write 'run.name="a=b"'"""]),
     "sweep without -m": (["seed=1,2"], ["seed", "--multirun"]),
     "fields that do not fit": (["train.batch_size=6", "train.grad_accumulation=4"], ["train.batch_size=6"]),
     "missing tokenizer": (["tokenizer=file", "tokenizer.path=no/tokenizer.json"], ["no/tokenizer.json"]),
@@ -88,7 +88,7 @@ def test_mistakes_across_folders(capsys):
         (["context.style=spiral"], ["context.style=spiral", "ring, ulysses, gather"]),
         (["model=5"], ["model=5", "model=nano"]),
         (["model.rope_scaling=3"], ["model.rope_scaling", "should be a group of keys"]),
-        (["sample.prompts=text"], ["sample.prompts='text'", "should be"]),
+        (["sample.prompts=null"], ["sample.prompts=None", "should be a list"]),
         (["data=text"], ["data.path"]),
     ]:
         with pytest.raises(SystemExit) as ended:
@@ -141,13 +141,29 @@ def test_sweep_runs_each_job_until_one_fails(tmp_path, monkeypatch, capsys):
 def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "data.path=my notes/*.txt", "run.dir=a b", "train.steps=5"])
     done = train.going_on(compose.load(["run.dir=a b", "train.steps=100"]), DONE)
-    assert done["extend"] == "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=200"
+    assert done["extend"] == "python train.py 'data.path=my notes/*.txt' 'run.dir=\"a b\"' train.steps=200"
     assert done["generate"] == "python -m inference 'a b' 'def '"
     assert done["see"] == "python -m tracking 'a b'"
     assert train.going_on(compose.load(["run.dir=a b"]), 75) == {
         "go on": "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=5",
         "see": "python -m tracking 'a b'",
     }
+
+
+def test_commands_of_several_processes_start_them_as_they_were_started(monkeypatch):
+    """The launcher only where it was used; a process that was started by hand has its rank in its command."""
+    asked = compose.load(["run.dir=a", "train.steps=100"])
+    by_hand = ["train.py", "runtime.coordinator=h:1", "runtime.processes=2", "runtime.process_id=0"]
+    monkeypatch.setattr(sys, "argv", by_hand)
+    monkeypatch.setattr(train.jax, "process_count", lambda: 2)
+    own = ", in each process with its own runtime.process_id"
+    command = " ".join(["python", *by_hand])
+    assert train.going_on(asked, DONE)[f"extend{own}"] == f"{command} run.dir=a train.steps=200"
+    assert train.going_on(asked, 75)[f"go on{own}"] == command
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
+    assert train.going_on(asked, 75)["go on"] == "python train.py seed=1"  # by srun, on each node
+    monkeypatch.setenv("ISOMESH_PROCESSES", "2")
+    assert train.going_on(asked, 75)["go on"] == "python -m runtime.launch --processes 2 train.py seed=1"
 
 
 def test_an_experiment_is_a_sweep(monkeypatch, capsys):

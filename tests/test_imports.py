@@ -17,7 +17,7 @@ ALLOWED = {
     "training": {"performance", "model", "parallel", "runtime"},
     "checkpoint": {"model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
-    "inference": {"model", "parallel", "runtime"},
+    "inference": {"data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # nests the settings of every room, each from a module without JAX
     "config": {
         *("checkpoint.config", "data.corpus", "data.tokenizer", "inference.config", "model.config", "runtime"),
@@ -29,7 +29,7 @@ ALLOWED = {
     # reads what runs wrote, and starts them as processes of their own: no JAX
     "scaling": {
         *("config.build", "model.config", "model.counts"),
-        *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "tracking.metrics_file"),
+        *("runtime.exit_codes", "runtime.locks", "runtime.arguments", "runtime.overrides", "tracking.metrics_file"),
     },
 }
 # Programs put the folders together, and are imported by nobody.

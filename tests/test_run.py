@@ -253,10 +253,12 @@ def test_fault_while_running_exits_3_and_the_run_goes_on_after_it(text, finished
 def test_unwritable_checkpoints_are_told_and_trained_past(text, finished, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     there = f"checkpoint.dir={tmp_path / 'file' / 'checkpoints'}"
-    assert runs.run(runs.overrides(text, tmp_path / "run", there)) == DONE
+    assert runs.run(runs.overrides(text, tmp_path / "run", there)) == FAULT
     said = capsys.readouterr().out
     assert "error: step 4 was not saved: NotADirectoryError" in said
-    assert "the last checkpoint was not written" in said
+    last = said.splitlines()[-1]
+    assert "the last checkpoint was not written, and in" in last
+    assert f"there is none: step {runs.STEPS} was not saved: NotADirectoryError" in last
     assert runs.losses(tmp_path / "run") == runs.losses(finished)
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -372,7 +374,10 @@ def test_metrics_without_a_checkpoint_are_kept_beside(text, tmp_path):
 
 
 def test_samples_that_cannot_be_made_do_not_spoil_a_run(text, tmp_path, capsys):
-    prompts = ("model.positions=learned", "model.max_positions=32", "sample.tokens=5", f"sample.prompts=[{'x' * 60}]")
-    assert runs.run(runs.overrides(text, tmp_path / "run", *prompts, "train.steps=2")) == DONE
-    assert "no samples: 60 prompt tokens" in capsys.readouterr().out
+    prompts = (f"sample.prompts=[{'x' * 60},short,{'y' * 30}]", "sample.tokens=5")
+    learned = ("model.positions=learned", "model.max_positions=32")
+    assert runs.run(runs.overrides(text, tmp_path / "run", *prompts, *learned, "train.steps=2")) == DONE
+    out, samples = capsys.readouterr().out, (tmp_path / "run" / "samples.txt").read_text()
+    assert "its 60 tokens leave no room in model.max_positions=32" in out
+    assert ["short" in samples, "y" * 30 in samples, "x" * 60 in samples] == [True, True, False]
     assert runs.steps(tmp_path / "run") == [2]

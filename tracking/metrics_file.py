@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+from runtime.files import naming
 from tracking.sinks import Sink
 
 log = logging.getLogger("isomesh.metrics")
@@ -56,7 +57,7 @@ class MetricsFile(Sink):
         if kept == lines:
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
+        with naming(self.path), open(temporary, "wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())

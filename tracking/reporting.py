@@ -20,7 +20,7 @@ from tracking.console import Console, bytes_text, duration, human
 from tracking.metrics_file import MetricsFile, last_value
 from tracking.run_directory import RunDirectory
 from tracking.sinks import Sinks, TensorBoardSink, WandbSink
-from training.config import TrainConfig
+from training.config import TrainConfig, short_warmup_warning
 
 log = logging.getLogger("isomesh.train")
 EXPECTED_MFU = 0.35  # for the duration in the header, before anything was measured
@@ -153,8 +153,8 @@ def introduce(
     first = restored.step if restored else 0
     flops = count_flops(config.model, t, mesh, config.context.style, packed=config.data.segments)
     console.header(header(config.model, t, mesh, job.schedule, peak, flops, memory, t.steps - first) | facts)
-    if slow := slow_network_warning(mesh):
-        console.warn(slow)
+    for warning in filter(None, (slow_network_warning(mesh), short_warmup_warning(config.optimizer, t.steps))):
+        console.warn(warning)
     console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
     if restored:
         console.note(f"resumed after step {first} from {restored.directory}")

@@ -2,11 +2,11 @@
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.files import naming, replace_text
 from runtime.locks import Locked, acquire
 
 
@@ -53,9 +53,7 @@ class RunDirectory:
     def write_config(self, text: str) -> None:
         """Replaces config.yaml at once, so that no reader sees half of it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.config.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, self.config)
+        replace_text(self.config, text)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -83,6 +81,6 @@ class RunDirectory:
 
     def write_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """Appends the texts that the model wrote after `step` steps, each after its prompt."""
-        with self.samples.open("a", encoding="utf-8") as file:
+        with naming(self.samples), self.samples.open("a", encoding="utf-8") as file:
             for prompt, text in texts:
                 file.write(f"--- step {step}, prompt {prompt!r}\n{prompt}{text}\n")

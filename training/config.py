@@ -103,3 +103,14 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.eps={self.eps} must be above 0")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"optimizer.decay_fraction={self.decay_fraction} must be above 0 and at most 1")
+
+
+def short_warmup_warning(config: OptimizerConfig, steps: int) -> str | None:
+    """What to tell of a run that ends before its learning rate has reached the peak."""
+    if config.warmup_steps <= steps:
+        return None
+    highest = config.lr * steps / config.warmup_steps
+    return (
+        f"optimizer.warmup_steps={config.warmup_steps} is more than train.steps={steps}: the learning rate ends at "
+        f"{highest:.3g} and never reaches optimizer.lr={config.lr:g}; set optimizer.warmup_steps={steps // 10}"
+    )

@@ -21,7 +21,7 @@ from model.transformer import Description, describe
 from parallel.config import ContextConfig, PipelineConfig, schedule_for
 from parallel.pipeline.run import slots
 from parallel.pipeline.schedules import PipelineSchedule
-from parallel.sharding import replicated
+from parallel.sharding import batch_sharding, replicated
 from performance.collectives import check_pipeline
 from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
@@ -148,3 +148,12 @@ def make_job(config: Settings, mesh: Mesh) -> Job:
     abstract = lambda description: abstract_state(mesh, description, optimizer, jnp.dtype(train.param_dtype))
     of_run, of_checkpoints = abstract(description), abstract(stored)
     return Job(mesh, model, train, config.optimizer, description, stored, optimizer, schedule, of_run, of_checkpoints)
+
+
+def abstract_batch(train: TrainConfig, mesh: Mesh, *, segments: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a run's batch, on its mesh; with `segments` documents are kept apart."""
+    dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
+    if segments:
+        dtypes |= {"segments_BT": jnp.int32, "places_BT": jnp.int32}
+    shape, layout = (train.batch_size, train.seq_len), batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}

@@ -22,21 +22,27 @@ MUON_RMS = 0.2  # root mean square of a Muon update, that of a typical AdamW one
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """The schedule: step (int scalar, 0 first) to learning rate (float32), for a run of `steps` steps."""
+    """The schedule: step (int scalar, 0 first) to learning rate (float32), for a run of `steps` steps.
+
+    The last step of the warm-up, or the first of a run without one, has the peak, and the last step of a decay has
+    exactly its end.
+    """
     warmup, low = config.warmup_steps, config.final_lr
-    start = max(warmup, round(steps * (1 - config.decay_fraction))) if config.schedule == "wsd" else warmup
+    start = max(warmup, 1)  # the first step of the decay
+    if config.schedule == "wsd":
+        start = max(start, min(round(steps * (1 - config.decay_fraction)), steps - 1))
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
-        done = jnp.clip((step - start) / max(steps - start, 1), 0, 1)  # share of the decay that is behind
-        shape = {
+        done = jnp.clip((step + 1 - start) / max(steps - start, 1), 0, 1)  # share of the decay, this step's included
+        left = {
             "constant": lambda: 1.0,
-            "linear": lambda: 1 - (1 - low) * done,
-            "wsd": lambda: 1 - (1 - low) * done,
-            "cosine": lambda: low + (1 - low) * (1 + jnp.cos(jnp.pi * done)) / 2,
+            "linear": lambda: 1 - done,
+            "wsd": lambda: 1 - done,
+            "cosine": lambda: (1 + jnp.cos(jnp.pi * done)) / 2,
         }[config.schedule]()
-        return jnp.asarray(config.lr * rise * shape, jnp.float32)
+        return jnp.asarray(config.lr * rise * (left + low * (1 - left)), jnp.float32)
 
     return schedule
 

@@ -1,12 +1,22 @@
-"""Where the values of a pipeline wait: each message and each kept activation gets a slot, worked out from the table.
+"""Where the values of a pipeline wait: each message and each kept activation gets a slot, worked out from the schedule.
 
-The interpreter (parallel/pipeline/run.py) reads the outcome as constant tables, and how many slots there are is how
-much memory a schedule needs. No JAX here.
+In a tick a stage does one operation. What it reads and writes lies in four pools, arrays of slots on each stage:
+
+    pool           written by                                     read by
+    messages       the operation of a neighbour, when it sends    the next operation on that microbatch, as its x or dy
+    kept_input     forward: what the input's gradient needs       backward
+    kept_weight    forward: what the weights' gradients need      backward, and weight
+    held           backward: what it leaves                       weight
+
+A slot is free again as soon as its value has been read for the last time, so that the number of slots, the memory of a
+schedule, is its peak and not the number of microbatches. The interpreter (parallel/pipeline/run.py) reads the outcome
+as constant arrays: a row for each tick. No JAX here.
 """
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +28,8 @@ AT_MOST_ONCE = "at_most_once"  # in the names of the loops that run an operation
 Pattern = tuple[tuple[tuple[int, int], ...], ...]  # rounds of (sender, receiver); in a round a stage receives once
 
 
-@dataclass
-class Buffers:
-    """Tables over (tick, stage), int32, and the sizes of the pools that their slots index."""
+class StageRows(NamedTuple):
+    """What each stage does in each tick: int32 arrays (tick, stage), for the interpreter one stage's scalars."""
 
     op: np.ndarray  # IDLE or one of OPS
     chunk: np.ndarray
@@ -33,15 +42,28 @@ class Buffers:
     deposit: np.ndarray  # message slot of the output, when the next virtual stage is on the same stage
     loss_deposit: np.ndarray  # message slot of the loss's cotangent
     received: np.ndarray  # (tick, stage, round): message slot of what arrives
-    embed: np.ndarray  # (tick,): microbatch that all stages embed together, or -1; likewise the next two
+
+
+class TickRows(NamedTuple):
+    """What all stages do together in each tick: int32 arrays (tick,)."""
+
+    embed: np.ndarray  # microbatch that all stages embed, or -1; likewise the next two
     loss: np.ndarray
     embed_gradient: np.ndarray
-    pattern: np.ndarray  # (tick,): index into `patterns`
-    patterns: list[Pattern] = field(default_factory=list)
-    messages: int = 1  # slots of each pool, NOWHERE counted
-    kept_input_slots: int = 1
-    kept_weight_slots: int = 1
-    held_slots: int = 1
+    pattern: np.ndarray  # index into the patterns: who sends to whom
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The rows of a schedule, and the sizes of the pools that their slots index."""
+
+    stages: StageRows
+    ticks: TickRows
+    patterns: list[Pattern]
+    messages: int  # slots of each pool, NOWHERE counted
+    kept_input: int
+    kept_weight: int
+    held: int
 
 
 def _rounds(pairs: Iterable[tuple[int, int]]) -> Pattern:
@@ -104,44 +126,43 @@ def allocate(schedule: PipelineSchedule) -> Buffers:
     trained = any(kind == BACKWARD for kind, _, _ in when)
     slots, sizes = _slots(schedule, when)
     ticks = len(schedule.table)
-    table = lambda fill=0: np.full((ticks, stages), fill, np.int32)
-    line = lambda: np.full((ticks,), -1, np.int32)
-    b = Buffers(*(table() for _ in range(10)), None, *(line() for _ in range(4)))
-    b.first = b.first.astype(bool)
+    by_stage = lambda dtype=np.int32: np.zeros((ticks, stages), dtype)
+    by_tick = lambda: np.full((ticks,), -1, np.int32)
+    rows = {name: by_stage() for name in StageRows._fields if name not in ("first", "received")}
+    rows["first"] = by_stage(bool)
+    together = {name: by_tick() for name in ("embed", "loss", "embed_gradient")}
     sends: list[list[tuple[int, int]]] = [[] for _ in range(ticks)]
     arriving: dict[tuple[int, int, int], int] = {}  # (tick, sender, receiver): message slot
     for (kind, v, m), tick in when.items():
         (stage, chunk), at = placement[v], (tick, placement[v][0])
-        b.op[at], b.chunk[at], b.microbatch[at] = OPS[kind], chunk, m
-        b.kept_input[at] = slots["kept_input"].get((v, m), 0)
-        b.kept_weight[at] = slots["kept_weight"].get((v, m), 0)
-        b.held[at] = slots["held"].get((v, m), 0)
+        rows["op"][at], rows["chunk"][at], rows["microbatch"][at] = OPS[kind], chunk, m
+        rows["kept_input"][at] = slots["kept_input"].get((v, m), 0)
+        rows["kept_weight"][at] = slots["kept_weight"].get((v, m), 0)
+        rows["held"][at] = slots["held"].get((v, m), 0)
         if kind == WEIGHT:
             continue
-        b.source[at] = slots["messages"].get((kind, v, m), NOWHERE)
+        rows["source"][at] = slots["messages"].get((kind, v, m), NOWHERE)
         if kind == FORWARD and v == 0:
-            b.first[at], b.embed[tick] = True, m
+            rows["first"][at], together["embed"][tick] = True, m
         if kind == FORWARD and v == last:
-            b.loss[tick] = m
-            b.loss_deposit[at] = slots["messages"][BACKWARD, v, m] if trained else NOWHERE
+            together["loss"][tick] = m
+            rows["loss_deposit"][at] = slots["messages"][BACKWARD, v, m] if trained else NOWHERE
         if kind == BACKWARD and v == 0:
-            b.embed_gradient[tick] = m
+            together["embed_gradient"][tick] = m
         after = v + 1 if kind == FORWARD else v - 1
         if 0 <= after <= last:
             receiver, slot = placement[after][0], slots["messages"][kind, after, m]
             if receiver == stage:
-                b.deposit[at] = slot
+                rows["deposit"][at] = slot
             else:
                 sends[tick].append((stage, receiver))
                 arriving[tick, stage, receiver] = slot
-    by_tick = [_rounds(pairs) for pairs in sends]
-    b.patterns = sorted(set(by_tick), key=lambda p: (len(p), p))
-    b.pattern = np.array([b.patterns.index(p) for p in by_tick], np.int32)
-    b.received = np.full((ticks, stages, max(len(p) for p in b.patterns)), NOWHERE, np.int32)
-    for tick, pattern in enumerate(by_tick):
+    sent = [_rounds(pairs) for pairs in sends]
+    patterns = sorted(set(sent), key=lambda p: (len(p), p))
+    received = np.full((ticks, stages, max(len(p) for p in patterns)), NOWHERE, np.int32)
+    for tick, pattern in enumerate(sent):
         for i, pairs in enumerate(pattern):
             for sender, receiver in pairs:
-                b.received[tick, receiver, i] = arriving[tick, sender, receiver]
-    b.messages, b.held_slots = sizes["messages"], sizes["held"]
-    b.kept_input_slots, b.kept_weight_slots = sizes["kept_input"], sizes["kept_weight"]
-    return b
+                received[tick, receiver, i] = arriving[tick, sender, receiver]
+    index = np.array([patterns.index(p) for p in sent], np.int32)
+    return Buffers(StageRows(received=received, **rows), TickRows(pattern=index, **together), patterns, **sizes)

@@ -1,9 +1,17 @@
-"""One interpreter for every pipeline schedule: a table of operations run as one SPMD program over the `pipe` axis.
+"""One interpreter for every pipeline schedule: rows of operations run as one SPMD program over the `pipe` axis.
 
-All stages scan over the ticks of the table. In a tick each stage switches to its own operation (forward, backward,
-weight gradient, or nothing), and what an operation sends travels to its neighbour by a permutation that holds just the
-pairs of that tick. Embedding and loss belong to no stage: their tables are split over all of them, which work on each
-microbatch together, so that no stage carries more than the others.
+A stage is a device along `pipe`; a tick is a step of the schedule; a slot is a place in a pool (parallel/pipeline/
+buffers.py) where a value waits. All stages scan over the ticks. In a tick
+
+    1. all stages embed a microbatch together, if one begins;
+    2. each stage reads its x (the embedding, or a message slot) and does its own operation: forward (x to y, keeping
+       what gradients need), backward (dy to dx), weight (weight gradients from what was kept and held), or nothing;
+    3. all stages take the loss of a microbatch together, if one has come out of the last stage, and its gradient
+       becomes the message that the last stage's backward will read; likewise the embedding's gradient at the other end;
+    4. what an operation made travels to the neighbour's message slot, by a permutation of just the pairs of this tick.
+
+Embedding and loss belong to no stage: the vocabulary's rows are split over all of them, which work on each microbatch
+together, so that no stage carries more than the others.
 
 The program is manual over `pipe` and `data` and automatic over the other axes. Inside an operation, stages take
 different branches, so collectives there must have replica groups; a permutation of another axis would wait for stages
@@ -26,10 +34,6 @@ from parallel.pipeline.phases import Phases, phases
 from parallel.pipeline.schedules import BACKWARD, FORWARD, WEIGHT, PipelineSchedule
 
 MANUAL = ("pipe", "data")  # over data too, so that gradients of microbatches add up before they are reduced, once
-BY_STAGE = (
-    *("op", "chunk", "microbatch", "first", "source", "deposit", "loss_deposit", "received"),
-    *("kept_input", "kept_weight", "held"),
-)
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,11 @@ class _Layers:
         aux, kept_input, kept_weight, held = jax.eval_shape(shapes)
         pools = {"aux": _pool(aux, chunks, self.rows)}
         if trained:
-            pools["kept_input"] = _pool(kept_input, b.kept_input_slots, self.rows)
-            pools["kept_weight"] = _pool(kept_weight, b.kept_weight_slots, self.rows)
+            pools["kept_input"] = _pool(kept_input, b.kept_input, self.rows)
+            pools["kept_weight"] = _pool(kept_weight, b.kept_weight, self.rows)
             pools["gradients"] = vary(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), self.layers), MANUAL)
         if split:
-            pools["held"] = _pool(held, b.held_slots, self.rows)
+            pools["held"] = _pool(held, b.held, self.rows)
         return pools
 
     def _each(self, work: Callable, chunk, x, pools, *, reverse: bool = False):
@@ -167,9 +171,9 @@ class _Layers:
 
         def work(x, pools, i, params, meta):
             y, _, aux = self.program.layer(params, (meta, info), x)
-            return y, pools | {"aux": _add(pools["aux"], aux, row["chunk"], i)}
+            return y, pools | {"aux": _add(pools["aux"], aux, row.chunk, i)}
 
-        return self._each(work, row["chunk"], x, pools)
+        return self._each(work, row.chunk, x, pools)
 
     def forward(self, row, info, x, pools):
         """x to y."""
@@ -177,36 +181,36 @@ class _Layers:
         def work(x, pools, i, params, meta):
             y, _, aux, kept_input, kept_weight = self.phases.forward(params, (meta, info), x)
             return y, pools | {
-                "aux": _add(pools["aux"], aux, row["chunk"], i),
-                "kept_input": _put(pools["kept_input"], kept_input, row["kept_input"], i),
-                "kept_weight": _put(pools["kept_weight"], kept_weight, row["kept_weight"], i),
+                "aux": _add(pools["aux"], aux, row.chunk, i),
+                "kept_input": _put(pools["kept_input"], kept_input, row.kept_input, i),
+                "kept_weight": _put(pools["kept_weight"], kept_weight, row.kept_weight, i),
             }
 
-        return self._each(work, row["chunk"], x, pools)
+        return self._each(work, row.chunk, x, pools)
 
     def backward(self, row, info, dy, pools):
         """dy to dx; the weight gradients are left to `weight` where pools have a place for it, else added at once."""
 
         def work(dy, pools, i, params, meta):
-            kept_weight = _at(pools["kept_weight"], row["kept_weight"], i)
-            kept_input = _at(pools["kept_input"], row["kept_input"], i)
+            kept_weight = _at(pools["kept_weight"], row.kept_weight, i)
+            kept_input = _at(pools["kept_input"], row.kept_input, i)
             dx, held = self.phases.backward(params, (meta, info), kept_input, kept_weight, dy)
             if "held" in pools:
-                return dx, pools | {"held": _put(pools["held"], held, row["held"], i)}
+                return dx, pools | {"held": _put(pools["held"], held, row.held, i)}
             dparams = self.phases.weight(params, (meta, info), kept_weight, held)
-            return dx, pools | {"gradients": _add(pools["gradients"], dparams, row["chunk"], i)}
+            return dx, pools | {"gradients": _add(pools["gradients"], dparams, row.chunk, i)}
 
-        return self._each(work, row["chunk"], dy, pools, reverse=True)
+        return self._each(work, row.chunk, dy, pools, reverse=True)
 
     def weight(self, row, info, out, pools):
         """Adds the weight gradients; `out` passes through."""
 
         def work(out, pools, i, params, meta):
-            kept, held = _at(pools["kept_weight"], row["kept_weight"], i), _at(pools["held"], row["held"], i)
+            kept, held = _at(pools["kept_weight"], row.kept_weight, i), _at(pools["held"], row.held, i)
             dparams = self.phases.weight(params, (meta, info), kept, held)
-            return out, pools | {"gradients": _add(pools["gradients"], dparams, row["chunk"], i)}
+            return out, pools | {"gradients": _add(pools["gradients"], dparams, row.chunk, i)}
 
-        return self._each(work, row["chunk"], out, pools)
+        return self._each(work, row.chunk, out, pools)
 
 
 def run(program: Program, schedule: PipelineSchedule, layers, meta, shared, micros, *, padded: bool = False):
@@ -218,7 +222,7 @@ def run(program: Program, schedule: PipelineSchedule, layers, meta, shared, micr
     """
     buffers = allocate(schedule)
     data = jax.sharding.get_abstract_mesh().shape["data"]
-    trained = bool((buffers.embed_gradient >= 0).any())
+    trained = bool((buffers.ticks.embed_gradient >= 0).any())
     rows = lambda a: P(None, "data") if a.shape[1] > 1 or data == 1 else P()
     in_specs = (P("pipe"), P("pipe"), program.shared_specs, jax.tree.map(rows, micros))
     out_specs = (P(), P("pipe"), *((P("pipe"), program.shared_specs) if trained else ()))
@@ -247,36 +251,34 @@ def _stage(
     def send(pattern):
         def exchange(out):
             arrived = [jax.lax.ppermute(out, "pipe", pairs) for pairs in pattern]
-            return arrived + [nothing] * (b.received.shape[-1] - len(arrived))
+            return arrived + [nothing] * (b.stages.received.shape[-1] - len(arrived))
 
         return exchange
 
-    table = {name: jnp.asarray(getattr(b, name)) for name in BY_STAGE}
-    line = {name: jnp.asarray(getattr(b, name)) for name in ("embed", "loss", "embed_gradient", "pattern")}
     stage = jax.lax.axis_index("pipe")
 
     def tick(carry, now):
-        table, line = now
-        row = _at(table, stage)
+        rows, all_stages = now
+        row = _at(rows, stage)
         messages, pools, sums, gradients, out = carry
-        x = jnp.where(row["first"], together.embed(line["embed"]), _at(messages, row["source"]))
+        x = jnp.where(row.first, together.embed(all_stages.embed), _at(messages, row.source))
         for kind, operation in operations.items():
-            work = lambda c, o=operation: vary(o(row, info_of(row["microbatch"]), x, c[1]), MANUAL)
-            out, pools = _when(row["op"] == OPS[kind], work, (out, pools), kind)
-        messages = _put(messages, out, row["deposit"])
-        sums, gradients, dx = together.loss(line["loss"], out, sums, gradients)
+            work = lambda c, o=operation: vary(o(row, info_of(row.microbatch), x, c[1]), MANUAL)
+            out, pools = _when(row.op == OPS[kind], work, (out, pools), kind)
+        messages = _put(messages, out, row.deposit)
+        sums, gradients, dx = together.loss(all_stages.loss, out, sums, gradients)
         if trained:
-            messages = _put(messages, dx, row["loss_deposit"])
-            gradients = together.embed_gradient(line["embed_gradient"], out, gradients)
+            messages = _put(messages, dx, row.loss_deposit)
+            gradients = together.embed_gradient(all_stages.embed_gradient, out, gradients)
         with jax.named_scope("send"):
-            arrived = jax.lax.switch(line["pattern"], [send(pattern) for pattern in b.patterns], out)
+            arrived = jax.lax.switch(all_stages.pattern, [send(pattern) for pattern in b.patterns], out)
         for i, message in enumerate(arrived):
-            messages = _put(messages, message, row["received"][i])
+            messages = _put(messages, message, row.received[i])
         return (messages, pools, sums, gradients, out), None
 
     pools = stage_layers.pools(schedule.chunks, b, trained=trained, split=schedule.split)
     carry = (_pool(nothing, b.messages), pools, together.sums, together.gradients, nothing)
-    (_, pools, sums, gradients, _), _ = jax.lax.scan(tick, carry, (table, line))
+    (_, pools, sums, gradients, _), _ = jax.lax.scan(tick, carry, jax.tree.map(jnp.asarray, (b.stages, b.ticks)))
 
     over_data = lambda tree: jax.tree.map(lambda a: jax.lax.psum(a, "data"), tree)
     flat = lambda tree: jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), over_data(tree))

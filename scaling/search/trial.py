@@ -20,6 +20,7 @@ from pathlib import Path
 import optuna
 
 from runtime.exit_codes import DONE, FAULT, MISTAKE, PREEMPTED
+from runtime.overrides import override
 from scaling.search.study import Outcome, SearchConfig
 from scaling.sweep.run_directories import held, last_line
 
@@ -90,7 +91,7 @@ class Runner:
             return misfit
         if not self._wait_for_orphan(directory):
             return Outcome("interrupted")
-        command = [sys.executable, "train.py", *overrides, f"run.dir={directory}"]
+        command = [sys.executable, "train.py", *overrides, override("run.dir", str(directory))]
         metrics, pruned = Metrics(directory / "metrics.jsonl"), False
         with open(f"{directory}.out", "wb") as said:
             process = subprocess.Popen(command, cwd=self.root, stdout=said, stderr=said)
@@ -142,7 +143,7 @@ class Runner:
 
     def _misfit(self, trial: optuna.Trial, overrides: Sequence[str], directory: Path) -> Outcome | None:
         """Compiles the step without allocating it, in a process that then gives the devices back."""
-        command = [sys.executable, "-m", "performance.memory", *overrides, f"run.dir={directory}"]
+        command = [sys.executable, "-m", "performance.memory", *overrides, override("run.dir", str(directory))]
         process = subprocess.Popen(command, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while True:
             try:

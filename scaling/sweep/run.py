@@ -19,6 +19,7 @@ from pathlib import Path
 
 from runtime.exit_codes import MISTAKE
 from runtime.locks import Locked, locked
+from runtime.overrides import override
 from scaling.sweep.design import Measured, Run, SweepConfig
 from scaling.sweep.provenance import commit, cores, machine
 from scaling.sweep.run_directories import (
@@ -50,7 +51,7 @@ class Planned:
 
     def command(self) -> list[str]:
         """The command line; it works from the root of the checkout, and goes on where it stopped."""
-        return ["python", "train.py", *self.run.overrides, f"run.dir={self.directory}"]
+        return ["python", "train.py", *self.run.overrides, override("run.dir", str(self.directory))]
 
     def state(self) -> State:
         return state_of(self.directory, self.run.steps, self.run.model.vocab_size)

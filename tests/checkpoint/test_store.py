@@ -254,6 +254,58 @@ def test_too_little_space_is_told_before_anything_is_written(open_store, tmp_pat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
 
 
+class Disk:
+    """Instead of shutil.disk_usage: a disk of `slots` checkpoints."""
+
+    def __init__(self, directory, state, slots):
+        self.directory, self.size = directory, sum(x.nbytes for x in jax.tree.leaves(state))
+        self.slots = slots
+
+    def __call__(self, _):
+        return SimpleNamespace(free=(self.slots - len(list(self.directory.glob("????????")))) * self.size)
+
+
+def test_what_nothing_keeps_makes_room_where_what_stays_is_whole(open_store, tmp_path, monkeypatch):
+    """A run with checkpoint.keep=1 finds three checkpoints of one that kept more, on a disk that holds no fourth."""
+    state, directory = {"x": jnp.arange(1024.0)}, tmp_path / "checkpoints"
+    before = open_store(keep=3)
+    for step, metric in ((1, 5.0), (2, 1.0), (3, 4.0)):
+        assert before.save(step, state, {}, metric=metric)
+    before.wait()
+    monkeypatch.setattr("shutil.disk_usage", Disk(directory, state, slots=3))
+    store = open_store(keep=1, keep_best=1)
+    assert store.save(4, state, {})
+    assert store.wait()
+    assert store.steps() == [2, 4]  # 2 is the best; 3 stayed until 4 was whole
+    assert store.poll() == []
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_room_is_never_made_of_the_last_whole_checkpoint(open_store, tmp_path, monkeypatch, keep):
+    state, directory = {"x": jnp.arange(1024.0)}, tmp_path / "checkpoints"
+    store = open_store(keep=2, keep_best=0)
+    for step in (1, 2):
+        assert store.save(step, state, {})
+    store.wait()
+    manifest = directory / "00000002" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    monkeypatch.setattr("shutil.disk_usage", Disk(directory, state, slots=2))
+    store = open_store(keep=keep, keep_best=0)
+    assert store.save(3, state, {})
+    assert store.wait()
+    assert store.steps() == ([3] if keep == 1 else [1, 3])  # the damaged one made room
+    for step in store.steps():
+        assert store.restore(abstract(state), before=step + 1).step == step
+    monkeypatch.setattr("shutil.disk_usage", Disk(directory, state, slots=len(store.steps())))
+    (directory / f"{store.steps()[-1]:08d}" / "manifest.json").write_text("{}")
+    left = sorted(path.name for path in directory.iterdir())
+    assert store.save(4, state, {}) is (keep == 2)  # nothing whole would stay: nothing is removed
+    assert store.wait() is (keep == 2)
+    if keep == 1:
+        assert sorted(path.name for path in directory.iterdir()) == left
+        assert str(directory) in store.poll()[0]
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_leaves_the_checkpoint_before(open_store, tmp_path, asynchronous):
     """A limit on the size of files makes every write behind it fail, as a full disk does."""
@@ -294,7 +346,8 @@ def test_an_error_while_sealing_leaves_the_checkpoint_before(open_store, tmp_pat
         patch.setattr("checkpoint.store.write_manifest", refuse)
         assert store.save(2, state, {})
         assert not store.wait()
-    assert store.poll() == ["step 2 was not saved: OSError: [Errno 28] No space left on device"]
+    place = tmp_path / "checkpoints"
+    assert store.poll() == [f"step 2 was not saved: OSError: [Errno 28] No space left on device ({place})"]
     assert store.steps() == [1]
 
 

@@ -69,6 +69,18 @@ def test_patterns(tmp_path, monkeypatch):
     assert texts(tmp_path / "[x].md") == ["[x].md"]
 
 
+def test_names_with_commas(tmp_path):
+    (tmp_path / "x, y").mkdir()
+    for name in ("a,b.txt", "a", "b,c,d.md", "x, y/e.txt", "f.md"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path / "a,b.txt") == ["a,b.txt"]
+    listed = f"{tmp_path}/a,b.txt, {tmp_path}/x, y/*.txt,{tmp_path}/f.md,{tmp_path}/b,c,d.md"
+    assert sorted(texts(listed)) == ["a,b.txt", "b,c,d.md", "f.md", "x, y/e.txt"]
+    assert texts(tmp_path / "[b,z],c,d.md") == ["b,c,d.md"]
+    with pytest.raises(ValueError, match=r"/g matches no file"):
+        texts(f"{tmp_path}/f.md,{tmp_path}/g,h.md")
+
+
 def test_field(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x", "text": "y"}\n')
     assert texts(tmp_path / "a.jsonl", field="body") == ["x"]
@@ -84,6 +96,11 @@ def test_field(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "a.jsonl:2: not UTF-8 at byte 10"),
         ("a.jsonl", b'{"text": "a\\ud800"}', "a.jsonl:1: 'text' holds half a surrogate pair at character 1"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"id": ' + b"7" * 5000 + b', "text": "x"}',
+            "a.jsonl:2: .* than 4,300 digits",
+        ),
         ("a.txt", b"ab\xff", "a.txt: not UTF-8 at byte 2"),
         ("a.txt.gz", b"plain", "a.txt.gz: Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "a.txt.gz: Compressed file ended"),

@@ -142,6 +142,19 @@ def test_memory_mapped_tokens(tmp_path):
     same(*(Loader(t, seq_len=4, batch_size=3, seed=0).batch(2) for t in (tokens, mapped)))
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 99), step=st.integers(0, 50))
+def test_places_begin_anew_with_each_document(seed, step):
+    tokens = np.random.default_rng(seed).integers(0, 4, 300)
+    batch = Loader(tokens, seq_len=20, batch_size=3, seed=seed, eos_id=0).batch(step)
+    for tokens_T, places_T in zip(batch["tokens_BT"], batch["places_BT"], strict=True):
+        place = 0
+        for token, found in zip(tokens_T, places_T, strict=True):
+            assert found == place
+            place = 0 if token == 0 else place + 1
+    assert batch["places_BT"].dtype == np.int32
+
+
 def test_segments_number_documents_and_mask_what_follows_an_end():
     tokens = np.array([5, 6, 0, 7, 0, 0, 8, 9, 3])
     batch = Loader(tokens, seq_len=8, batch_size=1, seed=0, eos_id=0).batch(0)

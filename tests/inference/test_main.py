@@ -1,23 +1,26 @@
 """The command: mistakes are one line and exit code 2; texts come from a checkpoint's parameters alone."""
 
+import codecs
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from tokenizers_of_all_kinds import byte_fallback
 
 from checkpoint.config import CheckpointConfig
 from checkpoint.store import CheckpointStore
 from config.compose import to_yaml
 from config.schema import Config, finish
-from data.tokenizer import ByteTokenizer
+from data.tokenizer import ByteTokenizer, TokenizerConfig
 from inference import options
-from inference.generate import generate
+from inference.config import SampleConfig
+from inference.generate import continuations, generate
 from model.config import ModelConfig
 from model.transformer import describe
 
@@ -81,6 +84,12 @@ def test_no_run_directory_and_no_prompt(run, tmp_path, capsys):
     assert "the following arguments are required: PROMPT" in refused(capsys, run[0])
 
 
+def test_a_prompt_that_looks_like_an_option(run, capsys):
+    for arguments in (["-x"], ["a prompt", "-x"]):
+        assert 'behind --, as in RUN_DIR -- "-x"' in refused(capsys, run[0], *arguments)
+    assert options.parse([str(run[0]), "sample.tokens=9", "--", "-x", "--y"]).prompts == ["-x", "--y"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,5 +131,37 @@ def test_texts_come_from_the_checkpoint(run, arguments, step):
     tokenizer, sample = ByteTokenizer(), replace(sample, tokens=9, seed=3, top_k=90)
     prompts = [tokenizer.encode("def f").tolist(), [tokenizer.eos_id]]
     new = generate(description, params[step], prompts, sample, eos_id=tokenizer.eos_id)
-    texts = [tokenizer.decode(np.array(prompt + ids)) for prompt, ids in zip(prompts, new, strict=True)]
+    # a half character at the end is not printed
+    spelled = lambda ids: codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(filter(None, ids)))
+    texts = [spelled(prompt + ids) for prompt, ids in zip(prompts, new, strict=True)]
     assert out == "\n\n".join(texts) + "\n"
+
+
+def test_the_command_prints_what_samples_hold(tmp_path):
+    """With a tokenizer whose words hold the space before them; and a prompt far beyond the trained length is told."""
+    tokenizer = byte_fallback()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    model = replace(MODEL, vocab_size=tokenizer.vocab_size)
+    config = finish(
+        Config(
+            model=model,
+            tokenizer=TokenizerConfig("file", path=str(tmp_path / "tokenizer.json")),
+            train=replace(Config().train, seq_len=16),
+            sample=SampleConfig(prompts=("the cat", "at ", ""), tokens=14),
+            runtime=replace(Config().runtime, compile_cache=str(tmp_path / "cache")),
+        )
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    description = describe(config.model)
+    params = jax.jit(description.init)(jax.random.key(0))
+    with closing(CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(asynchronous=False))) as store:
+        assert store.save(1, {"params": params}, {})
+    samples = continuations(description, params, tokenizer, config.sample, "float32")
+    code, out, err = command(tmp_path, *config.sample.prompts)
+    assert (code, out) == (0, "\n\n".join(prompt + text for prompt, text in samples) + "\n")
+    longest = max(len(tokenizer.encode(prompt)) for prompt in config.sample.prompts)
+    told, _ = err.splitlines()
+    assert told == (
+        f"warning: {longest} prompt tokens + 14 new ones = {longest + 14} go beyond the 16 that the model was trained "
+        "on: expect worse text there"
+    )

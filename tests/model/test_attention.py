@@ -7,7 +7,8 @@ import pytest
 
 from model import attention as module
 from model import plain_attention
-from model.attention import TokenInfo, attention
+from model.attention import attention
+from model.attention_rule import TokenInfo
 
 B, T, N, K, H = 2, 12, 4, 2, 8
 SEGMENTS_BT = jnp.asarray([[0] * 7 + [1] * 5, [0] * 2 + [1] * 10], jnp.int32)

@@ -11,7 +11,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import PartitionSpec as P
 
 from model import attention_kernels as module
-from model.attention import TokenInfo, attention
+from model.attention import attention
+from model.attention_rule import TokenInfo
 from parallel.mesh import AXES, make_mesh
 
 B, T, N, K, H = 2, 256, 2, 1, 16

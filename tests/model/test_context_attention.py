@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from model import attention as module
-from model.attention import TokenInfo, attention
+from model.attention import attention
+from model.attention_rule import TokenInfo
 from model.kv_cache import make_cache
 from model.layers import dropout
 from parallel.context import zigzag

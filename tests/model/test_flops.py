@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from config.compose import load
-from model.attention import TokenInfo, visible
+from model.attention_rule import TokenInfo, visible
 from model.config import ModelConfig
 from model.counts import flops_per_token
 from model.transformer import describe

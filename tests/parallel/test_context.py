@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from parallel.context import Rule, gather, ring, ulysses, zigzag
+from model.attention_rule import Rule
+from parallel.context import gather, ring, ulysses, zigzag
 from parallel.mesh import AXES, make_mesh
 from performance.collectives import collectives
 

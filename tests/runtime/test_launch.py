@@ -17,8 +17,9 @@ START = """
 import os, signal, sys, time
 import jax, jax.numpy as jnp
 from runtime.config import RuntimeConfig
+from runtime.leave import exit_now
 from runtime.start import start
-from runtime.stop import StopSignal, exit_now
+from runtime.stop import StopSignal
 start(RuntimeConfig(platform="cpu", cpu_devices=2, compile_cache=None, heartbeat_seconds=10))
 rank = jax.process_index()
 mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

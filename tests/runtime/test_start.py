@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -204,7 +205,7 @@ def test_start_gives_devices_and_a_private_cache_without_a_service(tmp_path, dev
 import jax, logging
 from runtime.config import RuntimeConfig
 from runtime.start import start
-from runtime.stop import exit_now
+from runtime.leave import exit_now
 start(RuntimeConfig(platform="cpu", cpu_devices={devices}, compile_cache={str(tmp_path / "cache")!r}))
 jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))
 print(jax.device_count(), jax.distributed.is_initialized(), end="")
@@ -218,6 +219,26 @@ exit_now(3)
     (of_machine,) = (tmp_path / "cache").iterdir()
     assert of_machine.stat().st_mode & 0o777 == 0o700
     assert any(of_machine.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_others_that_do_not_come_are_awaited_for_so_long_and_told_in_one_line(rank):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"""
+from runtime import start
+from runtime.config import RuntimeConfig
+start.INITIALIZATION_SECONDS = 1
+place = dict(coordinator="127.0.0.1:{port}", processes=2, process_id={rank})
+start.start(RuntimeConfig(platform="cpu", compile_cache=None, **place))
+"""
+    result = run_python(code)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        f"error: process {rank} of 2 has waited 1 s for the others at 127.0.0.1:{port}; start"
+    )
 
 
 def test_start_refuses_an_absent_platform(monkeypatch):

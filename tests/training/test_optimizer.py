@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.specs import RandomKey, map_specs, projection, table, vector
-from training.config import OPTIMIZERS, OptimizerConfig
+from training.config import OPTIMIZERS, SCHEDULES, OptimizerConfig, short_warmup_warning
 from training.optimizer import learning_rate, make_optimizer
 
 KEY = RandomKey()
@@ -108,21 +108,45 @@ def test_only_matrices_and_tables_decay():
     }
 
 
+def at(schedule: str, step: int, *, steps: int = 110, **options) -> np.float32:
+    options = {"warmup_steps": 10, "final_lr": 0.1, **options}
+    return np.float32(learning_rate(OptimizerConfig(lr=2.0, schedule=schedule, **options), steps)(step))
+
+
 def test_schedules_at_their_corners():
-    at = lambda schedule, step, **o: float(
-        learning_rate(OptimizerConfig(lr=2.0, schedule=schedule, warmup_steps=10, final_lr=0.1, **o), 110)(step)
-    )
-    for schedule in ("cosine", "linear", "wsd", "constant"):
+    for schedule in SCHEDULES:
         assert at(schedule, 0) == pytest.approx(0.2)  # the first step already moves
         assert at(schedule, 4) == pytest.approx(1.0)
-        assert at(schedule, 9) == pytest.approx(2.0)
-        assert at(schedule, 10) == pytest.approx(2.0)
+        assert at(schedule, 9) == 2.0
     assert at("constant", 109) == 2.0
-    assert at("cosine", 60) == pytest.approx(2 * (0.1 + 0.9 / 2))
-    assert at("linear", 60) == pytest.approx(2 * (1 - 0.9 / 2))
+    assert at("cosine", 59) == pytest.approx(2 * (0.1 + 0.9 / 2))
+    assert at("linear", 59) == pytest.approx(2 * (1 - 0.9 / 2))
     assert at("wsd", 87, decay_fraction=0.2) == 2.0  # decays from step 88
-    assert at("wsd", 99, decay_fraction=0.2) == pytest.approx(2 * (1 - 0.9 / 2))
-    for schedule in ("cosine", "linear", "wsd"):
-        assert at(schedule, 110) == pytest.approx(0.2)
-        assert at(schedule, 1000) == pytest.approx(0.2)
-    assert float(learning_rate(OptimizerConfig(lr=2.0, warmup_steps=0), 10)(0)) == 2.0
+    assert at("wsd", 88, decay_fraction=0.2) < 2.0
+    assert at("wsd", 98, decay_fraction=0.2) == pytest.approx(2 * (1 - 0.9 / 2))
+
+
+@pytest.mark.parametrize("final_lr", [0.1, 0.0, 1 / 3, 0.017])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (100, 0), (7, 1), (2, 0), (12, 11)])
+def test_a_decay_goes_from_the_peak_to_exactly_its_end(schedule, steps, warmup, final_lr):
+    options = {"steps": steps, "warmup_steps": warmup, "final_lr": final_lr}
+    assert at(schedule, max(warmup - 1, 0), **options) == 2.0
+    assert at(schedule, steps - 1, **options) == np.float32(2.0) * np.float32(final_lr)
+    assert at(schedule, steps - 2, **options) > at(schedule, steps - 1, **options)
+    assert at(schedule, 10 * steps, **options) == at(schedule, steps - 1, **options)
+
+
+def test_a_decay_of_twenty_steps_has_twenty_equal_ones():
+    """As in the plan: 2.0, then twenty steps down to 0.2."""
+    rates = np.array([at("wsd", step, steps=100, decay_fraction=0.2) for step in range(79, 100)])
+    np.testing.assert_allclose(np.diff(rates), -0.09, rtol=1e-5)
+    assert (rates[0], rates[-1]) == (2.0, np.float32(0.2))
+
+
+def test_a_warmup_that_outlasts_the_run_is_told():
+    config = OptimizerConfig(lr=1e-3, warmup_steps=50)
+    assert short_warmup_warning(config, 50) is None
+    told = short_warmup_warning(config, 20)
+    assert "optimizer.warmup_steps=50 is more than train.steps=20" in told
+    assert f"ends at {float(learning_rate(config, 20)(19)):.3g} and never reaches optimizer.lr=0.001" in told

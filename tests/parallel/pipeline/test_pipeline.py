@@ -60,7 +60,7 @@ def test_stages_send_one_activation_a_microbatch_and_boundary_each_way(schedule)
     assert {c.axes for c in sends} == {("pipe",)}
     assert {c.payload for c in sends} == {4 * T * D}  # one microbatch's activation, float32
     buffers = allocate(table)
-    pairs = sum(len(pairs) for p in buffers.pattern for pairs in buffers.patterns[p])
+    pairs = sum(len(pairs) for p in buffers.ticks.pattern for pairs in buffers.patterns[p])
     assert pairs == 2 * microbatches * (STAGES - 1)
     rounds = sum(len(pattern) for pattern in buffers.patterns)
     assert len(sends) == rounds  # so no pattern sends more than its pairs
