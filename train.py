@@ -39,6 +39,7 @@ from data.tokenizer import Tokenizer
 from inference.generate import continuations
 from parallel.mesh import make_mesh
 from parallel.sharding import local_rows, put_batch, replicated
+from performance.fits import Room, memory_of
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
 from runtime.agreement import agreed, code_versions, require_same, require_shared
@@ -106,13 +107,16 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ------------------------------------------------------------------------------------------------------- model
         job = make_job(config, mesh)
+        room = Room(job.abstract, memory_of(mesh.local_devices[0]), t, config.optimizer, mesh.shape)
+        room.check()
         # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
         ours = {"identity": identity(config), "data": dataset.digest}
         restored = restore(config, store, job, ours)
-        state, first, progress = beginning(job, config.seed, restored)
+        with room.told():
+            state, first, progress = beginning(job, config.seed, restored)
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
@@ -127,8 +131,10 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
         batch = put(loader.batch(first, rows))
         held_out = HeldOut(job.evaluate_ahead(batch, token_bytes_V), lambda: map(put, heldout()), token_bytes_V)
-        step = job.compile(job.step, batch)
+        with room.told():
+            step = job.compile(job.step, batch)
         compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
+        room.check(memory)
 
         facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs", "run": str(run.path)}
