@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "bench"))
 
-import gpu
+import gpu  # noqa: E402
 
 
 @pytest.fixture
