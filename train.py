@@ -33,12 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
-from data.loader import Loader, heldout_batches
 from data.shards import prepare
 from data.tokenizer import Tokenizer
 from inference.generate import continuations
 from parallel.mesh import make_mesh
-from parallel.sharding import local_rows, put_batch, replicated
+from parallel.sharding import replicated
 from performance.fits import Room, memory_of
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
@@ -49,6 +48,7 @@ from runtime.stop import StopSignal
 from tracking.console import Console, human
 from tracking.reporting import introduce
 from tracking.run_directory import RunDirectory
+from training.feed import Feed
 from training.heldout import HeldOut, Progress
 from training.job import Job, make_job
 from training.state import TrainState, has_vocabulary
@@ -93,14 +93,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # -------------------------------------------------------------------------------------------------------- data
         dataset = prepare(config.data, config.tokenizer, console.preparation)
         require_same(dataset.told)
-        tokenizer, rows = dataset.tokenizer, local_rows(mesh, t.batch_size)
-        shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
-        shape["eos_id"] = tokenizer.eos_id if config.data.segments else None
-        put = lambda batch: put_batch(mesh, batch, t.batch_size)
-        loader = Loader(dataset.train, seed=config.seed, **shape)
-        heldout = lambda: heldout_batches(dataset.heldout, limit=t.eval_batches * t.batch_size, rows=rows, **shape)
-        if t.eval_every:
-            heldout()  # a held-out text that is too short is told now
+        tokenizer, feed = dataset.tokenizer, Feed(config, dataset, mesh)
         if primary:
             tokenizer.save(run.tokenizer)
         # at this point we have the batch of any step, the same on every mesh, and the held-out batches
@@ -129,16 +122,18 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
-        batch = put(loader.batch(first, rows))
-        held_out = HeldOut(job.evaluate_ahead(batch, token_bytes_V), lambda: map(put, heldout()), token_bytes_V)
+        batch = feed.batch(first)
+        held_out = HeldOut(job.evaluate_ahead(batch, token_bytes_V), feed.heldout, token_bytes_V)
         with room.told():
             step = job.compile(job.step, batch)
         compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         room.check(memory)
 
         facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
-        facts |= {"steps": f"{first} to {t.steps}, {loader.epoch(t.steps):.2f} epochs", "run": str(run.path)}
-        reporter = introduce(config, run, job, console, facts, loader.epoch, peak, memory, compile_s, began, restored)
+        facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
+        reporter = introduce(
+            config, run, job, console, facts, feed.stream.epoch, peak, memory, compile_s, began, restored
+        )
         meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)
         # at this point the step is compiled, and all that is told of it has somewhere to go
@@ -156,7 +151,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         try:
             for number in range(first + 1, 1 + (first if out_of_patience() else t.steps)):
                 with meter.data_wait():
-                    batch = put(loader.batch(number - 1, rows))
+                    batch = feed.batch(number - 1)
                 with transfer_guard(config.runtime):
                     state, metrics = step(state, batch)
                 bad = reporter.push(number, metrics)

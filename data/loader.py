@@ -4,11 +4,22 @@ Resuming is therefore arithmetic, and hosts need not agree on anything: each rea
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
 ROUNDS = 8  # of the index cipher; 4 are enough in theory (Luby and Rackoff 1988) with ideal round functions
 SMALLEST_BITS = 6  # with fewer the orders of a tiny stream are not equally likely
+
+
+class Stream(Protocol):
+    """Where the batches of a run come from: one corpus (`Loader`), or whatever gives each step its batch."""
+
+    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+        """The batch of a step, or some rows of it: a pure function of the run's seed and the step."""
+
+    def epoch(self, step: int) -> float:
+        """How often the data has been read before this step."""
 
 
 class Loader:

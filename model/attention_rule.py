@@ -21,8 +21,9 @@ MASKED = -1e30  # finite: a row's maximum must not be -inf - -inf
 class TokenInfo:
     """What every layer knows of the tokens besides their vectors."""
 
-    positions_BT: jax.Array  # int32; B may be 1
+    positions_BT: jax.Array  # int32 order of the tokens in their row; B may be 1
     segments_BT: jax.Array | None = None  # int32 document of each token: attention stays inside it
+    places_BT: jax.Array | None = None  # int32 place of each token in its document: what positions embed
     angles: tuple[jax.Array, jax.Array] | None = None  # of rotary positions
     dropout_keys_B: jax.Array | None = None
     context_style: str | None = field(default=None, metadata={"static": True})  # None: as the compiler likes

@@ -107,6 +107,7 @@ class Transformer(nnx.Module):
         *,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
+        places_BT: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
         cache: LayerCache | None = None,
         dtype=jnp.float32,
@@ -115,10 +116,11 @@ class Transformer(nnx.Module):
         """Final hidden x_BTD in `dtype` (for `logits`), the cache with these tokens written, and the routers' sums by
         layer if there are experts.
 
-        `positions_BT` default to 0..T-1. `dropout_keys_B` (one key a sequence) switch dropout on. `remat` is none
-        or a name of REMAT_POLICIES.
+        `positions_BT`, the order of a row's tokens, default to 0..T-1; `places_BT`, their places in their documents,
+        which rotary and learned positions embed, to the same. `dropout_keys_B` (one key a sequence) switch dropout on.
+        `remat` is none or a name of REMAT_POLICIES.
         """
-        c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, dropout_keys_B)
+        c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B)
         graphdef, parameters = nnx.split(self.layers)
         block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
         if c.scan_layers and cache is None:
@@ -134,13 +136,14 @@ class Transformer(nnx.Module):
         x_BTD, (cache, sums) = jax.lax.scan(layer, self.embed(tokens_BT, info, dtype), layers, unroll=unroll)
         return self.finish(x_BTD), cache, sums
 
-    def info(self, tokens_BT, positions_BT=None, segments_BT=None, dropout_keys_B=None) -> TokenInfo:
+    def info(self, tokens_BT, positions_BT=None, segments_BT=None, places_BT=None, dropout_keys_B=None) -> TokenInfo:
         """What the layers know of the tokens; see `__call__`."""
         in_order = positions_BT is None
         if in_order:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        angles = rope_angles(self.config, positions_BT) if self.config.positions == "rotary" else None
-        return TokenInfo(positions_BT, segments_BT, angles, dropout_keys_B, self.context_style, in_order)
+        places_BT = positions_BT if places_BT is None else places_BT
+        angles = rope_angles(self.config, places_BT) if self.config.positions == "rotary" else None
+        return TokenInfo(positions_BT, segments_BT, places_BT, angles, dropout_keys_B, self.context_style, in_order)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The last block's output, as the head takes it."""
@@ -166,7 +169,7 @@ class Transformer(nnx.Module):
         multiplier = parametrization.embedding_multiplier(self.config)
         x_BTD = times(self.tokens.embed(tokens_BT, dtype), multiplier)
         if self.positions is not None:
-            x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), info.positions_BT, axis=0)
+            x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), info.places_BT, axis=0)
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
 
 

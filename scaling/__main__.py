@@ -19,6 +19,7 @@ COMMANDS = {
     "launch": ("launch", "run a Hydra sweep on one of its launchers; train.py -m hydra/launcher=... comes here"),
     "collect": ("sweep", "write results.jsonl from runs"),
     "fit": ("fit", "fit a law to a CSV, JSON lines or JSON table"),
+    "predict": ("fit", "fit a law to a table and predict the loss of other runs, with intervals"),
     "transfer": ("transfer", "does the best learning rate stay where it is when the model grows?"),
     "report": ("report", "write a report of an experiment: HTML, figures, JSON"),
     "search": ("search", "search for the best settings of a run"),

@@ -28,11 +28,14 @@ def show(result: dict, console: Console) -> None:
     name = (
         f"Huber, delta {kind['delta']:g}" if kind["kind"] == "huber" else {"l1": "L1", "mse": "squares"}[kind["kind"]]
     )
+    of = "loss" if kind["residuals"] == "linear" else "log loss"
     say(
-        f"{name}, on log loss: sum {fitted['objective_sum']:.8g}, mean {fitted['objective_mean']:.8g};"
+        f"{name}, on {of}: sum {fitted['objective_sum']:.8g}, mean {fitted['objective_mean']:.8g};"
         f" {fitted['starts_reaching_best']} of {fitted['starts']} starts reach it;"
         f" residuals {fitted['residual_size']:.2%}; condition number {fitted['condition_number']:.3g}"
     )
+    if boot := result["bootstrap"]:
+        say(f"intervals: {boot['draws']} draws of {boot['independent']} {boot['of']}")
     console.print(_quantities(result))
     _approaches(result["approaches"], say)
     if held := result["holdout"]:
@@ -41,6 +44,7 @@ def show(result: dict, console: Console) -> None:
             f" median error {held['median_absolute_error']:.2%}, largest {held['largest_absolute_error']:.2%}",
             "bold",
         )
+        console.print(_held(held))
     for letter, found in result["residuals_by"].items():
         thirds = " ".join(f"{third:+.3%}" for third in found["thirds"])
         say(f"residuals by {letter}, lowest to highest third: {thirds}; trend t = {found['trend_t']:.1f}")
@@ -48,6 +52,21 @@ def show(result: dict, console: Console) -> None:
         say(f"outlier line {one['line']}: {one['residual']:+.2%} from the surface, {one['sizes']:+.1f} sizes", "yellow")
     for warning in result["warnings"]:
         say(f"warning: {warning}", "yellow")
+
+
+def show_predictions(result: dict, console: Console) -> None:
+    """Prints what a fit predicts for runs that were asked for, then what speaks against the fit."""
+    law, letters = result["law"], [letter for letter in result["predictions"][0] if len(letter) <= 2]
+    console.print(
+        Text(f"{law['name']}: {law['formula']}; {result['table']['used']} runs", style="bold"), soft_wrap=True
+    )
+    grid = Grid(*letters, "loss", "95% interval", "80% interval", "95% of one run", "80% of one run")
+    for one in result["predictions"]:
+        ends = [_interval(one.get(name)) for name in ("interval95", "interval80", "run95", "run80")]
+        grid.add_row(*(f"{one[letter]:.4g}" for letter in letters), f"{one['loss']:.5g}", *ends)
+    console.print(grid)
+    for warning in result["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
 
 def show_coordinates(title: str, check: Check, lines: list[Line], console: Console) -> None:
@@ -72,6 +91,15 @@ def _quantities(result: dict) -> Grid:
         if without:
             cells.append(f"{without['quantities'][name]['value']:.5g}")
         grid.add_row(*map(Text, cells))
+    return grid
+
+
+def _held(held: dict) -> Grid:
+    """Each held-out run, nearest first: what was predicted without it, and where 95% of such runs should lie."""
+    grid = Grid("held out, line", "C", "measured", "predicted", "error", "95% of one run")
+    for one in sorted(held["runs"], key=lambda one: one["C"]):
+        numbers = (f"{one['C']:.4g}", f"{one['measured']:.5g}", f"{one['predicted']:.5g}", f"{one['error']:+.2%}")
+        grid.add_row(str(one["line"]), *numbers, _interval(one.get("run95")))
     return grid
 
 

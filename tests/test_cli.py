@@ -10,6 +10,7 @@ import runs
 import train
 from config import build, command_line, compose
 from config.schema import Config
+from runtime import launch
 
 DONE, MISTAKE = 0, 2
 AT_ONCE_S = 4.0  # two, on a machine that is not busy with tests
@@ -140,11 +141,11 @@ def test_sweep_runs_each_job_until_one_fails(tmp_path, monkeypatch, capsys):
 
 def test_commands_to_go_on_with_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "data.path=my notes/*.txt", "run.dir=a b", "train.steps=5"])
-    done = train.going_on(compose.load(["run.dir=a b", "train.steps=100"]), DONE)
+    done = command_line.next_commands(compose.load(["run.dir=a b", "train.steps=100"]), launch.words(), done=True)
     assert done["extend"] == "python train.py 'data.path=my notes/*.txt' 'run.dir=\"a b\"' train.steps=200"
     assert done["generate"] == "python -m inference 'a b' 'def '"
     assert done["see"] == "python -m tracking 'a b'"
-    assert train.going_on(compose.load(["run.dir=a b"]), 75) == {
+    assert command_line.next_commands(compose.load(["run.dir=a b"]), launch.words(), done=False) == {
         "go on": "python train.py 'data.path=my notes/*.txt' 'run.dir=a b' train.steps=5",
         "see": "python -m tracking 'a b'",
     }
@@ -155,15 +156,22 @@ def test_commands_of_several_processes_start_them_as_they_were_started(monkeypat
     asked = compose.load(["run.dir=a", "train.steps=100"])
     by_hand = ["train.py", "runtime.coordinator=h:1", "runtime.processes=2", "runtime.process_id=0"]
     monkeypatch.setattr(sys, "argv", by_hand)
-    monkeypatch.setattr(train.jax, "process_count", lambda: 2)
     own = ", in each process with its own runtime.process_id"
     command = " ".join(["python", *by_hand])
-    assert train.going_on(asked, DONE)[f"extend{own}"] == f"{command} run.dir=a train.steps=200"
-    assert train.going_on(asked, 75)[f"go on{own}"] == command
+    assert (
+        command_line.next_commands(asked, launch.words(), done=True)[f"extend{own}"]
+        == f"{command} run.dir=a train.steps=200"
+    )
+    assert command_line.next_commands(asked, launch.words(), done=False)[f"go on{own}"] == command
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
-    assert train.going_on(asked, 75)["go on"] == "python train.py seed=1"  # by srun, on each node
+    assert (
+        command_line.next_commands(asked, launch.words(), done=False)["go on"] == "python train.py seed=1"
+    )  # by srun, on each node
     monkeypatch.setenv("ISOMESH_PROCESSES", "2")
-    assert train.going_on(asked, 75)["go on"] == "python -m runtime.launch --processes 2 train.py seed=1"
+    assert (
+        command_line.next_commands(asked, launch.words(), done=False)["go on"]
+        == "python -m runtime.launch --processes 2 train.py seed=1"
+    )
 
 
 def test_an_experiment_is_a_sweep(monkeypatch, capsys):

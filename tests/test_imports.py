@@ -14,7 +14,7 @@ ALLOWED = {
     "data": {"runtime"},  # locks of what is prepared once
     "model": {"parallel", "runtime"},
     "performance": {"model", "parallel", "runtime", "training.config"},  # what a program costs; settings of a step
-    "training": {"performance", "model", "parallel", "runtime"},
+    "training": {"performance", "model", "parallel", "runtime", "data"},
     "checkpoint": {"model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
     "inference": {"data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out

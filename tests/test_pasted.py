@@ -8,11 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import train
-from config import compose
+from config import command_line, compose
 from data.corpus import DataConfig, source_files
 from inference import options
-from runtime.exit_codes import DONE
+from runtime import launch
 from runtime.overrides import override, pasted
 
 HOSTILE = ["a,b", "~/x/*.md", "it's", 'say "a"', "back\\", '\\"', "${x}", "\\${x}", "$(x) `x`", "[a]", "{a: b}", "é猫"]
@@ -93,7 +92,7 @@ def test_the_commands_at_the_end_of_a_run(name, tmp_path, monkeypatch):
     given = [override("run.dir", str(tmp_path / name)), override("run.name", name), 'sample.prompts=["-x=1"]']
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
     config = compose.load(given)
-    told = train.going_on(config, DONE)
+    told = command_line.next_commands(config, launch.words(), done=True)
     assert compose.load(words(told["extend"])[2:]).run == config.run
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.yaml").touch()

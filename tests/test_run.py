@@ -17,7 +17,7 @@ import train
 from config import compose
 from data.loader import Loader
 from tracking.run_directory import RunDirectory
-from training import job
+from training import feed, job
 
 DONE, MISTAKE, FAULT = 0, 2, 3
 COMPILING = re.compile(r"Compiling (\S+)")
@@ -215,7 +215,7 @@ def test_everything_compiles_once_and_nothing_is_transferred_behind_the_back(tex
 
 
 def test_transfer_guard_catches_a_batch_that_stayed_on_the_host(text, tmp_path, capsys):
-    put_batch = train.put_batch
+    put_batch = feed.put_batch
 
     def forgetful(mesh, rows, size):
         return rows if forgetful.calls == 5 else put_batch(mesh, rows, size)
@@ -225,7 +225,7 @@ def test_transfer_guard_catches_a_batch_that_stayed_on_the_host(text, tmp_path, 
         return forgetful(*arguments)
 
     forgetful.calls = 0
-    with mock.patch.object(train, "put_batch", counting):
+    with mock.patch.object(feed, "put_batch", counting):
         arguments = runs.overrides(text, tmp_path / "run", "runtime.transfer_guard=true", "train.eval_every=0")
         assert runs.run(arguments) == FAULT
     assert "Disallowed host-to-device transfer" in (tmp_path / "run" / "run.log").read_text()

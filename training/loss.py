@@ -36,6 +36,20 @@ class LossSums:
         return self.nll + z_loss * self.z + auxiliary
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenLosses:
+    """The losses of each token: what evaluation, tasks and preference ask for. Training asks for their sums."""
+
+    nll_BT: jax.Array  # negative log likelihood of the target, nats, float32
+    z_BT: jax.Array  # squared log-normaliser
+    correct_BT: jax.Array  # bool: the target is the most likely prediction
+
+    def sums(self, mask_BT: jax.Array) -> LossSums:
+        """Summed over the tokens that count."""
+        return LossSums(*(jnp.sum(x * mask_BT) for x in (self.nll_BT, self.z_BT, self.correct_BT)))
+
+
 class Head(Protocol):
     """What the loss needs of a model."""
 
@@ -48,7 +62,7 @@ class Head(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Seen:
+class PartialSoftmax:
     """What some rows of the vocabulary say of each token."""
 
     top_BT: jax.Array  # the largest logit; without a gradient
@@ -56,24 +70,23 @@ class Seen:
     target_BT: jax.Array  # the target's logit, 0 if it is none of them
 
     @classmethod
-    def of(cls, logits_BTV: jax.Array, token_V: jax.Array, targets_BT: jax.Array) -> "Seen":
+    def of(cls, logits_BTV: jax.Array, token_V: jax.Array, targets_BT: jax.Array) -> "PartialSoftmax":
         """What float32 logits say; `token_V`: the tokens they are for."""
         top_BT = jax.lax.stop_gradient(logits_BTV.max(-1))
         total_BT = jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)
         return cls(top_BT, total_BT, _at_targets(*alike(logits_BTV, token_V, targets_BT)))
 
-    def __add__(self, other: "Seen") -> "Seen":
+    def __add__(self, other: "PartialSoftmax") -> "PartialSoftmax":
         top_BT = jnp.maximum(self.top_BT, other.top_BT)
-        total = lambda seen: seen.total_BT * jnp.exp(seen.top_BT - top_BT)
-        return Seen(top_BT, total(self) + total(other), self.target_BT + other.target_BT)
+        total = lambda known: known.total_BT * jnp.exp(known.top_BT - top_BT)
+        return PartialSoftmax(top_BT, total(self) + total(other), self.target_BT + other.target_BT)
 
-    def sums(self, mask_BT: jax.Array) -> LossSums:
-        """The losses, once all rows but those of other stages are seen."""
+    def losses(self) -> "TokenLosses":
+        """The losses, once all rows but those of other stages have been added."""
         top_BT = max_over_stages(self.top_BT)
         log_z_BT = jnp.log(sum_over_stages(self.total_BT * jnp.exp(self.top_BT - top_BT))) + top_BT
         target_BT = sum_over_stages(self.target_BT)
-        nll = jnp.sum((log_z_BT - target_BT) * mask_BT)
-        return LossSums(nll, jnp.sum(log_z_BT**2 * mask_BT), jnp.sum((target_BT >= top_BT) * mask_BT))
+        return TokenLosses(log_z_BT - target_BT, log_z_BT**2, target_BT >= top_BT)
 
 
 @jax.custom_vjp
@@ -100,9 +113,14 @@ def _at_targets_backward(residuals, dlogits_BT):
 _at_targets.defvjp(_at_targets_forward, _at_targets_backward)
 
 
-@jax.named_scope("loss")
 def chunked_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int) -> LossSums:
-    """Sums over all tokens of a batch, from final hidden vectors; see `vocabulary_parts` for `chunk`.
+    """Sums over all tokens of a batch; see `token_losses`."""
+    return token_losses(head, x_BTD, targets_BT, chunk).sums(mask_BT)
+
+
+@jax.named_scope("loss")
+def token_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> TokenLosses:
+    """The losses of all tokens of a batch, from final hidden vectors; see `vocabulary_parts` for `chunk`.
 
     The logits of several parts are computed again in the backward pass. Parts of the vocabulary and not of the tokens
     are taken: then the gradient of a part of the table is whole at once, and summed over devices once, where that of
@@ -112,14 +130,14 @@ def chunked_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT:
     rows = head.vocabulary(n, x_BTD.dtype)
     if n == 1:
         rows = jax.tree.map(lambda x: x[0], rows)
-        return Seen.of(head.logits(x_BTD, rows), rows.token_V, targets_BT).sums(mask_BT)
+        return PartialSoftmax.of(head.logits(x_BTD, rows), rows.token_V, targets_BT).losses()
 
     @jax.checkpoint
-    def look(seen: Seen, rows: VocabularyRows) -> tuple[Seen, None]:
+    def add_part(known: PartialSoftmax, rows: VocabularyRows) -> tuple[PartialSoftmax, None]:
         logits_BTV = head.logits(x32_BTD.astype(x_BTD.dtype), rows)  # the gradients of x are added up in float32
-        return seen + Seen.of(logits_BTV, rows.token_V, targets_BT), None
+        return known + PartialSoftmax.of(logits_BTV, rows.token_V, targets_BT), None
 
     zero_BT = jnp.zeros(x_BTD.shape[:2], jnp.float32)
     x32_BTD, zero_BT, _ = alike(x_BTD.astype(jnp.float32), zero_BT, rows.table_VD)
-    seen, _ = jax.lax.scan(look, Seen(zero_BT - jnp.inf, zero_BT, zero_BT), rows)
-    return seen.sums(mask_BT)
+    known, _ = jax.lax.scan(add_part, PartialSoftmax(zero_BT - jnp.inf, zero_BT, zero_BT), rows)
+    return known.losses()

@@ -70,7 +70,10 @@ def random_batch(config: Config, step: int, rows: slice) -> dict[str, np.ndarray
     batch = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:]}
     batch["mask_BT"] = (random.random(shape) < 0.9).astype(np.float32)
     if config.data.segments:
-        batch["segments_BT"] = np.cumsum(random.random(shape) < 4 / shape[1], axis=1, dtype=np.int32)
+        begins = random.random(shape) < 4 / shape[1]
+        batch["segments_BT"] = np.cumsum(begins, axis=1, dtype=np.int32)
+        at_T = np.arange(shape[1], dtype=np.int32)
+        batch["places_BT"] = at_T - np.maximum.accumulate(np.where(begins, at_T, 0), axis=1)
     return {name: value[rows] for name, value in batch.items()}
 
 

@@ -29,10 +29,8 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
     dtype = jnp.dtype(config.compute_dtype_on(platform()))
 
     def prepare(micro):
-        model = description.bind({})
-        return model.info(
-            micro["tokens_BT"], micro.get("positions_BT"), micro.get("segments_BT"), micro.get("dropout_keys_B")
-        )
+        names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B")
+        return description.bind({}).info(micro["tokens_BT"], *(micro.get(name) for name in names))
 
     def embed(shared, micro):
         return description.bind(shared).embed(micro["tokens_BT"], prepare(micro), dtype)
@@ -69,7 +67,7 @@ def _run(description: Description, config: TrainConfig, schedule: PipelineSchedu
 def pipelined_losses(
     description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch
 ) -> LossSums:
-    """As training.step.batch_losses, through the stages."""
+    """As training.step.loss_sums, through the stages."""
     forward = schedules.forward_only(schedule.stages, schedule.microbatches, schedule.placement)
     return _run(description, config, forward, params, batch, None)[0]
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from model.moe import RouterSums
-from model.transformer import Description
+from model.transformer import Description, Transformer
 from parallel.context import zigzag
 from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import shard, splits
 from runtime.platform import platform
 from training.config import TrainConfig
-from training.loss import LossSums, chunked_losses
+from training.loss import LossSums, TokenLosses, chunked_losses, token_losses
 from training.pipelined import cut, pipelined_gradients, pipelined_losses
 from training.state import Monitor, TrainState
 
@@ -22,7 +22,7 @@ SPIKE_DECAY = 0.98
 WARM_MONITOR = 20  # steps before a spike is called one
 
 
-Batch = Mapping[str, jax.Array]  # tokens_BT, targets_BT, mask_BT, and segments_BT where documents are kept apart
+Batch = Mapping[str, jax.Array]  # tokens_BT, targets_BT, mask_BT; segments_BT, places_BT where documents are kept apart
 
 
 def in_context_order(description: Description, batch: Batch) -> Batch:
@@ -39,17 +39,23 @@ def in_context_order(description: Description, batch: Batch) -> Batch:
     return moved | {"positions_BT": jnp.asarray(order_T)[None]}
 
 
-def batch_losses(description: Description, config: TrainConfig, params, batch: Batch, keys_B=None) -> LossSums:
-    """Loss sums of a batch; `keys_B` switch dropout on."""
+def hidden(description: Description, config: TrainConfig, params, batch: Batch, keys_B=None):
+    """The model, its final hidden vectors x_BTD of a batch, and its routers' sums; `keys_B` switch dropout on."""
     model = description.bind(params)
     x_BTD, _, router = model(
         batch["tokens_BT"],
         positions_BT=batch.get("positions_BT"),
         segments_BT=batch.get("segments_BT"),
+        places_BT=batch.get("places_BT"),
         dropout_keys_B=keys_B,
         dtype=jnp.dtype(config.compute_dtype_on(platform())),
         remat=config.remat,
     )
+    return model, x_BTD, router
+
+
+def loss_sums(config: TrainConfig, batch: Batch, model: Transformer, x_BTD: jax.Array, router) -> LossSums:
+    """Loss sums of a batch, from what `hidden` returns."""
     sums = chunked_losses(model, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
     return replace(sums, router=router)
 
@@ -71,7 +77,7 @@ def gradients(
     tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
 
     def objective(params, batch, keys_B):
-        sums = batch_losses(description, config, params, batch, keys_B)
+        sums = loss_sums(config, batch, *hidden(description, config, params, batch, keys_B))
         return sums.objective(config.z_loss) / tokens, sums
 
     if schedule is None:
@@ -224,13 +230,31 @@ def make_eval_step(description: Description, config: TrainConfig, schedule: Pipe
     def eval_step(params, batch: Batch, token_bytes_V: jax.Array) -> dict[str, jax.Array]:
         batch = in_context_order(description, batch)
         if schedule is None:
-            sums = batch_losses(description, config, params, batch)
+            sums = loss_sums(config, batch, *hidden(description, config, params, batch))
         else:
             sums = pipelined_losses(description, config, schedule, params, batch)
         bytes_BT = jnp.take(token_bytes_V, batch["targets_BT"]) * batch["mask_BT"]
         return {"nats": sums.nll, "tokens": batch["mask_BT"].sum(), "bytes": bytes_BT.sum()}
 
     return in_float32_matmuls(eval_step, config)
+
+
+def make_token_loss_step(description: Description, config: TrainConfig) -> Callable:
+    """The step (params, batch) -> training.loss.TokenLosses of each token, (B, T) in the batch's order.
+
+    For parameters in the model's order of layers: those of a run with stages go through Job.for_inference first.
+    """
+
+    def token_loss_step(params, batch: Batch) -> TokenLosses:
+        moved = in_context_order(description, batch)
+        model, x_BTD, _ = hidden(description, config, params, moved)
+        losses = token_losses(model, x_BTD, moved["targets_BT"], config.loss_chunk)
+        if "positions_BT" not in moved or "positions_BT" in batch:
+            return losses
+        back_T = jnp.argsort(moved["positions_BT"][0])
+        return jax.tree.map(lambda x: shard(jnp.take(x, back_T, axis=1), "batch", "tokens"), losses)
+
+    return in_float32_matmuls(token_loss_step, config)
 
 
 def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:

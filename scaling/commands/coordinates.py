@@ -1,7 +1,6 @@
 """python -m scaling coord-check: do activations and their changes depend on the width or the depth?"""
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from config.layout import mesh_sizes
 from parallel.mesh import make_mesh
 from runtime.start import start
 from scaling.console import show_coordinates, wide_console
+from scaling.strict_json import write
 from scaling.transfer.activations import at_width, measure
 from scaling.transfer.coordinates import Check, judge, picture
 from training.job import make_job
@@ -54,7 +54,7 @@ def run_coordinate_check(options: argparse.Namespace) -> int:
         numbers = {"title": title, "dial": dial, "flat": all(line.flat for line in lines)}
         numbers |= {"slopes": {line.name: {"size": line.size, "change": line.change} for line in lines}}
         numbers |= {"sizes": plain(check.sizes), "changes": plain(check.changes)}
-        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        write(options.json, numbers)
     return 0 if all(line.flat for line in lines) else NOT_FLAT
 
 

@@ -1,7 +1,6 @@
 """python -m scaling report: everything about one experiment on a page, with figures and numbers beside it."""
 
 import argparse
-import json
 from pathlib import Path
 
 from scaling.fit.columns import COLUMNS, add_columns, check_flops, chosen_columns
@@ -9,6 +8,7 @@ from scaling.fit.laws import LAWS
 from scaling.report.content import AS_COLLECTED, RESULTS, SWEEP, ReportRequest, assemble, columns_of, locate
 from scaling.report.figures import draw
 from scaling.report.page import page
+from scaling.strict_json import write
 
 PAGE, NUMBERS, FIGURES = "report.html", "report.json", "figures"
 
@@ -47,7 +47,7 @@ def run_report(options: argparse.Namespace) -> None:
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
     for name, content in figures.items():
         (out / FIGURES / name).write_bytes(content)
-    (out / NUMBERS).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write(out / NUMBERS, report)
     (out / PAGE).write_text(page(report, figures))
     for line in report["warnings"]:
         print(f"warning: {line}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from scaling.console import wide_console
+from scaling.strict_json import write
 from scaling.transfer.optimum import Transfer, picture, transfers
 
 MOVED = 1
@@ -46,7 +47,7 @@ def run_transfer(options: argparse.Namespace) -> int:
         picture(found, options.key, options.size, options.png)
     if options.json:
         numbers = [{"name": family.name, "factor": family.factor, **asdict(family)} for family in found]
-        options.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        write(options.json, numbers)
     beyond = [f for f in found if options.within and (f.factor is None or f.factor > options.within)]
     return MOVED if beyond else 0
 

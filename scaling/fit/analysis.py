@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scaling.fit.diagnostics import holdout, outliers, residuals_by, screen, trained, warnings
+from scaling.fit.diagnostics import outliers, residuals_by, screen, trained, warnings
 from scaling.fit.isoflop import envelope, least_losses, parabolas, slices
 from scaling.fit.law_fit import Fit, fit
 from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER, Law
+from scaling.fit.prediction import asked_sizes, holdout, predictions
+from scaling.fit.resampling import robust_size
 from scaling.fit.runs_table import Table
 from scaling.fit.solver import DEFAULT, Objective
-from scaling.fit.uncertainty import LEVELS, Uncertainty, bootstrap, intervals_at, profile_curve, robust_size
+from scaling.fit.uncertainty import LEVELS, Uncertainty, bootstrap, intervals_at, profile_curve
 
 FLOORS = ("E", "L0")
 DISAGREE = (
@@ -35,15 +37,20 @@ class FitRequest:
     curve: tuple[float, ...] = ()  # budgets in FLOPs at which the optimum and its intervals are wanted, too
     min_ratio: float = 0.0  # runs of fewer tokens a parameter are left out
     keep_all: bool = False  # fit runs too that only a robust surface speaks against
+    resample: str | None = None  # what the bootstrap draws: residuals, cases or runs; None: by the table's form
+    points: tuple[dict[str, float], ...] = ()  # sizes, by letter, at which losses are predicted
 
 
 def analyse(table: Table, request: FitRequest) -> dict:
     """Everything about one fit, as plain data. Raises ValueError for tables that cannot be fitted."""
     read = len(table) + len(table.refused)
-    table = trained(table.ordered(), request.min_ratio)
-    table = table if request.keep_all else screen(request.law, table)
+    whole = trained(table.ordered(), request.min_ratio)  # what is held out is taken from here, before any screening
+    table = whole if request.keep_all else screen(request.law, whole)
+    points = asked_sizes(request.law, request.points)
     fitted = fit(request.law, table.columns, table.columns["loss"], request.objective, request.budget)
-    certain = bootstrap(fitted, request.draws, request.seed) if request.draws and noisy(fitted) else None
+    runs = table.columns.get("run")
+    wanted = request.draws and fitted.noisy
+    certain = bootstrap(fitted, request.draws, request.seed, request.resample, runs) if wanted else None
     far = outliers(fitted, table)
     result = {
         "law": {"name": request.law.name, "formula": request.law.formula, "source": request.law.source},
@@ -54,30 +61,33 @@ def analyse(table: Table, request: FitRequest) -> dict:
         "objective": {
             "kind": request.objective.kind,
             "delta": request.objective.delta if request.objective.kind == "huber" else None,
+            "residuals": "linear" if request.objective.linear else "log",
         },
         "fit": described(fitted, certain),
         "budget": budget_of(fitted),
-        "bootstrap": None
-        if certain is None
-        else {"draws": request.draws, "seed": request.seed, "failed": certain.failed},
+        "bootstrap": None if certain is None else drawn(certain, request),
         "floor_profile": None if certain is None else floor_profile(fitted, certain),
         "residuals_by": residuals_by(fitted, table),
         "outliers": [vars(one) for one in far],
-        "without_outliers": without_outliers(table, far, request),
+        "without_outliers": without_outliers(table, far, request, fitted),
         "approaches": approaches(fitted, certain, table),
         "holdout": None,
         "curve": curve(fitted, certain, request.curve),
+        "predictions": predictions(fitted, certain, points) if request.points else [],
     }
     if request.holdout_above is not None:
-        result["holdout"] = holdout(request.law, table, request.objective, request.holdout_above)
+        how = (request.keep_all, request.draws, request.seed)
+        result["holdout"] = holdout(request.law, whole, request.objective, request.holdout_above, *how)
     result["warnings"] = [*warnings(fitted, table, certain), *result["approaches"].pop("disagreements", [])]
-    if not noisy(fitted):
+    if not fitted.noisy:
         result["warnings"].append("the residuals are rounding errors: there is no noise, so intervals are not defined")
     return result
 
 
-def noisy(fitted: Fit) -> bool:
-    return robust_size(fitted.residuals, len(fitted.theta)) > 1e-9
+def drawn(certain: Uncertainty, request: FitRequest) -> dict:
+    """What the intervals rest on: `of` residuals, cases or runs, and how many there are to draw."""
+    kept = {"draws": request.draws, "seed": request.seed, "failed": certain.failed}
+    return kept | {"of": certain.kind, "independent": certain.independent}
 
 
 def described(fitted: Fit, certain: Uncertainty | None) -> dict:
@@ -136,13 +146,13 @@ def floor_profile(fitted: Fit, certain: Uncertainty) -> dict | None:
     return {"name": name, "value": np.exp(reached).tolist(), "F": statistic.tolist(), "threshold95": threshold}
 
 
-def without_outliers(table: Table, far: list, request: FitRequest) -> dict | None:
-    """The fit without the outliers; None where there are none, or too few runs would be left."""
+def without_outliers(table: Table, far: list, request: FitRequest, fitted: Fit) -> dict | None:
+    """The fit without the outliers, at the same budget; None where there are none, or too few runs would be left."""
     rows = {int(np.flatnonzero(table.lines == one.line)[0]): "outlier" for one in far}
     if not rows or len(table) - len(rows) <= len(request.law.parameters):
         return None
-    rest = table.without(rows)
-    return described(fit(request.law, rest.columns, rest.columns["loss"], request.objective, request.budget), None)
+    rest, budget = table.without(rows), float(np.exp(fitted.log_budget))
+    return described(fit(request.law, rest.columns, rest.columns["loss"], request.objective, budget), None)
 
 
 def approaches(fitted: Fit, certain: Uncertainty | None, table: Table) -> dict:

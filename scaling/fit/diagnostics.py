@@ -1,14 +1,17 @@
 """What speaks against a fit, in words: rows that cannot be right, outliers, trends, what the data do not identify."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import kruskal
 
 from scaling.fit.law_fit import Fit, fit
 from scaling.fit.laws import Law
+from scaling.fit.resampling import robust_size
 from scaling.fit.runs_table import Table
 from scaling.fit.solver import Objective
-from scaling.fit.uncertainty import Uncertainty, robust_size
+from scaling.fit.uncertainty import Uncertainty
 
 OUTLIER = 5.0  # residual over the residuals' robust size: 1 in 2 million for normal noise
 DIVERGED = 1.5  # a loss this many times the surface's is no noise
@@ -17,6 +20,8 @@ FAR = 0.15  # this far from the surface, in log loss, and that D explains it
 NARROW = 10.0  # N or D within this factor: exponents come from hardly any spread
 ILL_CONDITIONED = 1e3
 TREND = 3.0  # t value
+LEVELS_MOST, LEVEL_ROWS = 12, 3  # of a column that residuals may cluster by: its values, and rows of each
+CHANCE = 1e-3  # that residuals without clusters look so
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,51 @@ def residuals_by(fitted: Fit, table: Table) -> dict[str, dict]:
     return found
 
 
+def unseen(fitted: Fit, certain: Uncertainty | None) -> list[str]:
+    """Parameters that no run depends on at the optimum. An interval that ends somewhere says more: other values fit
+    worse, so these are left to it."""
+    said = []
+    for name in fitted.unseen:
+        if certain is None:
+            said.append(f"{name} is unidentified from one side or both: at the optimum no run depends on it")
+            continue
+        low, high = certain.intervals[0.95][fitted.names.index(name)]
+        if low <= 0 and not np.isfinite(high):
+            said.append(f"{name} is unidentified: no run depends on it, any value fits as well")
+    return said
+
+
+def clusters(fitted: Fit, table: Table) -> list[str]:
+    """Columns by whose values residuals lie together: runs of several data sets, say, that one law does not describe.
+
+    Columns of the file that were not asked for, of 2 to `LEVELS_MOST` values with `LEVEL_ROWS` rows each, are tried,
+    each by a rank test (Kruskal and Wallis) at `CHANCE` over their number. Values that follow from N or D are left to
+    trends.
+    """
+    residuals, found = -fitted.residuals, []
+    tried = {name: values for name, values in table.others.items() if _labels(values, table)}
+    for name, values in tried.items():
+        levels = sorted(set(values))
+        parts = [residuals[values == level] for level in levels]
+        _, chance = kruskal(*parts)
+        if chance < CHANCE / len(tried):
+            means = ", ".join(f"{level} {np.mean(part):+.2%}" for level, part in zip(levels, parts, strict=True))
+            text = f"residuals cluster by {name} ({means}): one law does not describe all; fit each alone"
+            found.append(f'{text}, with --where "{name} == ..."')
+    return found
+
+
+def _labels(values: np.ndarray, table: Table) -> bool:
+    counts = Counter(values)
+    if not 2 <= len(counts) <= LEVELS_MOST or min(counts.values()) < LEVEL_ROWS:
+        return False
+    for size in (table.columns[letter] for letter in ("N", "D") if letter in table.columns):
+        few = len(set(size)) <= len(size) // 2  # where each row has a size of its own, nothing can follow from it
+        if few and len(set(zip(size, values, strict=True))) == len(set(size)):
+            return False
+    return True
+
+
 def warnings(fitted: Fit, table: Table, certain: Uncertainty | None) -> list[str]:
     """What a reader must know before using the numbers; empty where nothing speaks against them."""
     law, said = fitted.law, []
@@ -123,7 +173,7 @@ def warnings(fitted: Fit, table: Table, certain: Uncertainty | None) -> list[str
             said.append(
                 f"{letter} spans a factor of {spread:.3g} only: its exponent rests on little, do not extrapolate"
             )
-    said += [f"{name} is unidentified: no run depends on it, any value fits as well" for name in fitted.unseen]
+    said += unseen(fitted, certain)
     if "U" in law.inputs and not np.any(table.columns["D"] > table.columns["U"]):
         said.append("no run repeats data: R_D* is unidentified")
     if "group" in table.columns and (count := len(set(table.columns["group"]))) < 3:
@@ -138,41 +188,12 @@ def warnings(fitted: Fit, table: Table, certain: Uncertainty | None) -> list[str
             )
             said.append(f"{name} is unidentified from below" + (f": {words}" if words else ""))
         if not np.isfinite(high[row]):
-            said.append(f"{name} is unidentified from above")
+            over = f": so is all over {low[row]:.4g}" if low[row] > 0 else ""
+            said.append(f"{name} is unidentified from above{over}")
     for letter, found in residuals_by(fitted, table).items():
         if abs(found["trend_t"]) > TREND:
             said.append(
                 f"residuals trend with {letter} (t = {found['trend_t']:.1f}): the law does not describe these runs"
             )
+    said += clusters(fitted, table)
     return said
-
-
-def holdout(law: Law, table: Table, objective: Objective, above: float) -> dict:
-    """Fits the runs with C up to `above` and predicts the others: relative errors, predicted over measured less 1.
-
-    Raises ValueError where either part is too small or there is no C.
-    """
-    if "C" not in table.columns:
-        raise ValueError(f"a held-out fit needs C, or N and D; the table has {', '.join(table.columns)}")
-    compute = table.columns["C"]
-    low, high = compute <= above, compute > above
-    if not high.any() or low.sum() <= len(law.parameters):
-        raise ValueError(
-            f"holdout above {above:g} leaves {low.sum()} runs to fit and {high.sum()} to predict;"
-            f" C runs from {compute.min():.3g} to {compute.max():.3g} and {law.name} needs {len(law.parameters) + 1}"
-        )
-    part = lambda which: {name: values[which] for name, values in table.columns.items()}
-    fitted = fit(law, part(low), table.columns["loss"][low], objective)
-    predicted, measured = fitted.predict({k: part(high)[k] for k in law.inputs}), table.columns["loss"][high]
-    errors = predicted / measured - 1
-    return {
-        "above": above,
-        "fitted_runs": int(low.sum()),
-        "parameters": fitted.parameters,
-        "median_absolute_error": float(np.median(np.abs(errors))),
-        "largest_absolute_error": float(np.max(np.abs(errors))),
-        "runs": [
-            {"line": int(line), "C": float(c), "measured": float(y), "predicted": float(p), "error": float(e)}
-            for line, c, y, p, e in zip(table.lines[high], compute[high], measured, predicted, errors, strict=True)
-        ],
-    }

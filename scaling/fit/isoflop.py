@@ -13,7 +13,11 @@ from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 
 ENVELOPE_POINTS = 200  # budgets, evenly spaced in log C, at which the best run is looked for
 LEVEL = 0.95
-NEIGHBOURS = 2  # sizes on each side of a slice's best that its parabola goes through: farther off it is none
+NARROWER = 0.85  # the next window where the runs in one bend as no parabola does
+NARROWEST = 0.5  # half of the last window, in log N
+BENT = 2.0  # t of a cubic term, in the middle slice, from which on they do
+FEWEST = 5  # sizes in a window, where there are as many
+ROUNDS = 20  # that a window is moved to its parabola's minimum
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,30 @@ class Slice:
 
 
 def slices(n: np.ndarray, c: np.ndarray, loss: np.ndarray, groups: np.ndarray) -> list[Slice]:
-    """A parabola of loss in log N for each group's runs, in order of C; without an interior minimum it is refused."""
-    found = [_slice(str(group), n[groups == group], c[groups == group], loss[groups == group]) for group in set(groups)]
-    return sorted(found, key=lambda one: one.log_c)
+    """A parabola of loss in log N for each group's runs, in order of C; without an interior minimum it is refused.
+
+    A parabola goes through the runs in a window around its minimum. It is as wide as the runs allow, for each run
+    counts, and the same for all budgets, so that what a parabola misses shifts every minimum alike and leaves the
+    exponent alone.
+    """
+    parts = [(str(group), *(values[groups == group] for values in (n, c, loss))) for group in set(groups)]
+    reach = window([(size, y) for _, size, _, y in parts])
+    return sorted((_slice(*part, reach) for part in parts), key=lambda one: one.log_c)
 
 
-def _slice(name: str, n: np.ndarray, c: np.ndarray, loss: np.ndarray) -> Slice:
+def window(parts: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Half the width, in log N, of the windows of slices (N, loss): the widest in which the middle slice's cubic term
+    is no larger than its noise."""
+    logs = [(np.log(n), loss) for n, loss in parts if len(np.unique(n)) > FEWEST]
+    reach = max((float(np.ptp(log_n)) for log_n, _ in logs), default=np.inf)
+    while logs and reach > NARROWEST:
+        if np.median([_parabola(log_n, loss, reach).bent for log_n, loss in logs]) < BENT:
+            break
+        reach *= NARROWER
+    return reach
+
+
+def _slice(name: str, n: np.ndarray, c: np.ndarray, loss: np.ndarray, reach: float) -> Slice:
     log_c, sizes = float(np.log(c).mean()), np.unique(n)
     refuse = lambda why: Slice(name, len(n), log_c, np.nan, np.nan, np.nan, why)
     if len(sizes) < 4:
@@ -61,19 +83,67 @@ def _slice(name: str, n: np.ndarray, c: np.ndarray, loss: np.ndarray) -> Slice:
     outside = lambda end: refuse(
         f"no interior minimum: the loss is least at the {end} model, so the optimum lies outside"
     )
-    if best in (0, len(sizes) - 1):
-        return outside("smallest" if best == 0 else "largest")
-    near = sizes[max(0, best - NEIGHBOURS) : best + NEIGHBOURS + 1]
-    near = near if len(near) >= 4 else sizes[:4] if best == 1 else sizes[-4:]
-    around = np.isin(n, near)
-    middle = np.log(near).mean()
-    curve, slope, height = np.polyfit(np.log(n[around]) - middle, loss[around], 2)
-    if curve <= 0:
-        return refuse("the parabola has no minimum")
-    vertex = middle - slope / (2 * curve)
-    if not np.log(near[0]) < vertex < np.log(near[-1]):
-        return outside("smallest" if vertex <= np.log(near[0]) else "largest")
-    return Slice(name, len(n), log_c, float(vertex), float(height - slope**2 / (4 * curve)), float(curve), None)
+    at_end = best in (0, len(sizes) - 1)
+    fitted = _parabola(np.log(n), loss, reach)
+    if fitted.curvature <= 0:
+        end = "smallest" if best < len(sizes) / 2 else "largest"
+        return outside(end) if at_end else refuse("the parabola has no minimum")
+    below, above = np.sum(np.log(sizes) < fitted.log_n), np.sum(np.log(sizes) > fitted.log_n)
+    # Among many noisy sizes the least loss may be an end's by chance: then more than one size must lie on either side.
+    if min(below, above) < (2 if at_end else 1):
+        return outside("smallest" if below < above else "largest")
+    if fitted.loss <= 0:
+        return refuse(f"its parabola's least loss is {fitted.loss:.3g}: no parabola describes these losses")
+    return Slice(name, len(n), log_c, fitted.log_n, fitted.loss, fitted.curvature, None)
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """loss = loss + curvature (log N - log_n)^2; NaN where it has no minimum. `bent`: the cubic term's t."""
+
+    curvature: float
+    log_n: float
+    loss: float
+    bent: float
+
+
+def _parabola(log_n: np.ndarray, loss: np.ndarray, reach: float) -> Parabola:
+    """Through the runs within `reach` of its own minimum, which is looked for from the size of the least loss."""
+    sizes = np.unique(log_n)
+    means = np.array([loss[log_n == size].mean() for size in sizes])
+    beside = (len(sizes) - 1) // 6  # of many sizes, the least mean of neighbours: the least loss alone may be noise
+    centre = sizes[beside + np.argmin(np.convolve(means, np.ones(2 * beside + 1), "valid"))]
+    before = None
+    for _ in range(ROUNDS):
+        near = _window(sizes, centre, reach)
+        if before is not None and np.array_equal(near, before):
+            break
+        inside, middle, before = np.isin(log_n, near), near.mean(), near
+        curve, slope, height = np.polyfit(log_n[inside] - middle, loss[inside], 2)
+        if curve <= 0:
+            return Parabola(float(curve), np.nan, np.nan, _cubic(log_n[inside], loss[inside]))
+        centre = float(np.clip(middle - slope / (2 * curve), sizes[0], sizes[-1]))
+    vertex, least = middle - slope / (2 * curve), height - slope**2 / (4 * curve)
+    return Parabola(float(curve), float(vertex), float(least), _cubic(log_n[inside], loss[inside]))
+
+
+def _window(sizes: np.ndarray, centre: float, reach: float) -> np.ndarray:
+    """The sizes within `reach` of the centre, but `FEWEST` at least: the nearest, then."""
+    near = sizes[np.abs(sizes - centre) <= reach]
+    if len(near) >= min(FEWEST, len(sizes)):
+        return near
+    return np.sort(sizes[np.argsort(np.abs(sizes - centre), kind="stable")[:FEWEST]])
+
+
+def _cubic(x: np.ndarray, loss: np.ndarray) -> float:
+    """Size of the t value of a cubic term; 0 where no degree of freedom is left to tell."""
+    if len(x) < FEWEST + 1:
+        return 0.0
+    powers = np.vander((x - x.mean()) / np.ptp(x), 4)
+    found, *_ = np.linalg.lstsq(powers, loss, rcond=None)
+    rest = loss - powers @ found
+    spread = np.linalg.pinv(powers.T @ powers)[0, 0] * (rest @ rest) / (len(x) - 4)
+    return float(abs(found[0]) / np.sqrt(max(spread, 1e-300)))
 
 
 def parabolas(found: list[Slice]) -> PowerLaw | None:

@@ -2,14 +2,14 @@
 it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER, Law, Sizes
-from scaling.fit.solver import DEFAULT, Objective, Problem, Runs, Solution, quantities, solve
+from scaling.fit.solver import DEFAULT, Objective, Problem, Runs, Solution, quantities, residuals_of, solve
 
 AGREE = 1e-6  # starts reach the best when their objective is within this share of it
 ROUNDS, RESTARTS = 2, 48  # further starts around the best optimum so far
@@ -19,7 +19,8 @@ DERIVED = ("N exponent", "N at budget", "D at budget", "D/N at budget", "loss at
 
 @dataclass(frozen=True)
 class Fit:
-    """A law fitted to a table: `theta` minimises the objective. Residuals are log predicted less log measured loss."""
+    """A law fitted to a table: `theta` minimises the objective. Residuals are log predicted less log measured loss,
+    whatever the objective sees."""
 
     law: Law
     objective: Objective
@@ -38,11 +39,19 @@ class Fit:
     @property
     def value(self) -> float:
         """The objective, summed over runs."""
-        return float(self.objective.value(self.residuals))
+        seen = self.residuals
+        if self.objective.linear:
+            seen = np.exp(self.log_loss + self.residuals) - np.exp(self.log_loss)
+        return float(self.objective.value(seen))
 
     @property
     def degrees_of_freedom(self) -> int:
         return len(self.log_loss) - len(self.theta)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether residuals are more than rounding errors. The largest tells: few runs may leave most at 0."""
+        return float(np.max(np.abs(self.residuals))) > 1e-9
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -95,6 +104,7 @@ def fit(law: Law, sizes: Sizes, loss: np.ndarray, objective: Objective = DEFAULT
     FLOPs is what optimal sizes are given for, the largest of the table unless said. Raises ValueError where there is
     too little to fit.
     """
+    law = replace(law, linear=objective.linear)
     sizes = {letter: np.asarray(sizes[letter], float) for letter in law.inputs}
     loss = np.asarray(loss, float)
     _check(law, sizes, loss)
@@ -108,14 +118,15 @@ def fit(law: Law, sizes: Sizes, loss: np.ndarray, objective: Objective = DEFAULT
     found = solve(law, runs, Problem(starts, log_loss, objective.width))
     if not np.isfinite(found.value.min()):
         raise ValueError(f"{law.name}: no start has a finite objective; are all sizes positive and in one unit?")
-    residual = jax.jit(lambda theta: law.log_loss(theta, features, centre) - log_loss)
+    residual = jax.jit(lambda theta: residuals_of(law, law.log_loss(theta, features, centre), log_loss))
     for seed in range(ROUNDS):
         again = solve(law, runs, Problem(_around(residual, found, seed), log_loss, objective.width))
         found = Solution(*(np.concatenate(pair) for pair in zip(found, again, strict=True)))
     best = int(np.argmin(found.value))
     with jax.enable_x64(True):
         theta = jnp.asarray(found.theta[best])
-        residuals, jacobian = np.asarray(residual(theta)), np.asarray(jax.jacfwd(residual)(theta))
+        residuals = np.asarray(law.log_loss(theta, jnp.asarray(features), centre)) - log_loss
+        jacobian = np.asarray(jax.jacfwd(residual)(theta))
     rounding = 1e-22 * len(loss) / min(objective.width, 1)
     length = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
     return Fit(
@@ -161,7 +172,7 @@ def _check(law: Law, sizes: dict[str, np.ndarray], loss: np.ndarray) -> None:
         zero_allowed = name == "S2"
         if values.shape != loss.shape or not np.all(np.isfinite(values)) or (not zero_allowed and np.any(values <= 0)):
             raise ValueError(f"{name}: {len(loss)} finite positive numbers are needed; got shape {values.shape}")
-        if name in law.inputs and not zero_allowed and np.all(values == values[0]):
-            raise ValueError(
-                f"{law.name}: {name} is {values[0]:g} in every run, so its term cannot be told from a constant"
-            )
+    for group in law.vary or [(name,) for name in law.inputs if name != "S2"]:
+        if all(np.all(sizes[name] == sizes[name][0]) for name in group):
+            values = " and ".join(f"{name} is {sizes[name][0]:g}" for name in group)
+            raise ValueError(f"{law.name}: {values} in every run, so its term cannot be told from a constant")

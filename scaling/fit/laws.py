@@ -39,6 +39,8 @@ class Law:
     natural: Callable  # (theta, centre) -> parameters, logs of the positive ones
     starts: Callable  # (features less centre, log losses, centre) -> [starts, len(theta)]
     optimum: Callable | None = None  # (theta, centre, log C) -> logs of N and D of the best run; features are these two
+    vary: tuple[tuple[str, ...], ...] | None = None  # of each group of sizes one must vary; None: each size on its own
+    linear: bool = False  # set by the objective: residuals are of losses, not of their logs
 
 
 def _log_sum(*terms) -> jax.Array:
@@ -263,6 +265,7 @@ MUENNIGHOFF = Law(
     log_loss=_muennighoff,
     natural=_muennighoff_natural,
     starts=_muennighoff_starts,
+    vary=(("N",), ("D", "U")),  # repeating one set of unique tokens tells its term as well as more tokens do
 )
 GADRE = Law(
     name="gadre",

@@ -4,34 +4,21 @@ reason.
 Nothing is dropped silently: a row is either in `columns` or in `refused`, with its line in the file.
 """
 
-import csv
-import hashlib
-import json
 import math
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from scaling.fit.expressions import Expression, cell, number
 from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER
+from scaling.fit.selection import EVERYTHING, Selection, best_of_each, binned, checked, holds
+from scaling.fit.table_files import Refused, Rows, read_files
 
 LABELS = ("run", "group")  # columns that need not be numbers
 MAY_BE_ZERO = ("S2",)
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how a file in it begins
 UNITS = 3.0  # C over 6 N D beyond this factor is no other way to count FLOPs, but another unit
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row that takes no part in the fit."""
-
-    line: int  # in the file, from 1
-    reason: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +31,7 @@ class Table:
     lines: np.ndarray  # where each row stands in the file
     refused: tuple[Refused, ...]
     notes: tuple[str, ...] = ()
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # columns nobody asked for, as texts
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -52,152 +40,99 @@ class Table:
         """The table less the rows of these indices, which are then among `refused`."""
         keep = np.array([row not in reasons for row in range(len(self))], bool)
         refused = [Refused(int(self.lines[row]), reason) for row, reason in reasons.items()]
-        columns = {name: values[keep] for name, values in self.columns.items()}
+        columns, others = ({name: x[keep] for name, x in part.items()} for part in (self.columns, self.others))
         ordered = tuple(sorted((*self.refused, *refused), key=lambda row: row.line))
-        return replace(self, columns=columns, lines=self.lines[keep], refused=ordered)
+        return replace(self, columns=columns, others=others, lines=self.lines[keep], refused=ordered)
 
     def ordered(self) -> "Table":
         """The same rows in an order that does not depend on the file's, so that its order changes no digit."""
         order = np.lexsort([self.columns[name] for name in sorted(self.columns)])
-        columns = {name: values[order] for name, values in self.columns.items()}
-        return replace(self, columns=columns, lines=self.lines[order])
+        columns, others = ({name: x[order] for name, x in part.items()} for part in (self.columns, self.others))
+        return replace(self, columns=columns, others=others, lines=self.lines[order])
 
 
-def read_table(path: str | Path, names: dict[str, str]) -> Table:
-    """Reads the columns `names` maps letters to. Raises ValueError for a file or column that is not there.
+def read_table(
+    path: str | Path | Sequence[str | Path], names: dict[str, str], selection: Selection = EVERYTHING
+) -> Table:
+    """Reads what `names` maps letters to: columns, expressions over columns, or constants; from a file or several.
 
     Refuses rows cut short, values that are missing, not numbers, not finite or not above 0, and exact repetitions;
     then rows whose C, or whose N D among runs of one group, shows another unit. D follows from C and N where only
-    those are given.
+    those are given. Raises ValueError for a file or column that is not there.
     """
-    text, rows, refused = read_rows(path, set(names.values()))
-    there = list(dict.fromkeys(name for _, row in rows for name in row))
-    for letter, name in names.items():
-        if name not in there:
-            raise ValueError(f"{path} has no column {name} (for {letter}); there are: {', '.join(there)[:500]}")
-    kept, seen = [], {}
+    read = read_files(path, set(names.values()))
+    sources = {letter: _source(name, letter, read) for letter, name in names.items()}
+    rows, notes = _filtered(read, selection)
+    marked = None if selection.marked is None else checked(selection.marked, read.names, "--outliers", read.path)
+    kept, seen, refused = [], {}, list(read.refused)
     for line, row in rows:
-        values, reason = _values(row, names)
+        values, reason = _values(row, names, sources)
         reason = row.get("fault") or reason  # what `collect` found wrong with the run
+        if reason is None and marked and holds(marked, row):
+            reason = f"marked as an outlier by {selection.marked}"
         key = tuple(values.items())
         if reason is None and key in seen:
             reason = f"repeats line {seen[key]}: the same run twice?"
         if reason is None:
-            kept.append((line, values))
+            kept.append((line, row, values))
             seen[key] = line
         else:
             refused.append(Refused(line, reason))
     if not kept:
-        raise ValueError(f"{path}: every row is refused; {refused[0]}")
-    columns = {letter: np.array([values[letter] for _, values in kept]) for letter in names}
+        raise ValueError(f"{read.path}: every row is refused; {refused[0]}")
+    columns = {letter: np.array([values[letter] for *_, values in kept]) for letter in names}
+    used = {name for source in sources.values() if isinstance(source, Expression) for name in source.names}
+    others = {
+        name: np.array(["" if row.get(name) is None else str(row[name]) for _, row, _ in kept])
+        for name in read.names
+        if name not in used
+    }
     ordered = tuple(sorted(refused, key=lambda row: row.line))
-    lines = np.array([line for line, _ in kept])
-    table = Table(str(path), hashlib.sha256(Path(path).read_bytes()).hexdigest(), columns, lines, ordered, _notes(text))
-    return _with_compute(_in_one_unit(table))
+    lines = np.array([line for line, *_ in kept])
+    table = Table(read.path, read.digest, columns, lines, ordered, (*read.notes, *notes), others)
+    return _chosen(table, selection)
 
 
-def read_rows(path: str | Path, wanted: Iterable[str] = ()) -> tuple[str, list[tuple[int, dict]], list[Refused]]:
-    """A table's text, its rows as they stand there, with their lines, and lines that are no rows.
-
-    Raises ValueError where there is no file or no row, and for a `wanted` column that stands there twice.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    content = path.read_bytes()
-    text = content.decode("utf-16" if content[:2] in UTF16 else "utf-8-sig", errors="replace")
-    if "\0" in text[:1000] or text.count("\ufffd") > len(text) // 10:
-        raise ValueError(f"{path} is not text: a table is CSV, JSON lines or a JSON list")
-    json_like = text.lstrip()[:1] in ("{", "[")
-    rows, refused = _json_rows(text) if json_like else _csv_rows(text, set(wanted))
-    if not rows:
-        raise ValueError(f"{path} holds no rows" + (f": every line is refused; {refused[0]}" if refused else ""))
-    return text, rows, refused
-
-
-def _csv_rows(text: str, wanted: set[str]) -> tuple[list[tuple[int, dict]], list[Refused]]:
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
-        return [], []
-    records = _records(lines, delimiter=max(",\t;", key=first.count))
-    header = [name.strip() for name in records[0][1]]
-    twice = [name for name, count in Counter(header).items() if count > 1 and name in wanted]
-    if twice:
-        raise ValueError(f"column {twice[0]} stands {header.count(twice[0])} times in the first line")
-    rows, refused = [], []
-    for line, fields in records[1:]:
-        if len(fields) != len(header):
-            cut = "cut short? " if len(fields) < len(header) else ""
-            refused.append(Refused(line, f"{cut}{len(fields)} fields of {len(header)}"))
-        else:
-            rows.append((line, dict(zip(header, (field.strip() for field in fields), strict=True))))
-    if rows and not text.endswith(("\n", "\r")) and rows[-1][0] == len(lines) and _shortest(rows):
-        refused.append(Refused(rows.pop()[0], "cut short? no line end, and its last value is shorter than any other"))
-    return rows, refused
-
-
-def _records(lines: list[str], delimiter: str) -> list[tuple[int, list[str]]]:
-    """Fields that are not all empty, by the line they end on.
-
-    Quoted text may hold line ends. A quote that nobody closed takes its own line only: read on, it would swallow the
-    rows below.
-    """
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter)
-    records, before, swallowed = [], 0, False
+def _source(name: str, letter: str, read: Rows) -> Expression | float:
+    """What a column option says: a column, a constant or an expression."""
+    if name not in read.names:
+        try:
+            return number(name)
+        except ValueError:
+            pass
     try:
-        for fields in reader:
-            if any(field.strip() for field in fields):
-                records.append((reader.line_num, fields))
-                swallowed |= reader.line_num > before + 1 and len(fields) != len(records[0][1])
-            before = reader.line_num
-        if swallowed:
-            apart = [next(csv.reader([one], delimiter=delimiter), []) for one in lines]
-            return [(line, one) for line, one in enumerate(apart, start=1) if any(field.strip() for field in one)]
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num} does not parse as CSV: {error}") from None
-    return records
+        return checked(name, read.names, letter, read.path)
+    except ValueError as error:
+        if "is not an expression" not in str(error):
+            raise
+        there = ", ".join(read.names)[:500]
+        raise ValueError(f"{read.path} has no column {name} (for {letter}); there are: {there}") from None
 
 
-def _shortest(rows: list[tuple[int, dict]]) -> bool:
-    """Whether the last row's last value has fewer characters than that of every other row."""
-    *others, last = [len(list(row.values())[-1]) for _, row in rows]
-    return bool(others) and last < min(others)
+def _filtered(read: Rows, selection: Selection) -> tuple[list[tuple[int, dict]], list[str]]:
+    """The rows that the filter lets through, and how many it does not. Raises ValueError where none is left."""
+    if selection.where is None:
+        return read.rows, []
+    condition = checked(selection.where, read.names, "--where", read.path)
+    rows = [(line, row) for line, row in read.rows if holds(condition, row)]
+    if not rows:
+        raise ValueError(f"--where {selection.where!r} holds for none of the {len(read.rows)} rows of {read.path}")
+    return rows, [f"--where {selection.where} leaves {len(rows)} of {len(read.rows)} rows"]
 
 
-def _json_rows(text: str) -> tuple[list[tuple[int, dict]], list[Refused]]:
-    if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), start=1))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"a JSON list that does not parse, cut short? {error}") from None
-        return [row for row in rows if isinstance(row[1], dict)], [
-            Refused(line, "not an object") for line, row in rows if not isinstance(row, dict)
-        ]
-    rows, refused = [], []
-    for line, one in enumerate(text.splitlines(), start=1):
-        if not one.strip():
-            continue
-        try:
-            row = json.loads(one)
-            if not isinstance(row, dict):
-                raise ValueError
-            rows.append((line, row))
-        except (ValueError, RecursionError):
-            refused.append(Refused(line, "cut short? not a JSON object"))
-    return rows, refused
-
-
-def _values(row: dict, names: dict[str, str]) -> tuple[dict, str | None]:
+def _values(row: dict, names: dict[str, str], sources: dict[str, Expression | float]) -> tuple[dict, str | None]:
     """The row's values by letter, and why it is refused."""
     values = {}
     for letter, name in names.items():
-        raw = row.get(name)
+        try:
+            raw = _raw(row, sources[letter])
+        except ValueError as error:
+            return values, str(error)
         if letter in LABELS:
             values[letter] = "" if raw is None else str(raw)
             continue
         try:
-            value = float("true" if isinstance(raw, bool) else raw)
+            value = number(raw)
         except (TypeError, ValueError, OverflowError):
             return values, f"{name} is missing" if raw in (None, "") else f"{name} is {raw!r:.40}, not a number"
         if not math.isfinite(value):
@@ -208,9 +143,37 @@ def _values(row: dict, names: dict[str, str]) -> tuple[dict, str | None]:
     return values, None
 
 
-def _notes(text: str) -> tuple[str, ...]:
-    whole = text.endswith(("\n", "\r")) or text.rstrip().endswith("]")  # a JSON list that parses is whole
-    return () if whole else ("the file does not end with a line end: was it cut short?",)
+def _raw(row: dict, source: Expression | float) -> object:
+    """A row's value as it stands there, or worked out from others. Raises ValueError where an expression has none."""
+    if not isinstance(source, Expression):
+        return source
+    if source.alone:
+        return row.get(source.names[0])
+    for name in source.names:
+        if row.get(name) in (None, ""):
+            raise ValueError(f"{name} is missing")
+    return source({name: cell(row[name]) for name in source.names})
+
+
+def _chosen(table: Table, selection: Selection) -> Table:
+    """Budgets in bins, units checked, the best of each size."""
+    if selection.bins is not None:
+        table = _with_bins(table, selection.bins)
+    table = _with_compute(_in_one_unit(table))
+    return table.without(best_of_each(table.columns, table.lines)) if selection.best else table
+
+
+def _with_bins(table: Table, width: float) -> Table:
+    if "group" in table.columns:
+        try:
+            values = np.array([number(label) for label in table.columns["group"]])
+        except ValueError:
+            raise ValueError("--group-width needs numbers in --group, or C, or N and D") from None
+    elif "C" in (derived := _with_compute(table).columns):  # units are looked at later, and need the C of the file
+        values = derived["C"]
+    else:
+        raise ValueError("--group-width bins budgets: it needs --group, --c, or --n and --d")
+    return replace(table, columns={**table.columns, "group": binned(values, width)})
 
 
 def _in_one_unit(table: Table) -> Table:

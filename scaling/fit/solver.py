@@ -33,10 +33,14 @@ LENGTHS = (2.0, 1.0, 0.5, 0.2, 0.06)  # of a step that are tried: where a run cr
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the sum over runs of a loss of residuals, log loss predicted less log loss measured."""
+    """What is minimised: the sum over runs of a loss of residuals, log loss predicted less log loss measured.
+
+    With `linear` residuals are losses predicted less losses measured: high losses then count for more.
+    """
 
     kind: str = "huber"  # huber | l1 | mse
     delta: float = 1e-3  # huber: residuals beyond it count linearly
+    linear: bool = False  # residuals are of the loss itself, not of its log
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -80,6 +84,7 @@ class Problem(NamedTuple):
     which: np.ndarray = np.zeros((), int)
     target: np.ndarray = np.zeros(())
     pull: np.ndarray = np.zeros(())
+    weights: np.ndarray = np.ones(())  # [runs] or one for all, of the runs in this fit, times those of `Runs`
 
 
 class Solution(NamedTuple):
@@ -99,7 +104,8 @@ class _State(NamedTuple):
 
 def solve(law: Law, runs: Runs, problems: Problem) -> Solution:
     """Solves many problems; every field of `problems` has a leading dim, or is one value for all. Numpy in and out."""
-    dims = Problem(1, 1, 0, 0, 0, 0)
+    dims = Problem(1, 1, 0, 0, 0, 0, 1)
+    problems = problems._replace(weights=problems.weights * np.ones(len(runs.weights)))
     count = max(len(x) if np.ndim(x) > dim else 1 for x, dim in zip(problems, dims, strict=True))
     spare = -len(runs.weights) % RUNS
     filled = lambda x, axis: np.concatenate([x, np.take(x, [0] * spare, axis=axis)], axis=axis)
@@ -108,8 +114,8 @@ def solve(law: Law, runs: Runs, problems: Problem) -> Solution:
     rows = [
         np.broadcast_to(x, (count, *np.shape(x)[np.ndim(x) - dim :])) for x, dim in zip(problems, dims, strict=True)
     ]
-    rows[1] = filled(rows[1], 1)
-    types = Problem(float, float, float, np.int32, float, float)
+    rows[1], rows[6] = filled(rows[1], 1), filled(rows[6], 1)
+    types = Problem(float, float, float, np.int32, float, float, float)
 
     def call(begin: int) -> Solution:
         picked = np.minimum(np.arange(begin, begin + CHUNK), count - 1)
@@ -140,8 +146,15 @@ def quantities(law: Law, theta: jax.Array, centre: jax.Array, budget: jax.Array)
     return jnp.concatenate([natural, jnp.stack([slope[0], best[0], best[1], best[1] - best[0], log_loss])])
 
 
+def residuals_of(law: Law, log_predicted: jax.Array, log_loss: jax.Array) -> jax.Array:
+    """What the objective sees: differences of log losses, or of losses for a law that is fitted so."""
+    if law.linear:
+        return jnp.exp(log_predicted) - jnp.exp(log_loss)
+    return log_predicted - log_loss
+
+
 def _residuals(law: Law, runs: Runs, problem: Problem, theta: jax.Array) -> jax.Array:
-    return law.log_loss(theta, runs.features, runs.centre) - problem.log_loss
+    return residuals_of(law, law.log_loss(theta, runs.features, runs.centre), problem.log_loss)
 
 
 def _off_target(law: Law, runs: Runs, problem: Problem, theta: jax.Array) -> jax.Array:
@@ -149,7 +162,7 @@ def _off_target(law: Law, runs: Runs, problem: Problem, theta: jax.Array) -> jax
 
 
 def _objective(law: Law, runs: Runs, problem: Problem, width: jax.Array, theta: jax.Array) -> jax.Array:
-    fit = jnp.sum(runs.weights * huber(_residuals(law, runs, problem, theta), width))
+    fit = jnp.sum(runs.weights * problem.weights * huber(_residuals(law, runs, problem, theta), width))
     return fit + problem.pull * _off_target(law, runs, problem, theta) ** 2 / 2
 
 
@@ -160,8 +173,9 @@ def _directions(law: Law, runs: Runs, problem: Problem, state: _State) -> tuple[
     size, jacobian, curvature = _expand(values, state.theta)
     off, slope, bend = _expand(gap, state.theta)
     width, scale = state.width, jnp.minimum(state.width, 1.0)
-    inside = runs.weights / scale * (jnp.abs(size) <= width)
-    bounding = runs.weights / scale * jnp.minimum(1.0, width / jnp.maximum(jnp.abs(size), 1e-300))
+    weights = runs.weights * problem.weights
+    inside = weights / scale * (jnp.abs(size) <= width)
+    bounding = weights / scale * jnp.minimum(1.0, width / jnp.maximum(jnp.abs(size), 1e-300))
     gradient = jacobian.T @ (bounding * size) + problem.pull * off * slope
     pulled = problem.pull * jnp.outer(slope, slope)
     newton = (jacobian.T * inside) @ jacobian + jnp.tensordot(bounding * size, curvature, 1)
@@ -188,7 +202,7 @@ def _advance(law: Law, runs: Runs, problem: Problem, state: _State) -> _State:
     before, after = values[0], jnp.where(jnp.isfinite(values[1:]), values[1:], jnp.inf)
     chosen = jnp.argmin(after)
     better = after[chosen] < before
-    nothing_left = before <= ROUNDING * jnp.sum(runs.weights) / jnp.minimum(state.width, 1.0)
+    nothing_left = before <= ROUNDING * jnp.sum(runs.weights * problem.weights) / jnp.minimum(state.width, 1.0)
     promise = jnp.abs(steps[0] @ gradient)
     # A stage ends when no step helps any more, or when what remains to gain is next to nothing.
     settled = (promise <= 1e-14 * before) | nothing_left | (~better & (state.damping > 1e6))
@@ -207,12 +221,13 @@ def _advance(law: Law, runs: Runs, problem: Problem, state: _State) -> _State:
 
 def _solve_one(law: Law, runs: Runs, problem: Problem) -> Solution:
     size = jnp.abs(_residuals(law, runs, problem, problem.theta))
-    size = jnp.sum(jnp.where(jnp.isfinite(size), size, 1.0) * runs.weights) / jnp.sum(runs.weights)
+    weights = runs.weights * problem.weights
+    size = jnp.sum(jnp.where(jnp.isfinite(size), size, 1.0) * weights) / jnp.sum(weights)
     first = jnp.maximum(size, problem.width)
     start = _State(problem.theta, jnp.float64(1e-3), first, jnp.int32(0), jnp.bool_(False))
     going = lambda state: ~state.done & (state.step < STEPS)
     end = jax.lax.while_loop(going, partial(_advance, law, runs, problem), start)
-    value = jnp.sum(runs.weights * huber(_residuals(law, runs, problem, end.theta), problem.width))
+    value = jnp.sum(weights * huber(_residuals(law, runs, problem, end.theta), problem.width))
     scores = quantities(law, end.theta, runs.centre, runs.budget)
     return Solution(end.theta, jnp.where(jnp.isfinite(value), value, jnp.inf), scores, end.done)
 

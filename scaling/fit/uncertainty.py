@@ -3,13 +3,10 @@
 A profile is the least objective when one quantity is held at a value. Its rise over the minimum, times (runs -
 parameters) over the minimum, is F: for squares and normal noise it follows an F distribution whatever the law's
 curvature, because it does not depend on how the law is parametrised. An interval is where F stays below a threshold.
-For Huber and L1 the threshold is not known in closed form, so it is measured: new losses are drawn around the fitted
-surface, the law is fitted to each with and without the quantity held at its fitted value, and the quantile of F over
-these draws is the threshold. Percentiles of a bootstrap are not used: with 20 to 60 runs they miss the truth too
-often.
-
-Draws keep each run's sizes, as a sweep's design is chosen and not random, and resample the runs' residuals: those of an
-efficient robust fit, widened for the parameters that the fit has spent, smoothed by a normal kernel.
+For other objectives and errors the threshold is not known in closed form, so it is measured: new data are drawn as
+scaling.fit.resampling says, the law is fitted to each with and without the quantity held at its fitted value, and the
+quantile of F over these draws is the threshold. Percentiles of a bootstrap are not used: with 20 to 60 runs they miss
+the truth too often.
 """
 
 from dataclasses import dataclass, replace
@@ -20,17 +17,19 @@ import numpy as np
 from scipy.special import stdtrit
 
 from scaling.fit.law_fit import Fit
+from scaling.fit.resampling import Draws, chosen_kind, draw, widened
 from scaling.fit.solver import Problem, quantities, solve
 
 LEVELS = (0.95, 0.8)
 CALIBRATION = 1000  # draws that thresholds are measured on: their own error is then 0.7% of coverage
-EFFICIENT = 1.345  # Huber's delta over the residuals' size: 95% efficient for normal noise
-SMOOTHING = 0.5  # the normal kernel's width over the residuals' size
+FEW = 8  # degrees of freedom below which no threshold is under the F distribution's for squares
 LADDER = (0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 10, 20, 50, 200, 1000)  # steps along a profile, in bootstrap deviations
 FARTHEST = 40.0  # along the log of a quantity: 17 powers of ten are as good as 0 or infinity
 CLOSER = 4  # rounds that narrow a crossing down
 CURVE = (0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4, 6, 10)
 PULL = 1e4
+STILL = 1e-12  # a quantity that moves by less in every draw follows from what is fixed or tied,
+GIVEN = 1e-16  # which this spread stands for: its interval is its value
 
 
 @dataclass(frozen=True)
@@ -43,46 +42,38 @@ class Uncertainty:
     thresholds: dict[float, np.ndarray]  # level -> [quantities], of F
     failed: int  # draws whose fit did not converge
     noise: float  # size of the residuals' noise, as a share of the loss
+    kind: str  # what was drawn: residuals, cases or runs
+    independent: int  # how many of them
 
 
-def robust_size(residuals: np.ndarray, spent: int) -> float:
-    """Standard deviation by the median of absolute residuals, widened for `spent` parameters."""
-    n = len(residuals)
-    return float(1.4826 * np.median(np.abs(residuals)) * np.sqrt(n / max(n - spent, 1)))
-
-
-def noise_residuals(fit: Fit) -> np.ndarray:
-    """Residuals that stand for the noise: of a robust fit that is nearly as efficient as squares, widened."""
-    size = max(robust_size(fit.residuals, len(fit.theta)), 1e-12)
-    theta = solve(fit.law, fit.runs, Problem(fit.theta, fit.log_loss, EFFICIENT * size)).theta[0]
-    residuals = replace(fit, theta=theta).log_surface - fit.log_loss
-    return residuals * np.sqrt(len(residuals) / max(fit.degrees_of_freedom, 1))
-
-
-def bootstrap(fit: Fit, draws: int, seed: int = 0) -> Uncertainty:
-    """Intervals from `draws` refits. Deterministic in `seed`. Raises ValueError where no degree of freedom is left."""
+def bootstrap(
+    fit: Fit, draws: int, seed: int = 0, kind: str | None = None, runs: np.ndarray | None = None
+) -> Uncertainty:
+    """Intervals from `draws` refits; deterministic in `seed`. `kind` is one of resampling.KINDS, by the table's form
+    unless said; `runs` labels the run that each row is a point of."""
     if draws < 100:
         raise ValueError(f"{draws} bootstrap draws cannot tell a 95% interval; use 100 or more, 4000 for publication")
-    if fit.degrees_of_freedom < 2:
-        raise ValueError(
-            f"{len(fit.log_loss)} runs for {len(fit.theta)} parameters leave {fit.degrees_of_freedom} degrees of"
-            " freedom; intervals need 2"
-        )
-    noise = noise_residuals(fit)
-    size = float(np.sqrt(np.mean(noise**2)))
-    rng = np.random.default_rng(seed)
-    picked = rng.choice(noise, (draws, len(noise)))
-    drawn = (picked + SMOOTHING * size * rng.standard_normal(picked.shape)) / np.sqrt(1 + SMOOTHING**2)
-    log_losses = fit.log_loss + fit.residuals + drawn
-    free = solve(fit.law, fit.runs, Problem(fit.theta, log_losses, fit.objective.width))
+    drawn = draw(fit, draws, seed, kind or chosen_kind(fit, runs), runs)
+    free = solve(fit.law, fit.runs, Problem(fit.theta, drawn.log_losses, fit.objective.width, weights=drawn.weights))
     spread = _spread(free.scores, fit.scores)
     held = min(draws, CALIBRATION)
-    statistic = _held_statistic(fit, log_losses[:held], free.value[:held], free.scores[:held], spread)
-    squares = {level: stdtrit(fit.degrees_of_freedom, (1 + level) / 2) ** 2 for level in LEVELS}
-    least = squares if fit.objective.kind == "mse" else dict.fromkeys(LEVELS, 0.0)
-    thresholds = {level: _thresholds(statistic, level, least[level]) for level in LEVELS}
+    statistic = _held_statistic(fit, drawn, free.value[:held], free.scores[:held], spread)
+    thresholds = {level: _thresholds(statistic, level, _least_threshold(fit, drawn, level)) for level in LEVELS}
+    if drawn.kind != "residuals":
+        wider = {level: widened(level, drawn.independent, len(fit.theta)) for level in LEVELS}
+        thresholds = {level: threshold * wider[level] for level, threshold in thresholds.items()}
     intervals = profile_intervals(fit, spread, thresholds)
-    return Uncertainty(free.scores, free.theta, intervals, thresholds, int(np.sum(~free.converged)), size)
+    failed = int(np.sum(~free.converged))
+    return Uncertainty(
+        free.scores, free.theta, intervals, thresholds, failed, drawn.size, drawn.kind, drawn.independent
+    )
+
+
+def _least_threshold(fit: Fit, drawn: Draws, level: float) -> float:
+    """The F distribution's, where squares or few degrees of freedom make it the better guide; else 0."""
+    if fit.objective.kind == "mse" or fit.degrees_of_freedom < FEW:
+        return float(stdtrit(max(fit.degrees_of_freedom, 1), (1 + level) / 2) ** 2)
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -148,13 +139,15 @@ def profile_intervals(fit: Fit, spread: np.ndarray, thresholds: dict[float, np.n
         return near + np.clip(np.where(np.isfinite(far), share, 0), 0, 1) * np.where(np.isfinite(far), far - near, 0)
 
     for reach in LADDER:
-        if np.all(np.isfinite(far)):
+        if np.all(np.isfinite(far) | _given(fit, steps, which)):
             break
         advance(np.where(np.isfinite(far), crossing(), np.minimum(reach * steps, most)))
     for _ in range(CLOSER):
         gap = np.where(np.isfinite(far), far - near, 0)
         advance(np.clip(crossing(), near + 0.1 * gap, near + 0.9 * gap))
-    ends = np.where(np.isfinite(far), scores + signs * crossing(), signs * np.inf).reshape(levels, count, 2)
+    given = _given(fit, steps, which)
+    gone = np.where(given, 0, np.where(np.isfinite(far), crossing(), np.inf))
+    ends = (scores + signs * gone).reshape(levels, count, 2)
     ends = np.where(fit.logged[:, None], np.exp(np.where(fit.logged[:, None], ends, 0)), ends)
     return dict(zip(thresholds, ends, strict=True))
 
@@ -176,8 +169,15 @@ def _scores(fit: Fit, thetas: np.ndarray) -> np.ndarray:
 
 
 def _spread(scores: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Robust standard deviation of each quantity over draws."""
-    return np.maximum(1.4826 * np.nanmedian(np.abs(scores - fitted), axis=0), 1e-15)
+    """Robust standard deviation of each quantity over draws; `GIVEN` for one that never moves."""
+    moved = np.abs(scores - fitted)
+    spread = np.maximum(1.4826 * np.nanmedian(moved, axis=0), 10 * GIVEN)
+    return np.where(np.nanmax(moved, axis=0) <= STILL, GIVEN, spread)
+
+
+def _given(fit: Fit, steps: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Derived quantities that never move. A parameter that does not is one that no run depends on: it is open."""
+    return (steps <= GIVEN) & (which >= len(fit.law.parameters))
 
 
 def _least(fit: Fit) -> float:
@@ -204,14 +204,15 @@ def _miss(fitted: np.ndarray, free: np.ndarray, reached: np.ndarray) -> np.ndarr
     return np.where(gone == 0, 1, (whole / np.where(gone == 0, 1, gone)) ** 2).clip(0.25, 4)
 
 
-def _held_statistic(fit: Fit, log_losses, free_value, free_scores, spread) -> np.ndarray:
+def _held_statistic(fit: Fit, drawn: Draws, free_value, free_scores, spread) -> np.ndarray:
     """[draws, quantities]: F of each draw's fit with the quantity held at its fitted value."""
     draws, count = free_scores.shape
     which = np.tile(np.arange(count), draws)
     pull = PULL * _least(fit) / fit.degrees_of_freedom / spread**2
-    repeated = np.repeat(log_losses, count, axis=0)
-    problem = Problem(fit.theta, repeated, fit.objective.width, which, fit.scores[which], pull[which])
-    found = solve(fit.law, fit.runs, problem)
+    repeat = lambda values, dims: np.repeat(values[:draws], count, axis=0) if np.ndim(values) > dims else values
+    log_losses, weights = repeat(drawn.log_losses, 1), repeat(drawn.weights, 1)
+    held = (which, fit.scores[which], pull[which], weights)
+    found = solve(fit.law, fit.runs, Problem(fit.theta, log_losses, fit.objective.width, *held))
     reached = found.scores[np.arange(len(which)), which].reshape(draws, count)
     statistic = _statistic(found.value.reshape(draws, count), free_value[:, None], fit.degrees_of_freedom)
     return statistic * _miss(fit.scores, free_scores, reached)

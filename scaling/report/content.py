@@ -15,7 +15,8 @@ from scipy.special import stdtrit
 from scaling.fit.analysis import FitRequest, analyse
 from scaling.fit.isoflop import LEVEL
 from scaling.fit.laws import Law, predict
-from scaling.fit.runs_table import Table, read_rows, read_table
+from scaling.fit.runs_table import Table, read_table
+from scaling.fit.table_files import read_rows
 
 RESULTS, SWEEP = "results.jsonl", "sweep.yaml"
 AS_COLLECTED = {"N": "parameters", "D": "tokens", "C": "flops", "loss": "loss", "group": "group", "run": "run"}
@@ -225,8 +226,6 @@ def warnings(report: dict, used: Table) -> list[str]:
         said.append(f"the budget lies {head['beyond']:.3g} times beyond the largest run: bands suppose the law to hold")
     if result["bootstrap"] is None:
         said.append("there was no bootstrap, so there are neither intervals nor bands")
-    if "run" in used.columns and len(set(used.columns["run"])) < len(used):
-        said.append("rows are points along runs, which are not independent: intervals are too narrow")
     if noise and noise["residuals_over_spread"] and noise["residuals_over_spread"] > TOO_LARGE:
         ratio = noise["residuals_over_spread"]
         said.append(f"residuals are {ratio:.3g} times the spread of seeds: more than noise, the law misses something")

@@ -1,6 +1,5 @@
 """What a search has found: rows for results.jsonl, a table, the importance of each parameter, a picture."""
 
-import json
 import os
 import shlex
 import warnings
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling.search.study import Search, outcome, reason
+from scaling.strict_json import dumps
 
 SHOWN = 10  # trials in the table
 LEAST = 6  # complete trials below which importances are noise and are not told
@@ -36,7 +36,7 @@ def rows(search: Search) -> list[dict]:
 def write_rows(search: Search, path: Path) -> None:
     """Replaces results.jsonl at once."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows(search)))
+    temporary.write_text("".join(dumps(row) + "\n" for row in rows(search)))
     os.replace(temporary, path)
 
 

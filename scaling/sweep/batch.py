@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from runtime.exit_codes import DONE, MISTAKE
 from runtime.locks import Locked, acquire
+from scaling.strict_json import dumps
 from scaling.sweep.provenance import code_digest, cores, machine
 from scaling.sweep.run_directories import FINAL, IN_USE, STOPPED, append, last_line
 
@@ -58,7 +59,7 @@ class Batch:
         """Writes the batch, then notes in each run's directory that it is about to be submitted."""
         self.folder.mkdir(parents=True)
         values = {"launcher": self.launcher, "settings": self.settings, "jobs": [asdict(job) for job in self.jobs]}
-        (self.folder / BATCH).write_text(json.dumps(values, indent=1))
+        (self.folder / BATCH).write_text(dumps(values, indent=1))
         for index, job in enumerate(self.jobs):
             append(Path(job.directory), queued=time.time(), batch=str(self.folder), index=index)
 

@@ -4,7 +4,6 @@ A row either has a `loss`, or a `fault` that says why it has none: nothing fault
 fitted by accident. `loss_seen` keeps what a faulty run ended with.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ import yaml
 from model.config import ModelConfig, RopeScaling
 from model.counts import flops_per_token, parameter_count
 from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER
+from scaling.strict_json import dumps
 from scaling.sweep.run import PROBES, Planned, config_digest
 from scaling.sweep.run_directories import ATTEMPTS, fault_of, read_lines
 from scaling.sweep.wandb_files import read_offline
@@ -266,5 +266,5 @@ def write(rows: list[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     kept = [{k: v for k, v in row.items() if v is not None or k == "loss"} for row in rows]
-    temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    temporary.write_text("".join(dumps(row) + "\n" for row in kept))
     os.replace(temporary, path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.exit_codes import DONE, FAULT, INTERRUPTED, MISTAKE, PREEMPTED
 from runtime.locks import is_locked
+from scaling.strict_json import dumps
 from tracking.metrics_file import NONFINITE
 
 ATTEMPTS = "attempts.jsonl"
@@ -51,7 +52,7 @@ def append(directory: Path, **event) -> None:
     """Adds one line to the attempts of a run."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(event) + "\n")
+        file.write(dumps(event) + "\n")
 
 
 def held(directory: Path, lock: str = ".lock") -> bool:

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from model.layers import dropout
 from model.transformer import REMAT_POLICIES
 from training.config import TrainConfig
-from training.step import batch_losses
+from training.step import hidden, loss_sums
 
 BASE = {"window": 4, "window_pattern": "LG", "norm_position": "both", "tied_embeddings": False}
 WAYS = [("none", False), *((policy, True) for policy in REMAT_POLICIES), ("full", False)]
@@ -57,7 +57,7 @@ def _equations(jaxpr):
 def bfloat16_losses(model, tokens_BT):
     config = TrainConfig(compute_dtype="bfloat16", loss_chunk=4)
     batch = {"tokens_BT": tokens_BT, "targets_BT": tokens_BT, "mask_BT": jnp.ones(tokens_BT.shape)}
-    return lambda params: batch_losses(model.description, config, params, batch)
+    return lambda params: loss_sums(config, batch, *hidden(model.description, config, params, batch))
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

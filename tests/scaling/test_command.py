@@ -1,5 +1,6 @@
 """python -m scaling fit: numbers, diagnostics and JSON from a table; mistakes in one line with code 2."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -65,8 +66,14 @@ def test_everything_of_one_table(tmp_path):
     assert result["approaches"]["isoflop"]["exponent"] == pytest.approx(EXPONENT, abs=0.1)
     assert result["holdout"]["median_absolute_error"] < 0.02
     assert len(result["holdout"]["runs"]) == 6
+    inside = result["holdout"]["runs"][0]["run95"]
+    assert inside[0] < result["holdout"]["runs"][0]["predicted"] < inside[1]
+    assert f"{inside[0]:.4g} to {inside[1]:.4g}" in done.stdout
     for words in ("starts reach it", "1e+21 FLOPs", "held out above", "slice 1e+20 refused", "outlier line 5"):
         assert words in done.stdout
+
+
+FIT = ("fit", "TABLE", "--n", "N", "--d", "tokens", "--loss", "nats")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,17 @@ def test_everything_of_one_table(tmp_path):
         (("fit", "TABLE", "--n", "N", "--d", "tokens", "--loss", "nats", "--huber", "0"), "delta 0.0 must be above 0"),
         (("fit", "nowhere.csv", "--n", "N", "--d", "D", "--loss", "nats"), "nowhere.csv is not a file"),
         (("fit", "TABLE", "--law", "kepler", "--loss", "nats"), "invalid choice: 'kepler'"),
+        (("fit", "TABLE", "--law", "E + A / N.a", "--loss", "nats"), "Attribute is not allowed"),
+        ((*FIT, "--where", "N >"), "'N >' is not an expression"),
+        ((*FIT, "--where", "__import__('os')"), "Call is not allowed"),
+        ((*FIT, "--fix", "gamma=1"), "the law hoffmann has E, A, B, alpha, beta"),
+        ((*FIT, "--tie", "beta"), "--tie beta must be NAME=VALUE"),
+        ((*FIT, "--resample", "runs", "--bootstrap", "100"), "needs --run"),
+        ((*FIT, "--bootstrap", "50"), "50 bootstrap draws cannot tell"),
+        (("predict", *FIT[1:]), "required: --at"),
+        (("predict", *FIT[1:], "--at", "N=1e9"), "a prediction at N=1e+09 needs D too"),
+        (("predict", *FIT[1:], "--at", "N=1e9,D=0"), "--at D=0 must be above 0"),
+        (("predict", *FIT[1:], "--at", "N=1e9,D=x"), "x is not a number"),
     ],
 )
 def test_mistakes(tmp_path, arguments, message, capsys, monkeypatch):
@@ -92,6 +110,39 @@ def test_mistakes(tmp_path, arguments, message, capsys, monkeypatch):
     assert ended.value.code == 2
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_somebodys_table_and_a_prediction(tmp_path):
+    """Expressions, a filter, a law of one's own with a fixed parameter, two files of which one is packed: the JSON and
+    the terminal agree, and the interval holds the law's loss."""
+    header, *lines = isoflop_table(tmp_path / "runs.csv", noise=0.001).read_text().splitlines()
+    lines = [line for line in lines if "1e+20" not in line]
+    (tmp_path / "a.csv").write_text("# by hand\n" + "\n".join([header, *lines[:12]]) + "\n")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(("\n".join([header, *lines[12:]]) + "\n").encode()))
+    out = tmp_path / "out.json"
+    done = command(
+        *(
+            "predict",
+            tmp_path / "a.csv",
+            tmp_path / "b.csv.gz",
+            "--law",
+            "E + A / N^a + B / D^b",
+            "--fix",
+            "E=1.8172",
+            "--objective",
+            "mse",
+        ),
+        *("--n", "N*1", "--d", "tokens", "--loss", "nats", "--where", "nats > 0", "--bootstrap", "100", "--json", out),
+        *("--at", "N=10B,C=1.2e22"),
+    )
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(out.read_text())["predictions"]
+    truth = float(predict(HOFFMANN, TRUTH, {"N": 1e10, "D": 2e11}))
+    assert [one["N"], one["D"]] == [1e10, 2e11]
+    assert one["interval95"][0] < truth < one["interval95"][1]
+    assert one["run95"][0] < one["interval95"][0] < one["interval80"][0] < one["loss"]
+    for words in ("E = 1.8172", f"{one['loss']:.5g}", f"{one['run95'][0]:.4g} to {one['run95'][1]:.4g}"):
+        assert words in done.stdout
 
 
 def test_envelope_of_training_curves():

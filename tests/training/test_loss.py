@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model.heads import NO_TOKEN, VocabularyRows
-from training.loss import LossSums, Seen, chunked_losses
+from training.loss import LossSums, PartialSoftmax, chunked_losses
 
 B, T, D, V = 3, 12, 5, 24
 PADDING = 2  # rows of the table that are no token
@@ -81,10 +81,9 @@ def test_masked_tokens_do_not_count(inputs):
 
 def test_large_logits_stay_finite():
     """Also where the largest comes last, and where the first rows are padding alone."""
-    looks = [
-        Seen.of(jnp.array([[[z]]]), jnp.array([v]), jnp.array([[2]])) for v, z in enumerate([NO_TOKEN, -1e4, 0.0, 1e4])
-    ]
-    sums = sum(looks[1:], looks[0]).sums(jnp.ones((1, 1)))
+    part = lambda token, logit: PartialSoftmax.of(jnp.array([[[logit]]]), jnp.array([token]), jnp.array([[2]]))
+    parts = [part(token, logit) for token, logit in enumerate([NO_TOKEN, -1e4, 0.0, 1e4])]
+    sums = sum(parts[1:], parts[0]).losses().sums(jnp.ones((1, 1)))
     np.testing.assert_allclose(sums.nll, 1e4)
     assert sums.correct == 0
 
