@@ -48,23 +48,25 @@ def dispatch(
     `matrices` are stacked (E, in, out), their dims named by `dims` as in the tables of parallel.sharding; they may be
     split over `expert` and over `tensor`. `apply(matmul, rows, *matrices)` is an expert: elementwise but for `matmul`,
     linear at its end, so that its parts over `tensor` add up. `capacity`, if given, is the most assignments that an
-    expert has of one sequence: messages are then no longer than that. `implementation` is padded or ragged; by
-    default what the platform is fast at.
+    expert has of one sequence: messages are then no longer than that. `implementation` is padded, ragged or
+    `moved ragged` (multiplied as padded); by default what the platform is fast at.
     """
     tokens = layout(experts_BTJ.shape, "batch", "tokens", None)
     residual = layout(x_BTD.shape, "batch", "residual", "width")
     layouts = (residual, tokens, tokens, *(layout(m.shape, *names) for m, names in zip(matrices, dims, strict=True)))
     named = {axis for dims in layouts for axes in dims for axis in axes}
     manual = tuple(axis for axis in AXES if axis in named)
-    moves, multiplies = (
-        [implementation == "ragged"] * 2 if implementation else (platform() != "cpu", platform() == "tpu")
-    )
-    ways = {"moves_ragged": moves, "multiplies_ragged": multiplies}
+    way = implementation or _implementation()
+    ways = {"moves_ragged": way != "padded", "multiplies_ragged": way == "ragged"}
     body = partial(_local, manual, "tensor" in residual[1], matrices[0].shape[0], apply, capacity, **ways)
     if not manual:
         return body(x_BTD, experts_BTJ, weights_BTJ, *matrices)
     specs = tuple(PartitionSpec(*dims) for dims in layouts)
     return differentiable_map(body, specs, specs[0], manual)(x_BTD, experts_BTJ, weights_BTJ, *matrices)
+
+
+def _implementation() -> str:
+    return {"cpu": "padded", "gpu": "moved ragged"}.get(platform(), "ragged")
 
 
 def _local(
