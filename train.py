@@ -38,6 +38,7 @@ from data.tokenizer import Tokenizer
 from inference.generate import continuations
 from parallel.mesh import make_mesh
 from parallel.sharding import replicated
+from performance.fits import Room, memory_of
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
 from runtime.agreement import agreed, code_versions, require_same, require_shared
@@ -82,7 +83,9 @@ def train(config: Config, began: float) -> int:
 
 def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float) -> int:
     """The run, in a directory that no other process may enter meanwhile."""
-    t, primary = config.train, jax.process_index() == 0
+    primary = jax.process_index() == 0
+    t = replace(config.train, compute_dtype=agreed(lambda: compute_dtype(config, run)))
+    config = replace(config, train=t)
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
     require_shared(Path(config.checkpoint.dir or run.path))
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
@@ -97,13 +100,16 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ------------------------------------------------------------------------------------------------------- model
         job = make_job(config, mesh)
+        room = Room(job.abstract, memory_of(mesh.local_devices[0]), t, config.optimizer, mesh.shape)
+        room.check()
         # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
         ours = {"identity": identity(config), "data": dataset.digest}
         restored = restore(config, store, job, ours)
-        state, first, progress = beginning(job, config.seed, restored)
+        with room.told():
+            state, first, progress = beginning(job, config.seed, restored)
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
@@ -115,10 +121,13 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
-        step = job.compile(job.step, feed.batch(first))
-        compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
-        held_out = HeldOut(job.evaluate, feed.heldout, token_bytes_V)
+        batch = feed.batch(first)
+        held_out = HeldOut(job.evaluate_ahead(batch, token_bytes_V), feed.heldout, token_bytes_V)
+        with room.told():
+            step = job.compile(job.step, batch)
+        compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
+        room.check(memory)
 
         facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
@@ -226,6 +235,13 @@ def samples(job: Job, params: dict, tokenizer: Tokenizer, config: Config, consol
         return []
     console.samples(texts)
     return texts
+
+
+def compute_dtype(config: Config, run: RunDirectory) -> str:
+    """What train.compute_dtype=auto is for this run: what it began with, else what this platform is fast at."""
+    if config.train.compute_dtype == "auto" and run.holds_results():
+        return load_run(run.path).train.compute_dtype_on(jax.default_backend())
+    return config.train.compute_dtype_on(jax.default_backend())
 
 
 def claim(config: Config, run: RunDirectory) -> str:

@@ -1,4 +1,10 @@
-"""Training speed on NVIDIA GPUs beside PyTorch: python bench/gpu.py [--only gpt2_124m] [--quick] [--out FILE].
+"""Training on NVIDIA GPUs beside PyTorch: python bench/gpu.py --all --minutes 9 --torch-python PYTHON --out FILE.
+
+`--all` is for whoever has a GPU for some minutes: correctness first (bench/gpu_checks.py), then each work on both sides
+with the settings known to be best, and the dearest kernels of both; with several GPUs also fsdp, data and tensor. While
+one process runs, the next compiles, and nothing compiles while something is timed. Every line is on disk at once.
+
+Without `--all`, the best settings are searched: python bench/gpu.py [--only gpt2_124m] [--quick] [--out FILE].
 
 For each work, isomesh and its PyTorch twin (bench/torch_twin.py) first try a few batch sizes and remat policies, each
 in a process of its own, so that running out of memory costs one try only; then the fastest of each side run in turns
@@ -14,165 +20,33 @@ be the same. A work stops at its share of --minutes: give --only where a command
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from config import compose, layout
+from gpu_steps import WORKS, Try, overrides_of
+
+from config import compose
 from model.config import ModelConfig
 from model.counts import flops_per_token
 
 TWIN = Path(__file__).with_name("torch_twin.py")
+CHECKS = Path(__file__).with_name("gpu_checks.py")
+STEPS = Path(__file__).with_name("gpu_steps.py")
 DATA_SHEET = 989.4e12  # FLOP/s of an H100 or H200 SXM in bfloat16, dense
-COMMON = ("optimizer=adamw", "train.compute_dtype=bfloat16", "train.steps=1000", "mesh.fsdp=-1")
-EXPERTS = (
-    # 0.98e9 parameters, 0.23e9 of them active
-    *("model.width=1024", "model.heads=16", "model.kv_heads=8", "model.ffn=1024", "model.rope_scaling.kind=none"),
-    *("model.experts=16", "model.experts_per_token=2", "model.balance_loss=0.01"),
-)
-TINY = (
-    *("model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=2", "model.head_dim=16", "model.ffn=64"),
-    *("model.vocab_size=512", "model.vocab_multiple=64"),
-)
-
-
-@dataclass(frozen=True)
-class Try:
-    """Sequences a step and GPU, what is recomputed, and for isomesh further overrides."""
-
-    batch: int
-    remat: str = "none"
-    overrides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Work:
-    """A model to train, its marks in tokens/s, and what to try; the twin knows remat none and full."""
-
-    model: tuple[str, ...]
-    seq_len: int
-    mark: float | None
-    aim: float | None
-    ours: tuple[Try, ...]
-    twin: tuple[Try, ...]
-    twin_param_dtype: str = "float32"
-
-
-UNROLLED, LEAN = ("model.scan_layers=false",), ("optimizer.moment_dtype=bfloat16",)
-WORKS = {
-    "gpt2_124m": Work(
-        ("model=gpt2_124m",), 1024, 460e3, None,
-        ours=(Try(32, "none", UNROLLED), Try(64, "none", UNROLLED), Try(16, "none", UNROLLED), Try(32)),
-        twin=(Try(32), Try(64), Try(16)),
-    ),
-    "gpt2_1b5": Work(
-        ("model=gpt2_1b5",), 1024, 47e3, None,
-        ours=(Try(16), Try(16, "attention"), Try(32, "dots"), Try(8, "none", UNROLLED)),
-        twin=(Try(16), Try(8), Try(32, "full")),
-    ),
-    "llama3_8b": Work(
-        ("model=llama3_8b",), 8192, 6.7e3, 7.9e3,
-        ours=(Try(1, "full", LEAN), Try(1, "dots", LEAN), Try(2, "full", LEAN), Try(1, "attention", LEAN)),
-        twin=(Try(1, "full"), Try(2, "full"), Try(1)),
-        twin_param_dtype="bfloat16",  # 16 bytes a parameter, as float32 needs, leave no room for activations
-    ),
-    "moe_1b": Work(
-        ("model=llama_1b", *EXPERTS), 1024, None, None,
-        ours=(Try(16), Try(32, "attention"), Try(32)),
-        twin=(Try(16), Try(32)),
-    ),
-}  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------- a process of isomesh
-
-
-def overrides_of(work: Work, attempt: Try, devices: int, tiny: bool) -> list[str]:
-    """The config of a try of isomesh, as train.py takes it."""
-    sizes = (*TINY, f"train.seq_len={min(work.seq_len, 64)}") if tiny else (f"train.seq_len={work.seq_len}",)
-    batch = (f"train.batch_size={attempt.batch * devices}", f"train.remat={attempt.remat}")
-    return [*COMMON, *work.model, *sizes, *batch, *attempt.overrides]
-
-
-def train(given: dict) -> dict:
-    """Times steps on random tokens."""
-    import jax
-
-    from parallel.mesh import make_mesh
-    from parallel.sharding import put_batch
-    from runtime.config import RuntimeConfig
-    from runtime.start import start
-    from training.job import make_job
-    from training.parity import random_batch
-
-    start(RuntimeConfig(platform=given["platform"]))
-    devices = jax.devices()
-    attempt = Try(given["batch"], given["remat"], tuple(given["overrides"]))
-    cfg = compose.load(overrides_of(WORKS[given["work"]], attempt, len(devices), given["tiny"]))
-    mesh = make_mesh(layout.mesh_sizes(cfg, len(devices)), devices)
-    with jax.set_mesh(mesh):
-        job = make_job(cfg, mesh)
-        rows = random_batch(cfg, 0, slice(0, cfg.train.batch_size))
-        batch = put_batch(mesh, rows | {"mask_BT": rows["mask_BT"] * 0 + 1}, cfg.train.batch_size)
-        began = time.perf_counter()
-        step = job.compile(job.step, batch)
-        memory = step.memory_analysis()
-        state, losses, seconds = job.init(0), [], []
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["train/loss"]))
-        first = time.perf_counter() - began
-        for _ in range(2):
-            state, metrics = step(state, batch)
-        while len(seconds) < 3 or sum(seconds) < given["seconds"]:
-            start_s = time.perf_counter()
-            for _ in range(given["window"]):
-                state, metrics = step(state, batch)
-            losses.append(float(metrics["train/loss"]))  # waits for the device
-            seconds.append((time.perf_counter() - start_s) / given["window"])
-    return {
-        "step_s": seconds,
-        "first_step_s": first,
-        "losses": [losses[0], losses[-1]],
-        "memory_bytes": (devices[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "versions": {"jax": jax.__version__},
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
-
-
-def matmul(given: dict) -> dict:
-    """The best FLOP/s of a square bfloat16 matmul of random numbers on one device."""
-    import jax
-    import jax.numpy as jnp
-
-    from runtime.config import RuntimeConfig
-    from runtime.start import start
-
-    start(RuntimeConfig(platform=given["platform"]))
-    size, times = 512 if given["tiny"] else 8192, 20
-    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
-    product = jax.jit(jnp.matmul)
-    product(a, b).block_until_ready()
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(times):
-            c = product(a, b)
-        c.block_until_ready()
-        best = min(best, (time.perf_counter() - began) / times)
-    return {"size": size, "flops": 2 * size**3 / best, "device": jax.devices()[0].device_kind}
 
 
 # ------------------------------------------------------------------------------------------- the process above them all
@@ -194,39 +68,86 @@ class Bench:
                 file.write(json.dumps(record) + "\n")
         return record
 
-    def process(self, kind: str, record: dict, command: list[str], until: float) -> dict:
-        """What a process says; `failed` is why it says nothing: out of memory, out of time, or its last words."""
-        record = {"kind": kind, **record}
+    def begin(self, command: list[str], **environment: str) -> subprocess.Popen:
+        """Starts a process, the head of a group of its own, whose output goes to files."""
+        out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 (closed in finish)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True,
+            start_new_session=True, env=os.environ | environment,
+        )  # fmt: skip
+        process.out, process.err = out, err
+        return process
+
+    def finish(self, process: subprocess.Popen, record: dict, until: float) -> list[dict]:
+        """What a process says, one record a line; `failed` is why it says nothing: out of memory, out of time, or its
+        last words. It is ended with its children where it takes too long.
+        """
+        with contextlib.suppress(OSError):
+            process.stdin.write("go\n")
+            process.stdin.close()
+        late = False
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=max(until - time.monotonic(), 1))
+            process.wait(max(until - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
-            return record | {"failed": "out of time"}
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            memory = re.search(r"RESOURCE_EXHAUSTED|out of memory|OutOfMemory", done.stderr, re.IGNORECASE)
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
-            return record | {"failed": "out of memory" if memory else last}
-        return record | json.loads(lines[-1])
+            late = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # children, too: one that is left would hold the memory
+        process.wait()
+        said = []
+        for file in (process.out, process.err):
+            file.seek(0)
+            said.append(file.read())
+            file.close()
+        found = [record | json.loads(line) for line in said[0].splitlines() if line.startswith("{")]
+        if late:
+            return [*found, record | {"failed": "out of time"}]
+        if process.returncode or not found:
+            memory = re.search(r"RESOURCE_EXHAUSTED|out of memory|OutOfMemory", said[1], re.IGNORECASE)
+            last = (said[1].strip().splitlines() or [f"exit code {process.returncode}"])[-1][:300]
+            return [*found, record | {"failed": "out of memory" if memory else last}]
+        return found
+
+    def process(self, kind: str, record: dict, command: list[str], until: float) -> dict:
+        """The last that a process says."""
+        return self.finish(self.begin(command), {"kind": kind, **record}, until)[-1]
 
     def attempt(self, name: str, who: str, attempt: Try, seconds: float, until: float) -> dict:
         """One process of isomesh or of the twin; its line has tokens/s for each GPU."""
+        command, record = self.command(name, who, attempt, seconds)
+        return self.steps(self.finish(self.begin(command), record, until)[-1])
+
+    def command(self, name: str, who: str, attempt: Try, seconds: float, **more) -> tuple[list[str], dict]:
+        """How a process is started, and what its line begins with."""
         work, model, seq_len = WORKS[name], *self.model(name)
-        told = {"work": name, **asdict(attempt), "platform": self.given.platform, "tiny": self.given.tiny}
+        told = {"work": name, **asdict(attempt), "platform": self.given.platform, "tiny": self.given.tiny, **more}
         told |= {
             "seconds": seconds,
-            "window": 1 if self.given.tiny else max(1, 20 // attempt.batch),
+            "window": 1 if self.given.tiny else max(1, 5 * 1024 // seq_len),
             "seq_len": seq_len,
         }
         if who == "isomesh":
-            command = [sys.executable, __file__, "--child", json.dumps(told)]
+            command = [sys.executable, str(STEPS), json.dumps(told)]
         else:
             told |= {"model": asdict(model), "param_dtype": work.twin_param_dtype}
             command = [self.given.torch_python, str(TWIN), json.dumps(told)]
         dtype = work.twin_param_dtype if who == "torch" else "float32"
-        record = {"work": name, "who": who, **asdict(attempt), "seq_len": seq_len, "param_dtype": dtype}
-        line = self.process("steps", record, command, until)
+        record = {
+            "kind": "steps",
+            "work": name,
+            "who": who,
+            **asdict(attempt),
+            "seq_len": seq_len,
+            "param_dtype": dtype,
+        }
+        return command, record
+
+    def steps(self, line: dict) -> dict:
+        """Writes the line of a process that trained, and what its kernels were."""
+        if kernels := line.pop("kernels", None):
+            line |= {"kernels_ms": kinds(kernels), "dearest": dearest(kernels)}
         if "step_s" in line:
-            line["tokens_per_s"] = attempt.batch * seq_len / statistics.median(line["step_s"])
+            line["tokens_per_s"] = line["batch"] * line["seq_len"] / statistics.median(line["step_s"])
+            line["step_s"] = [round(s, 6) for s in line["step_s"]]
         return self.write(line)
 
     def model(self, name: str) -> tuple[ModelConfig, int]:
@@ -283,9 +204,87 @@ class Bench:
         return record
 
 
+# --------------------------------------------------------------------------------------------------- all in one command
+
+
+def kinds(kernels: dict[str, float]) -> dict[str, float]:
+    """Milliseconds a step by kind of kernel, of either side."""
+    found = Counter()
+    for name, ms in kernels.items():
+        lower = name.lower()
+        attention = re.search(r"sdpa|fmha|flash|dot_do_o|convert_dq", lower)
+        multiply = re.search(r"nvjet|gemm|cutlass|cublas|splitk|matmul|grouped_mm", lower)
+        copy = re.search(r"memcpy|memset|copy", lower)
+        found["attention" if attention else "matmul" if multiply else "copies" if copy else "everything else"] += ms
+    return {kind: round(ms, 3) for kind, ms in found.most_common()} | {"all": round(sum(kernels.values()), 3)}
+
+
+def dearest(kernels: dict[str, float], count: int = 10) -> list[list]:
+    """The ten kernels that cost most."""
+    return [[name[:90], round(ms, 3)] for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:count]]
+
+
+def everything(bench: Bench) -> None:
+    """Correctness, then every work on both sides; while one process is timed the next waits, having compiled."""
+    given, lock = bench.given, tempfile.NamedTemporaryFile()  # noqa: SIM115 (as long as the process)
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # processes that compile ahead leave the others their memory
+    told = {"platform": given.platform, "tiny": given.tiny, "lock": lock.name, "overrides": []}
+    checks = {}
+    for kind in ("starts", "numbers", "resume"):
+        command = [sys.executable, str(CHECKS), json.dumps({**told, "kind": kind})]
+        checks[kind] = bench.begin(command, **({} if kind == "starts" else shared))
+        if kind == "starts":
+            for line in bench.finish(checks.pop(kind), {"kind": "check"}, bench.ends):
+                bench.write(line)
+    names = given.only.split(",")
+    sides = [("isomesh", WORKS[n].ours[0]) for n in names]
+    ahead = {}
+
+    def compile_ahead(number: int) -> None:
+        if number < len(names):
+            command, record = bench.command(names[number], *sides[number], given.seconds, lock=lock.name, profile=True)
+            ahead[number] = bench.begin(command, **shared), record
+
+    compile_ahead(0)
+    for kind, process in checks.items():
+        for line in bench.finish(process, {"kind": "check", "group": kind}, bench.ends):
+            bench.write(line)
+    for number, name in enumerate(names):
+        process, record = ahead.pop(number)
+        ours = bench.steps(bench.finish(process, record, bench.ends)[-1])
+        twin = None
+        compile_ahead(number + 1)
+        if given.torch_python:
+            command, record = bench.command(
+                name, "torch", WORKS[name].twin[0], given.seconds, lock=lock.name, profile=True
+            )
+            twin = bench.steps(bench.finish(bench.begin(command), record, bench.ends)[-1])
+        speeds = {line["who"]: line["tokens_per_s"] for line in (ours, twin) if line and "tokens_per_s" in line}
+        best = {"isomesh": WORKS[name].ours[0], "torch": WORKS[name].twin[0]}
+        verdict = bench.verdict(name, best, speeds, None)
+        bench.write(
+            verdict | {"memory_bytes": {side["who"]: side.get("memory_bytes") for side in (ours, twin) if side}}
+        )
+    meshes(bench, names[0])
+
+
+def meshes(bench: Bench, name: str) -> None:
+    """With several GPUs, the first work split in each way."""
+    count = "import jax; print(len(jax.devices('gpu')))"
+    found = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True).stdout.strip()
+    if not found.isdigit() or int(found) < 2:
+        return
+    attempt = WORKS[name].ours[0]
+    for axis in ("fsdp", "data", "tensor"):
+        mesh = ("mesh.fsdp=1", f"mesh.{axis}=-1")
+        split = Try(attempt.batch, attempt.remat, (*attempt.overrides, *mesh))
+        bench.attempt(name, "isomesh", split, bench.given.seconds, bench.ends)
+
+
 def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="correctness, then every work on both sides, once")
     parser.add_argument("--only", default=",".join(WORKS), help="works, separated by commas")
     parser.add_argument("--torch-python", help="the Python that has PyTorch; without it no twin runs")
     parser.add_argument("--out", help="file to append JSON lines to")
@@ -295,7 +294,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the first try of each side, one turn")
     parser.add_argument("--platform", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--tiny", action="store_true", help="small models, to check the script itself")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.only.split(",")) - WORKS.keys():
         parser.error(f"--only: {', '.join(sorted(unknown))} unknown; choose from {', '.join(WORKS)}")
@@ -304,15 +302,12 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    if given.child:
-        told = json.loads(given.child)
-        print(json.dumps(train(told) if "work" in told else matmul(told)), flush=True)
-        return
     bench, names = Bench(given), given.only.split(",")
+    if given.all:
+        everything(bench)
+        return
     told = json.dumps({"platform": given.platform, "tiny": given.tiny})
-    peak = bench.write(bench.process("matmul", {}, [sys.executable, __file__, "--child", told], bench.ends)).get(
-        "flops"
-    )
+    peak = bench.write(bench.process("matmul", {}, [sys.executable, str(STEPS), told], bench.ends)).get("flops")
     for number, name in enumerate(names):
         now = time.monotonic()
         bench.compare(name, peak, now + (bench.ends - now) / (len(names) - number))

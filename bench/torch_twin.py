@@ -5,10 +5,13 @@ scaled_dot_product_attention (flash on a GPU), bfloat16 by autocast or, where me
 themselves. Experts go through grouped matmuls, without dropping tokens. Prints one JSON line. Needs PyTorch 2.10 only.
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import sys
 import time
+from collections import Counter
 
 import torch
 from torch import nn
@@ -147,6 +150,32 @@ def padded(m: dict) -> int:
     return -(-m["vocab_size"] // m["vocab_multiple"]) * m["vocab_multiple"]
 
 
+@contextlib.contextmanager
+def alone(given: dict):
+    """Times and profiles while no other process of the bench compiles or runs on the device."""
+    if not given.get("lock"):
+        yield
+        return
+    with open(given["lock"], "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def profiled(step, steps: int = 3) -> dict[str, float]:
+    """Milliseconds a step of each kernel, by its name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    kernels = Counter()
+    for event in found.events():
+        if "CUDA" in str(event.device_type):
+            kernels[event.name] += event.device_time_total / 1e3 / steps
+    return dict(kernels)
+
+
 def main(given: dict) -> None:
     cuda = torch.cuda.is_available() and given["platform"] != "cpu"
     device, narrow = "cuda" if cuda else "cpu", given["param_dtype"] == "bfloat16"
@@ -173,19 +202,26 @@ def main(given: dict) -> None:
     began, losses, seconds = time.perf_counter(), [], []
     losses.append(step().item())
     first = time.perf_counter() - began
-    for _ in range(2):  # the first may have left something to allocate
-        step()
-    while len(seconds) < 3 or sum(seconds) < given["seconds"]:
-        start = time.perf_counter()
-        for _ in range(given["window"]):
-            loss = step()
-        losses.append(loss.item())  # waits for the device
-        seconds.append((time.perf_counter() - start) / given["window"])
+    with alone(given):
+        for _ in range(2):  # the first may have left something to allocate
+            step()
+        while len(seconds) < 3 or sum(seconds) * given["window"] < given["seconds"]:
+            start = time.perf_counter()
+            for _ in range(given["window"]):
+                loss = step()
+            losses.append(loss.item())  # waits for the device
+            seconds.append((time.perf_counter() - start) / given["window"])
+        peak = torch.cuda.max_memory_allocated() if cuda else None
+        kernels = {}
+        if given.get("profile") and cuda:
+            with contextlib.suppress(Exception):  # the figures are worth more than the profile
+                kernels = profiled(step)
     line = {
         "step_s": seconds,
         "first_step_s": first,
         "losses": [losses[0], losses[-1]],
-        "memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "memory_bytes": peak,
+        "kernels": kernels,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "devices": 1,

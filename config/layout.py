@@ -19,9 +19,9 @@ def requirements(config: Config) -> list[Requirement]:
     schedule, microbatches, chunks = config.pipeline.schedule, config.pipeline.microbatches, config.pipeline.chunks
     stages = None
     if schedule.endswith(".csv"):
-        table = read_csv(schedule)
-        stages = table.stages
-        microbatches, chunks = microbatches or table.microbatches, chunks or table.chunks
+        read = read_csv(schedule)
+        stages = read.stages
+        microbatches, chunks = microbatches or read.microbatches, chunks or read.chunks
     return [
         *model_requirements(config.model),
         StageRequirement(config.model.layers, chunks or DEFAULT_CHUNKS.get(schedule, 1), stages),

@@ -91,6 +91,8 @@ def identity(config: Config | dict) -> dict:
         value, ignored = values.get(name), NOT_IDENTITY.get(name, ())
         return {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
 
+    if values["train"].get("compute_dtype") == "auto":  # the same run, and directory, on every machine
+        values = values | {"train": values["train"] | {"compute_dtype": "float32"}}
     return json.loads(json.dumps({name: part(name) for name in IDENTITY}))
 
 

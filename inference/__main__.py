@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> list[str]:
         description = describe(config.model)
         restored = restore(store, options.step, abstract_params(config, description, mesh), description.specs)
         print(f"{directory.path}: step {restored.step}", file=sys.stderr)
-        params, dtype = restored.state["params"], jnp.dtype(config.train.compute_dtype)
+        params, dtype = restored.state["params"], jnp.dtype(config.train.compute_dtype_on(jax.default_backend()))
         new = generate(description, params, prompts, sample, eos_id=tokenizer.eos_id, dtype=dtype)
     asked = zip(options.prompts, prompts, new, strict=True)
     return [text + after_prompt(tokenizer, text, prompt, ids) for text, prompt, ids in asked]

@@ -13,6 +13,7 @@ from model.attention import attention
 from model.attention_rule import TokenInfo
 from model.config import ModelConfig, RopeScaling
 from model.kv_cache import LayerCache
+from model.platforms import choices
 from model.projection import Projection, param
 from model.specs import Specs
 from parallel.sharding import cast_and_gather, shard
@@ -35,7 +36,7 @@ class Norm(nnx.Module):
             cast_and_gather(self.scale, jnp.float32),
             None if self.bias is None else cast_and_gather(self.bias, jnp.float32),
         )
-        return jax.checkpoint(self._normalised, prevent_cse=False)(x, scale, bias)
+        return jax.checkpoint(self._normalised, prevent_cse=choices().recompute_apart)(x, scale, bias)
 
     def _normalised(self, x, scale, bias):
         y = x.astype(jnp.float32)
@@ -55,7 +56,7 @@ def times(x: jax.Array, multiplier: float) -> jax.Array:
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     """The hidden vector of a feed-forward block: `gate` is None where the kind has none."""
-    return jax.checkpoint(partial(_activate, kind), prevent_cse=False)(up, gate)
+    return jax.checkpoint(partial(_activate, kind), prevent_cse=choices().recompute_apart)(up, gate)
 
 
 def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:

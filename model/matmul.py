@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from model.platforms import choices
 from parallel.manual import alike
 from runtime.platform import platform
 
@@ -44,11 +45,12 @@ def score(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _score(x_BTD, table_VD):
-    return _contract(x_BTD, table_VD, ((2,), (1,)), jnp.float32)
+    return _score_forward(x_BTD, table_VD)[0]
 
 
 def _score_forward(x_BTD, table_VD):
-    return _contract(x_BTD, table_VD, ((2,), (1,)), jnp.float32), (x_BTD, table_VD)
+    dtype = x_BTD.dtype if choices().narrow_logits else jnp.float32
+    return _contract(x_BTD, table_VD, ((2,), (1,)), dtype).astype(jnp.float32), (x_BTD, table_VD)
 
 
 def _score_backward(residuals, dy_BTV):
@@ -58,6 +60,20 @@ def _score_backward(residuals, dy_BTV):
 
 
 _score.defvjp(_score_forward, _score_backward)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y (B, T, ...out) plus a float32 bias (...out), in y's dtype; the bias's gradient is summed in float32."""
+    flat = y.reshape(*y.shape[:2], -1)  # a matmul's kernel adds vectors alone
+    return (flat + bias.reshape(-1).astype(y.dtype)).reshape(y.shape)
+
+
+def _add_bias_backward(_, dy):
+    return dy, dy.astype(jnp.float32).sum((0, 1))
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _add_bias_backward)
 
 
 def _inner(x: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:

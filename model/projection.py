@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from model import low_precision
-from model.matmul import project
+from model.matmul import add_bias, project
+from model.platforms import choices
 from model.specs import ParameterSpec, Specs
 from parallel.sharding import cast_and_gather
 
@@ -39,4 +40,4 @@ class Projection(nnx.Module):
             return y
         bias = cast_and_gather(self.bias, jnp.float32)  # its gradient is a sum over all tokens, wanted in float32
         bias = jax.lax.stop_gradient(bias) if self.frozen_bias else bias
-        return (y + bias).astype(y.dtype)
+        return add_bias(y, bias) if choices().narrow_bias else (y + bias).astype(y.dtype)

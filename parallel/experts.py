@@ -6,7 +6,9 @@ gradient, since the place of an assignment and the assignment of a place are bot
 
 Two implementations give the same results. `padded` has static groups: messages of equal parts, and blocks of rows that
 belong to one expert each, for batched matmuls. `ragged` moves and multiplies no more rows than there are
-(ragged_all_to_all, ragged_dot), which CPUs cannot do, or not well. Both have room for the worst case and drop nothing.
+(ragged_all_to_all, ragged_dot), which CPUs cannot do, or not well. GPUs move as in `ragged` and multiply as in
+`padded`: XLA's ragged_dot multiplies every row with every expert there, 16 times the work of 16 experts. Both have room
+for the worst case and drop nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +22,11 @@ from jax.sharding import PartitionSpec
 from parallel.manual import differentiable_map, vary
 from parallel.mesh import AXES
 from parallel.sharding import layout
+from runtime.platform import platform
 
-# A block of rows costs a pass over its expert's weights, about that of 64 rows; a longer one has more padding.
-ROWS_OF_A_PASS = 64
+# A block of rows costs a pass over its expert's weights, about that of so many rows; a longer one has more padding.
+# GPUs: six bytes a weight at 4.3 TB/s against two FLOPs a weight and row at 800 TFLOP/s make 560.
+ROWS_OF_A_PASS = {"cpu": 64, "gpu": 512}
 SMALLEST_BLOCK = 8
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # (rows (..., D), stacked matrices (E, D, F)) -> (..., F)
@@ -44,16 +48,17 @@ def dispatch(
     `matrices` are stacked (E, in, out), their dims named by `dims` as in the tables of parallel.sharding; they may be
     split over `expert` and over `tensor`. `apply(matmul, rows, *matrices)` is an expert: elementwise but for `matmul`,
     linear at its end, so that its parts over `tensor` add up. `capacity`, if given, is the most assignments that an
-    expert has of one sequence: messages are then no longer than that. `implementation` is padded or ragged; by
-    default padded on CPUs.
+    expert has of one sequence: messages are then no longer than that. `implementation` is padded, ragged or
+    `moved ragged` (multiplied as padded); by default what the platform is fast at.
     """
     tokens = layout(experts_BTJ.shape, "batch", "tokens", None)
     residual = layout(x_BTD.shape, "batch", "residual", "width")
     layouts = (residual, tokens, tokens, *(layout(m.shape, *names) for m, names in zip(matrices, dims, strict=True)))
     named = {axis for dims in layouts for axes in dims for axis in axes}
     manual = tuple(axis for axis in AXES if axis in named)
-    ragged = (implementation or _implementation()) == "ragged"
-    body = partial(_local, manual, "tensor" in residual[1], matrices[0].shape[0], apply, capacity, ragged)
+    way = implementation or _implementation()
+    ways = {"moves_ragged": way != "padded", "multiplies_ragged": way == "ragged"}
+    body = partial(_local, manual, "tensor" in residual[1], matrices[0].shape[0], apply, capacity, **ways)
     if not manual:
         return body(x_BTD, experts_BTJ, weights_BTJ, *matrices)
     specs = tuple(PartitionSpec(*dims) for dims in layouts)
@@ -61,11 +66,12 @@ def dispatch(
 
 
 def _implementation() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return "padded" if (device.platform if device else jax.default_backend()) == "cpu" else "ragged"
+    return {"cpu": "padded", "gpu": "moved ragged"}.get(platform(), "ragged")
 
 
-def _local(manual, split, experts, apply, capacity, ragged, x_BTD, experts_BTJ, weights_BTJ, *matrices):
+def _local(
+    manual, split, experts, apply, capacity, x_BTD, experts_BTJ, weights_BTJ, *matrices, moves_ragged, multiplies_ragged
+):
     """What one device does with its tokens and its experts."""
     # typed as different on all axes at once, so that gradients are summed over the others once and at the end
     x_BTD, experts_BTJ, weights_BTJ, matrices = vary((x_BTD, experts_BTJ, weights_BTJ, matrices), manual)
@@ -73,7 +79,7 @@ def _local(manual, split, experts, apply, capacity, ragged, x_BTD, experts_BTJ, 
         x_BTD = jax.lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
     B, T, J = experts_BTJ.shape
     here = matrices[0].shape[0]  # experts of this device
-    serve = partial(_serve, here, ragged, lambda matmul, rows: apply(matmul, rows, *matrices))
+    serve = partial(_serve, here, multiplies_ragged, lambda matmul, rows: apply(matmul, rows, *matrices))
     x_nD, experts_nJ = x_BTD.reshape(B * T, -1), experts_BTJ.reshape(B * T, J)
     if here == experts:
         out_nJD = serve(x_nD, experts_nJ)
@@ -82,7 +88,7 @@ def _local(manual, split, experts, apply, capacity, ragged, x_BTD, experts_BTJ, 
         room = B * T * min(J, here)
         if capacity is not None:
             room = min(room, B * here * min(T, capacity))
-        out_nJD = _exchange(experts // here, here, room, ragged, serve, x_nD, experts_nJ)
+        out_nJD = _exchange(experts // here, here, room, moves_ragged, serve, x_nD, experts_nJ)
     y_BTD = jnp.einsum("BTJD,BTJ->BTD", out_nJD.reshape(B, T, J, -1), weights_BTJ.astype(x_BTD.dtype))
     if split:
         return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
@@ -171,7 +177,7 @@ def _serve(experts: int, ragged: bool, apply, x_nD: jax.Array, experts_nJ: jax.A
 
 def block_size(assignments: int, experts: int) -> int:
     """Rows of a block, a power of two: the square root of rows of a pass * rows of an expert balances the two costs."""
-    best = (ROWS_OF_A_PASS * assignments / experts) ** 0.5
+    best = (ROWS_OF_A_PASS.get(platform(), 64) * assignments / experts) ** 0.5
     return max(SMALLEST_BLOCK, 1 << round(best).bit_length() - 1)
 
 

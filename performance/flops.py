@@ -87,7 +87,7 @@ def _attention_again(model: ModelConfig, train: TrainConfig, packed: bool, conte
 def _fused(model: ModelConfig, train: TrainConfig, packed: bool) -> bool:
     """Whether attention runs in a fused kernel."""
     shape = (1, train.seq_len, model.heads, model.head_dim)
-    q_BTNH = jax.ShapeDtypeStruct(shape, jnp.dtype(train.compute_dtype))
+    q_BTNH = jax.ShapeDtypeStruct(shape, jnp.dtype(train.compute_dtype_on(platform())))
     segments_BT = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if packed else None
     scale = model.head_dim**-0.5
     case = attention_kernels.Case(model.causal, model.windows(), scale, model.attention_softcap, in_order=True)

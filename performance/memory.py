@@ -15,24 +15,18 @@ if __name__ == "__main__":
     JOBS = command_line(sys.argv[1:])
 
 import jax
-import jax.numpy as jnp
 
 from parallel.mesh import make_mesh
-from parallel.sharding import batch_sharding
 from runtime.start import start
-from training.job import make_job
+from training.job import abstract_batch, make_job
 
 
 def needed(config: Config) -> dict[str, int]:
     """Bytes a device: `arguments` (state and batch), `temporary`, and their sum `total`, as train.py's header says."""
-    t, mesh = config.train, make_mesh(mesh_sizes(config, jax.device_count()))
+    mesh = make_mesh(mesh_sizes(config, jax.device_count()))
     with jax.set_mesh(mesh):
         job = make_job(config, mesh)
-        dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
-        if config.data.segments:
-            dtypes |= {"segments_BT": jnp.int32, "places_BT": jnp.int32}
-        shape, layout = (t.batch_size, t.seq_len), batch_sharding(mesh)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}
+        batch = abstract_batch(config.train, mesh, segments=config.data.segments)
         memory = job.compile(job.step, batch).memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary}

@@ -45,6 +45,11 @@ GPU_FLAGS = (
     "--xla_gpu_enable_pipelined_all_gather=true",
     # and the last layer's gradients are reduced meanwhile
     "--xla_gpu_enable_pipelined_all_reduce=true",
+    # 16-bit values are rounded where the program says so, and do not pass between kernels in float32, twice the bytes
+    "--xla_allow_excess_precision=false",
+    # matmuls of queries and keys stay apart: merged, their weights and gradients are copied together and apart again,
+    # and biases are added by kernels of their own
+    "--xla_gpu_dot_merger_threshold_mb=0",
 )
 PATIENCE_SECONDS = 10  # of a process that has nothing to do but to tell the others of a mistake
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
@@ -60,7 +65,7 @@ def start(config: RuntimeConfig) -> None:
         jax.config.update("jax_platforms", "cpu")
     cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
     gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
-    _add_flags(known(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ()))
+    add_flags(known(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ()))
     if cpu:
         heap.keep_freed_memory()
     if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused
@@ -138,7 +143,7 @@ def _check_platform(asked: str) -> None:
     )
 
 
-def _add_flags(flags: tuple[str, ...]) -> None:
+def add_flags(flags: tuple[str, ...]) -> None:
     """Adds XLA flags to those of the environment, which win."""
     theirs = os.environ.get("XLA_FLAGS", "").split()
     given = {flag.partition("=")[0] for flag in theirs}

@@ -36,6 +36,7 @@ ALLOWED = {
 ENTRY_POINTS = {
     "train.py",
     "training/parity.py",
+    "performance/__main__.py",
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
     "inference/__main__.py",

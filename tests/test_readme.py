@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import performance.__main__ as performance
 import scaling.__main__ as scaling
 import tracking.__main__ as tracking
 from config import command_line, compose, layout
@@ -51,6 +52,9 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         return
     if words[0] == "train.py":
         words = words[1:]
+    elif words[:2] == ["-m", "performance"]:
+        options, words = performance.arguments(words[2:])
+        assert options.hardware in performance.TARGETS
     else:
         assert words[:2] == ["-m", "training.parity"]
         words = words[2:]

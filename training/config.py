@@ -21,7 +21,7 @@ class TrainConfig:
     batch_size: int = 32
     seq_len: int = 256  # tokens of a sequence
     grad_accumulation: int = 1  # microbatches that a step is cut into
-    compute_dtype: str = "float32"  # float32 | bfloat16: of matmuls and activations
+    compute_dtype: str = "auto"  # of matmuls and activations: auto (bfloat16; on CPUs float32) | float32 | bfloat16
     param_dtype: str = "float32"  # float32 | bfloat16: of parameters and moments
     remat: str = "none"  # none | full | dots (keep weight matmuls) | attention (keep its outputs)
     loss_chunk: int = 1024  # a device has as many logits at once as this many tokens of a sequence have; 0: all
@@ -42,7 +42,7 @@ class TrainConfig:
         for name in ("loss_chunk", "z_loss", "log_every", "eval_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be 0 (off) or more")
-        one_of("train.compute_dtype", self.compute_dtype, DTYPES)
+        one_of("train.compute_dtype", self.compute_dtype, ("auto", *DTYPES))
         one_of("train.param_dtype", self.param_dtype, DTYPES)
         one_of("train.remat", self.remat, REMATS)
         one_of("train.nonfinite", self.nonfinite, ("stop", "skip"))
@@ -51,6 +51,12 @@ class TrainConfig:
             raise ValueError(f"train.batch_size={self.batch_size} does not divide by {cut}")
         if (traced := profiled_steps(self.profile)) and traced[1] > self.steps:
             raise ValueError(f"train.profile={self.profile} ends after train.steps={self.steps}")
+
+    def compute_dtype_on(self, platform: str) -> str:
+        """The dtype that `compute_dtype` means on cpu, gpu or tpu."""
+        if self.compute_dtype != "auto":
+            return self.compute_dtype
+        return "float32" if platform == "cpu" else "bfloat16"
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ What train.py, the parity check and ahead-of-time compilation share. Nothing is 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from model.transformer import Description, describe
 from parallel.config import ContextConfig, PipelineConfig, schedule_for
 from parallel.pipeline.run import slots
 from parallel.pipeline.schedules import PipelineSchedule
-from parallel.sharding import replicated
+from parallel.sharding import batch_sharding, replicated
 from performance.collectives import check_pipeline
 from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
@@ -69,15 +70,25 @@ class Job:
     def pure_step(self, **kwargs) -> Callable:
         """The training step (state, batch) -> (state, metrics), not jitted; see training.step.make_train_step."""
         o = self.optimizer_config
-        rate = learning_rate(o, self.train.steps)
-        kwargs = {"trainable": self.trainable} | kwargs
-        return make_train_step(self.description, self.optimizer, rate, self.train, o.clip_norm, self.schedule, **kwargs)
+        lr_schedule = learning_rate(o, self.train.steps)
+        shared = self.description, self.optimizer, lr_schedule, self.train, o.clip_norm, self.schedule
+        return make_train_step(*shared, trainable=self.trainable, **kwargs)
 
     @property
     def evaluate(self) -> Callable:
         """The evaluation step (params, batch, token_bytes_V) -> sums, jitted."""
         step = make_eval_step(self.description, self.train, self.schedule)
         return jax.jit(step, out_shardings=replicated(self.mesh))
+
+    def evaluate_ahead(self, batch, token_bytes_V: jax.Array) -> Callable:
+        """As `evaluate`, for batches like this one. On accelerators it compiles in a thread of its own meanwhile; the
+        cores of a CPU have the training step to compile, and to run.
+        """
+        if self.mesh.devices.flat[0].platform == "cpu":
+            return self.evaluate
+        lowered = self.evaluate.lower(self.abstract.params, batch, token_bytes_V)
+        compiled = ThreadPoolExecutor(1, "compile").submit(lowered.compile)
+        return lambda *arguments: compiled.result()(*arguments)
 
     def init(self, seed: int) -> TrainState:
         """The first state of a run."""
@@ -145,3 +156,12 @@ def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None) -
     of_run, of_checkpoints = abstract(description), abstract(stored)
     pieces = description, stored, optimizer, schedule, of_run, of_checkpoints
     return Job(mesh, model, train, config.optimizer, *pieces, trainable)
+
+
+def abstract_batch(train: TrainConfig, mesh: Mesh, *, segments: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a run's batch, on its mesh; with `segments` documents are kept apart."""
+    dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
+    if segments:
+        dtypes |= {"segments_BT": jnp.int32, "places_BT": jnp.int32}
+    shape, layout = (train.batch_size, train.seq_len), batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in dtypes.items()}

@@ -23,7 +23,7 @@ MUON_RMS = 0.2  # root mean square of a Muon update, that of a typical AdamW one
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """The schedule: step (int scalar, 0 first) to learning rate (float32), for a run of `steps` steps.
+    """The learning rate's schedule: step (int scalar, 0 first) to rate (float32), for a run of `steps` steps.
 
     The last step of the warm-up, or the first of a run without one, has the peak, and the last step of a decay has
     exactly its end.
@@ -33,7 +33,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
     if config.schedule == "wsd":
         start = max(start, min(round(steps * (1 - config.decay_fraction)), steps - 1))
 
-    def schedule(step: jax.Array) -> jax.Array:
+    def lr_schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
         done = jnp.clip((step + 1 - start) / max(steps - start, 1), 0, 1)  # share of the decay, this step's included
@@ -45,7 +45,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
         }[config.schedule]()
         return jnp.asarray(config.lr * rise * (left + low * (1 - left)), jnp.float32)
 
-    return schedule
+    return lr_schedule
 
 
 def _muon(config: OptimizerConfig, specs: Specs) -> optax.GradientTransformation:

@@ -11,6 +11,7 @@ from parallel.pipeline import run as pipeline
 from parallel.pipeline import schedules
 from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import stored_over_stages
+from runtime.platform import platform
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses
 
@@ -25,7 +26,7 @@ def cut(x: jax.Array | None, parts: int) -> jax.Array | None:
 def program(description: Description, config: TrainConfig) -> pipeline.Program:
     """What the stages run. `micro` is a batch's dict, with "dropout_keys_B" where dropout is on."""
     block = block_of(description.block)
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(config.compute_dtype_on(platform()))
 
     def prepare(micro):
         names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B")

@@ -12,6 +12,7 @@ from model.transformer import Description, Transformer
 from parallel.context import zigzag
 from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import shard, splits
+from runtime.platform import platform
 from training.config import TrainConfig
 from training.loss import LossSums, TokenLosses, chunked_losses, token_losses
 from training.pipelined import cut, pipelined_gradients, pipelined_losses
@@ -50,7 +51,7 @@ def hidden(description: Description, config: TrainConfig, params, batch: Batch, 
         segments_BT=batch.get("segments_BT"),
         places_BT=batch.get("places_BT"),
         dropout_keys_B=keys_B,
-        dtype=jnp.dtype(config.compute_dtype),
+        dtype=jnp.dtype(config.compute_dtype_on(platform())),
         remat=config.remat,
     )
     return model, x_BTD, router
@@ -276,4 +277,4 @@ def make_token_loss_step(description: Description, config: TrainConfig) -> Calla
 
 def in_float32_matmuls(step: Callable, config: TrainConfig) -> Callable:
     """Accelerators round float32 matmuls to fewer bits by default; a run in float32 means float32."""
-    return jax.default_matmul_precision("float32")(step) if config.compute_dtype == "float32" else step
+    return jax.default_matmul_precision("float32")(step) if config.compute_dtype_on(platform()) == "float32" else step

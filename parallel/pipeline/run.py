@@ -66,13 +66,13 @@ def slots(layers: int, schedule: PipelineSchedule) -> tuple[int, ...]:
         )
     base, more = divmod(layers, parts)
     rows = base + (more > 0)
-    table = np.full((schedule.stages, schedule.chunks, rows), -1)
+    layer_of = np.full((schedule.stages, schedule.chunks, rows), -1)
     first = 0
     for v, (stage, chunk) in enumerate(schedule.placement):
         count = base + (v < more)
-        table[stage, chunk, :count] = np.arange(first, first + count)
+        layer_of[stage, chunk, :count] = np.arange(first, first + count)
         first += count
-    return tuple(int(layer) for layer in table.flat)
+    return tuple(int(layer) for layer in layer_of.flat)
 
 
 def _at(tree, *index):
@@ -123,7 +123,7 @@ def _on(stage: int, x: jax.Array) -> jax.Array:
 
 
 class _Layers:
-    """The layers of a stage, chunk by chunk, and what they do in each operation of the table.
+    """The layers of a stage, chunk by chunk, and what they do in each operation of the schedule.
 
     `pools` hold what operations leave to each other, by slot and layer: "aux" and "gradients" (by chunk and layer), and
     what is kept and held (see parallel.pipeline.phases).
@@ -214,11 +214,11 @@ class _Layers:
 
 
 def run(program: Program, schedule: PipelineSchedule, layers, meta, shared, micros, *, padded: bool = False):
-    """Runs the table over microbatches; under jit, with a mesh of `schedule.stages` stages in context.
+    """Runs the schedule over microbatches; under jit, with a mesh of `schedule.stages` stages in context.
 
     `layers` and `meta` (with an int32 "layer", -1 where there is none) are stacked in the order of `slots`; leaves of
     `micros` are (microbatches, B, ...), or (microbatches, 1, ...) where all sequences share them. Returns sums, aux (by
-    layer), and, if the table has backward operations, the gradients of layers and shared, float32.
+    layer), and, if the schedule has backward operations, the gradients of layers and shared, float32.
     """
     buffers = allocate(schedule)
     data = jax.sharding.get_abstract_mesh().shape["data"]
@@ -319,7 +319,7 @@ class _Together:
         return _when(m >= 0, compute, (sums, gradients, self.nothing), "loss")
 
     def embed_gradient(self, m, dx, gradients):
-        """Adds what the first virtual stage's dx says of the embedding."""
+        """Adds the gradient of the embedding's parameters that follows from the first virtual stage's dx."""
 
         def compute(gradients):
             pull = jax.vjp(lambda shared: self._embed(shared, m), self.shared)[1]

@@ -25,6 +25,7 @@ from scaling.fit.laws import FLOPS_PER_TOKEN_AND_PARAMETER
 LETTERS = {"isoflop": "C", "product": "D", "ladder": "DperN"}  # what the name of a group begins with
 GRIDS = tuple(LETTERS)
 DECIDED = ("model.width", "train.steps", "train.batch_size", "train.seq_len", "seed", "run.dir")
+PRECISION = "train.compute_dtype"  # float32 unless a sweep says so: its runs are compared across machines
 LEAST_STEPS = 20  # fewer tell of the warm-up only
 
 
@@ -152,9 +153,12 @@ def load_sweep(path: str | Path) -> SweepConfig:
     if missing := [key for key in ("name", "grid", "widths") if key not in values]:
         raise ValueError(f"{path} has no {missing[0]}")
     try:
-        return SweepConfig(**{key: _typed(key, value, str(fields[key].type)) for key, value in values.items()})
+        sweep = SweepConfig(**{key: _typed(key, value, str(fields[key].type)) for key, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if any(override.startswith(f"{PRECISION}=") for override in sweep.overrides):
+        return sweep
+    return replace(sweep, overrides=(*sweep.overrides, f"{PRECISION}=float32"))
 
 
 def _typed(key: str, value, hint: str):

@@ -1,0 +1,34 @@
+"""What is chosen for a kind of device because it is faster or smaller there: one row a platform, nothing elsewhere.
+
+The mathematics of a choice is the same everywhere; where and when 16-bit values are rounded may differ. Measured on one
+H200, gpt2_124m at 32 x 1,024 tokens: experiments/LOG.md, 2026-11-28.
+"""
+
+from dataclasses import dataclass
+
+from runtime.platform import platform
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The row of a platform."""
+
+    # Norms and activations are computed again in the backward pass from what went in. Unless they are kept apart from
+    # the forward pass, the compiler finds that it has the values already and keeps them, in float32: 4.7 GB of them.
+    recompute_apart: bool = False
+    # Logits are written in the compute dtype and reduced in float32. They are read three times: 3.3 GB less to keep.
+    narrow_logits: bool = False
+    # A bias is added in the compute dtype, where the matmul's own kernel can do it; its gradient is summed in float32.
+    narrow_bias: bool = False
+
+
+CHOICES = {
+    "cpu": Choices(),  # its compiler widens 16-bit values anyway, and float32 runs are kept bitwise as they were
+    "gpu": Choices(recompute_apart=True, narrow_logits=True, narrow_bias=True),
+    "tpu": Choices(),  # not measured
+}
+
+
+def choices() -> Choices:
+    """The row of the platform that the mesh in context is of."""
+    return CHOICES.get(platform(), Choices())

@@ -1,0 +1,52 @@
+"""What is chosen for a platform changes when and where 16 bits are rounded, and nothing else."""
+
+from dataclasses import replace
+
+import jax
+import optax
+import pytest
+
+from config.compose import load
+from config.layout import mesh_sizes
+from model import platforms
+from parallel.mesh import make_mesh
+from training.job import make_job
+from training.parity import random_batch
+
+MODELS = {
+    "GPT-2": ["model=gpt2_124m"],
+    "Llama": ["model=llama_1b", "model.rope_scaling.kind=none"],
+}
+SMALL = [
+    *("model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=4", "model.head_dim=16", "model.ffn=128"),
+    *("model.vocab_size=400", "tokenizer=bytes", "train.seq_len=64", "train.batch_size=4", "optimizer=adamw"),
+]
+
+
+def loss_and_gradients(model: list[str], dtype: str):
+    config = load([*model, *SMALL, f"train.compute_dtype={dtype}"])
+    mesh = make_mesh(mesh_sizes(config, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        job = make_job(config, mesh)
+        _, metrics, gradients = job.step_and_gradients(job.init(0), random_batch(config, 0, slice(0, 4)))
+    return float(metrics["train/loss"]), gradients
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_every_row_computes_the_same(model, dtype, bound, monkeypatch):
+    loss, gradients = loss_and_gradients(MODELS[model], dtype)
+    for name, row in platforms.CHOICES.items():
+        monkeypatch.setitem(platforms.CHOICES, "cpu", row)
+        theirs, found = loss_and_gradients(MODELS[model], dtype)
+        assert theirs == pytest.approx(loss, rel=bound / 2), name
+        difference = jax.tree.map(lambda a, b: a - b, found, gradients)
+        assert optax.tree.norm(difference) <= bound * optax.tree.norm(gradients), name
+
+
+def test_rows_are_of_platforms_and_a_choice_is_used(monkeypatch):
+    assert set(platforms.CHOICES) == {"cpu", "gpu", "tpu"}
+    assert platforms.CHOICES["cpu"] == platforms.Choices(), "float32 runs on CPUs are bitwise what they were"
+    before, _ = loss_and_gradients(MODELS["GPT-2"], "bfloat16")
+    monkeypatch.setitem(platforms.CHOICES, "cpu", replace(platforms.Choices(), narrow_logits=True))
+    assert loss_and_gradients(MODELS["GPT-2"], "bfloat16")[0] != before, "logits are rounded to 16 bits now"
