@@ -156,11 +156,13 @@ def introduce(
     for warning in filter(None, (slow_network_warning(mesh), short_warmup_warning(config.optimizer, t.steps))):
         console.warn(warning)
     console.compiled(compile_s, f"{time.perf_counter() - began:.1f} s since the start")
+    earlier = Spent.before(
+        last_value(run.metrics, "perf/wall_s"), restored and restored.record
+    )  # before its lines are set aside
     if restored:
         console.note(f"resumed after step {first} from {restored.directory}")
     elif primary and run.set_metrics_aside():
         console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
-    earlier = Spent.before(last_value(run.metrics, "perf/wall_s"), restored and restored.record)
     meter = Throughput(flops, peak, mesh.size, job.schedule, began, compile_s, earlier)
     return Reporter(t, first, meter, open_sinks(config, run, peak, first, primary=primary), console, epoch)
 

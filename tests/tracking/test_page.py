@@ -467,11 +467,16 @@ def test_live_survives_what_is_no_request(served):
     assert ask(server, "/")[0] == 200
 
 
+def hear_ctrl_c():
+    """A background job of a shell, as these tests may be, ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_live_ends_with_ctrl_c_and_tells_a_taken_port(tmp_path):
     run = write_run(tmp_path / "run", rows(3))
     command = [sys.executable, "-m", "tracking", "live", str(run), "--port"]
     with subprocess.Popen(
-        [*command, "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "0"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
     ) as process:
         line = process.stdout.readline()
         assert line.startswith("serving http://127.0.0.1:")
