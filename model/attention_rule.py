@@ -26,6 +26,8 @@ class TokenInfo:
     places_BT: jax.Array | None = None  # int32 place of each token in its document: what positions embed
     angles: tuple[jax.Array, jax.Array] | None = None  # of rotary positions
     dropout_keys_B: jax.Array | None = None
+    mask_BT: jax.Array | None = None  # float32: 1 where a token counts in the loss, 0 where not; None: all count
+    counted_B: jax.Array | None = None  # tokens of each sequence that count
     context_style: str | None = field(default=None, metadata={"static": True})  # None: as the compiler likes
     in_order: bool = field(default=False, metadata={"static": True})  # a document's tokens follow one another
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from model.attention_rule import TokenInfo
 from model.config import ModelConfig
 from model.layers import FeedForward, activate
 from model.projection import Projection, param
@@ -18,7 +19,11 @@ from parallel.sharding import cast_and_gather, shard
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RouterSums:
-    """Sums over all tokens, also those that the loss leaves out: batches add up exactly, however they were cut."""
+    """Sums over tokens: batches add up exactly, however they were cut.
+
+    The auxiliary losses are of the tokens that count in the loss. Everything else is of all tokens: every one takes a
+    place with an expert, whether its own prediction is trained or not.
+    """
 
     objective: jax.Array  # auxiliary losses times their coefficients, to be divided by what nll is divided by
     load_E: jax.Array  # int32: assignments to each expert, those dropped included
@@ -115,7 +120,7 @@ class MixtureOfExperts(nnx.Module):
         self.up, self.down = Projection(specs["up"]), Projection(specs["down"])
         self.shared = FeedForward(c, specs["shared"]) if "shared" in specs else None
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, RouterSums]:
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, RouterSums]:
         """x_BTD, as it lies between blocks, to y_BTD, and the router's sums."""
         c, T = self.config, x_BTD.shape[1]
         logits_BTE, scores_BTE = self.router.scores(x_BTD)
@@ -124,7 +129,7 @@ class MixtureOfExperts(nnx.Module):
         capacity = capacity_of(c, T)
         dropped = jnp.zeros((), jnp.int32)
         if capacity is not None and capacity < T:
-            kept_BTE = within_capacity(chosen_BTE, positions_BT, capacity)
+            kept_BTE = within_capacity(chosen_BTE, info.positions_BT, capacity)
             dropped = (chosen_BTE & ~kept_BTE).sum(dtype=jnp.int32)
             kept_BTJ = jnp.take_along_axis(kept_BTE, experts_BTJ, axis=-1)
             experts_BTJ = jnp.where(kept_BTJ, experts_BTJ, c.experts)
@@ -145,22 +150,32 @@ class MixtureOfExperts(nnx.Module):
         )
         if self.shared is not None:
             y_BTD = y_BTD + shard(self.shared(shard(x_BTD, "batch", "tokens", "width")), "batch", "residual", "width")
-        return y_BTD, self._sums(logits_BTE, scores_BTE, chosen_BTE, dropped)
+        return y_BTD, self._sums(logits_BTE, scores_BTE, chosen_BTE, dropped, info)
 
     @jax.named_scope("router")
-    def _sums(self, logits_BTE, scores_BTE, chosen_BTE, dropped) -> RouterSums:
+    def _sums(self, logits_BTE, scores_BTE, chosen_BTE, dropped, info: TokenInfo) -> RouterSums:
         """The auxiliary losses are sums over sequences and tokens, so that they do not depend on how a batch is cut.
 
         Balance, for each sequence (arXiv 2412.19437, equations 17 to 20, with the experts really chosen): the share of
         assignments that each expert has times its mean score, summed, times E; 1 if all are even. Weighted by the
-        sequence's tokens. Router z-loss (arXiv 2202.08906, equation 5), for each token: the squared log-normaliser.
+        sequence's tokens. Tokens that the loss leaves out are left out here too, as if they were not there. Router
+        z-loss (arXiv 2202.08906, equation 5), for each token: the squared log-normaliser.
         """
         c = self.config
         B, T, E = scores_BTE.shape
         share_BTE = scores_BTE if c.router_scores == "softmax" else scores_BTE / scores_BTE.sum(-1, keepdims=True)
         load_BE = chosen_BTE.sum(1, dtype=jnp.int32)
-        balance = (E / (c.experts_per_token * T)) * jnp.sum(load_BE * share_BTE.sum(1))
-        z = jnp.sum(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2)
+        z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
+        evenness = E / (c.experts_per_token * T)
+        if info.mask_BT is None:
+            balance = evenness * jnp.sum(load_BE * share_BTE.sum(1))
+        else:
+            z_BT = z_BT * info.mask_BT
+            mask_BT1 = info.mask_BT[..., None]
+            products_BE = (chosen_BTE * mask_BT1).sum(1) * (share_BTE * mask_BT1).sum(1)
+            fewer_B = T / jnp.maximum(info.counted_B, 1)  # exactly 1 where all tokens count
+            balance = evenness * jnp.sum(products_BE * fewer_B[:, None])
+        z = jnp.sum(z_BT)
         share_BTE = jax.lax.stop_gradient(share_BTE)
         entropy = -jnp.sum(share_BTE * jnp.log(jnp.maximum(share_BTE, 1e-30)))
         objective = c.balance_loss * balance + c.router_z_loss * z

@@ -1,7 +1,7 @@
 """The decoder stack: embedding, scanned blocks, final norm, head."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -65,7 +65,7 @@ class Block(nnx.Module):
             if self.moe is None:
                 h_BTD = self.ffn(whole_tokens(h_BTD))
             else:
-                h_BTD, sums = self.moe(h_BTD, info.positions_BT)
+                h_BTD, sums = self.moe(h_BTD, info)
         x_BTD = self._add(x_BTD, h_BTD, self.ffn_post_norm, 2 * layer + 1, info)
         return shard(x_BTD, "batch", "residual", "width"), cache, sums
 
@@ -109,6 +109,7 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         places_BT: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
+        mask_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         dtype=jnp.float32,
         remat: str = "none",
@@ -118,9 +119,10 @@ class Transformer(nnx.Module):
 
         `positions_BT`, the order of a row's tokens, default to 0..T-1; `places_BT`, their places in their documents,
         which rotary and learned positions embed, to the same. `dropout_keys_B` (one key a sequence) switch dropout on.
+        `mask_BT` says which tokens count in the routers' auxiliary losses, by default all.
         `remat` is none or a name of REMAT_POLICIES.
         """
-        c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B)
+        c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT)
         graphdef, parameters = nnx.split(self.layers)
         block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
         if c.scan_layers and cache is None:
@@ -136,14 +138,19 @@ class Transformer(nnx.Module):
         x_BTD, (cache, sums) = jax.lax.scan(layer, self.embed(tokens_BT, info, dtype), layers, unroll=unroll)
         return self.finish(x_BTD), cache, sums
 
-    def info(self, tokens_BT, positions_BT=None, segments_BT=None, places_BT=None, dropout_keys_B=None) -> TokenInfo:
+    def info(
+        self, tokens_BT, positions_BT=None, segments_BT=None, places_BT=None, dropout_keys_B=None, mask_BT=None
+    ) -> TokenInfo:
         """What the layers know of the tokens; see `__call__`."""
         in_order = positions_BT is None
         if in_order:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         places_BT = positions_BT if places_BT is None else places_BT
         angles = rope_angles(self.config, places_BT) if self.config.positions == "rotary" else None
-        return TokenInfo(positions_BT, segments_BT, places_BT, angles, dropout_keys_B, self.context_style, in_order)
+        info = TokenInfo(positions_BT, segments_BT, places_BT, angles, dropout_keys_B)
+        if mask_BT is not None and self.config.experts:
+            info = replace(info, mask_BT=mask_BT, counted_B=mask_BT.sum(1))
+        return replace(info, context_style=self.context_style, in_order=in_order)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The last block's output, as the head takes it."""

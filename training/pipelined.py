@@ -29,7 +29,7 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
     dtype = jnp.dtype(config.compute_dtype_on(platform()))
 
     def prepare(micro):
-        names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B")
+        names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B", "mask_BT")
         return description.bind({}).info(micro["tokens_BT"], *(micro.get(name) for name in names))
 
     def embed(shared, micro):

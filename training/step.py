@@ -51,6 +51,7 @@ def hidden(description: Description, config: TrainConfig, params, batch: Batch, 
         segments_BT=batch.get("segments_BT"),
         places_BT=batch.get("places_BT"),
         dropout_keys_B=keys_B,
+        mask_BT=batch.get("mask_BT"),
         dtype=jnp.dtype(config.compute_dtype_on(platform())),
         remat=config.remat,
     )

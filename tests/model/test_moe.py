@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from model.attention_rule import TokenInfo
 from model.config import ModelConfig
 from model.initialise import draw as draw_parameter
 from model.moe import MixtureOfExperts, best, capacity_of, within_capacity
@@ -39,8 +40,9 @@ def block(**fields):
     params = map_specs(lambda spec: draw_parameter(spec, jax.random.key(1)), specs)
     positions_BT = jnp.arange(T)[None]
 
-    def run(params, x_BTD, positions_BT=positions_BT):
-        return nnx.merge(graphdef, params)(x_BTD, positions_BT)
+    def run(params, x_BTD, positions_BT=positions_BT, mask_BT=None):
+        counted_B = None if mask_BT is None else mask_BT.sum(1)
+        return nnx.merge(graphdef, params)(x_BTD, TokenInfo(positions_BT, mask_BT=mask_BT, counted_B=counted_B))
 
     return config, params, jax.jit(run)
 
@@ -189,6 +191,29 @@ def test_losses_by_their_formulas():
     sums = run(params, x)[1]
     np.testing.assert_allclose(sums.objective, 0.3 * balance + 0.01 * z, rtol=1e-5)
     np.testing.assert_allclose(sums.entropy, -(share * np.log(share)).sum(), rtol=1e-5)
+
+
+def test_tokens_that_the_loss_leaves_out_have_no_auxiliary_losses():
+    """By formula, sequence by sequence, with all but the counted tokens cut away; one sequence counts nowhere."""
+    config, params, run = block(balance_loss=0.3, router_z_loss=0.01)
+    x = tokens_BTD()
+    mask = np.random.default_rng(1).integers(2, size=(B, T)).astype(np.float32)
+    mask[1] = 0
+    scores, logits = scores_of(config, params, x), x @ np.asarray(params["router"]["weight"])
+    expected = 0.0
+    for b in (0, 2):
+        at = np.flatnonzero(mask[b])
+        chosen = np.bincount(np.concatenate([chosen_of(config, s) for s in scores[b, at]]), minlength=E)
+        f, p = chosen * E / (config.experts_per_token * len(at)), scores[b, at].mean(0)
+        expected += 0.3 * len(at) * (f * p).sum() + 0.01 * (np.log(np.exp(logits[b, at]).sum(-1)) ** 2).sum()
+    sums = run(params, x, mask_BT=jnp.asarray(mask))[1]
+    np.testing.assert_allclose(sums.objective, expected, rtol=1e-5)
+    gradient = jax.grad(lambda x: run(params, x, mask_BT=jnp.asarray(mask))[1].objective)(x)
+    assert not np.asarray(gradient)[mask == 0].any()
+    assert np.asarray(gradient)[mask == 1].any()
+    unmasked, whole = run(params, x)[1], run(params, x, mask_BT=jnp.ones((B, T)))[1]
+    jax.tree.map(np.testing.assert_array_equal, unmasked, whole)
+    np.testing.assert_array_equal(sums.load_E, whole.load_E)  # experts work for all tokens
 
 
 def test_sums_of_sequences_add_up():
