@@ -23,6 +23,7 @@ from config import compose
 from data.loader import Loader
 from data.shards import prepare
 from tracking.metrics_file import last_value
+from training import feed
 
 DONE, MISTAKE, PREEMPTED = 0, 2, 75
 SEED = 7  # of the moments at which runs are killed
@@ -152,7 +153,7 @@ def assert_honest_goodput(lines: list[dict], walls: list[float]) -> None:
 def watched():
     """Within it: the arrays that runs restore, {step: arrays by path}, and the tokens that they feed, in order."""
     arrays, tokens = {}, []
-    restore, put_batch = train.restore, train.put_batch
+    restore, put_batch = train.restore, feed.put_batch
 
     def watched_restore(*arguments):
         found = restore(*arguments)
@@ -166,7 +167,7 @@ def watched():
 
     with (
         mock.patch.object(train, "restore", watched_restore),
-        mock.patch.object(train, "put_batch", watched_put_batch),
+        mock.patch.object(feed, "put_batch", watched_put_batch),
     ):
         yield arrays, tokens
 

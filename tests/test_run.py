@@ -183,8 +183,8 @@ def test_default_text_samples_and_tracking(text, tmp_path, monkeypatch):
 def named(make, name: str):
     """`make` whose function has a name of its own, to be told apart in the log of compilations."""
 
-    def renamed(*arguments):
-        function = make(*arguments)
+    def renamed(*arguments, **options):
+        function = make(*arguments, **options)
 
         def call(*inputs):
             return function(*inputs)
