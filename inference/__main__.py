@@ -6,9 +6,11 @@ Prompts with their continuations go to stdout, everything else to stderr. Exit c
 import sys
 
 from inference.options import BEST, GROUPS, NEWEST, parse
+from runtime import leave
 from runtime.exit_codes import MISTAKE
 
 if __name__ == "__main__":
+    leave.answer_signals()
     OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
 import argparse

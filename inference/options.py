@@ -10,6 +10,7 @@ from runtime.arguments import Parser
 
 NEWEST, BEST = "last", "best"  # choices of --step besides a number
 GROUPS = ("sample", "mesh", "runtime")  # of a run's settings, those that may be set anew for generation
+LIKE_A_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 SETTING = re.compile(rf"({'|'.join(GROUPS)})\.\w+=")
 
 
@@ -44,7 +45,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--step", type=_step, default=NEWEST, metavar="best|last|N", help="checkpoint (last)")
     options = parser.parse_intermixed_args(arguments[:end])
     options.overrides = [word for word in options.words if SETTING.match(word)]
-    options.prompts = [word for word in options.words if not SETTING.match(word)] + arguments[end + 1 :]
+    prompts = [word for word in options.words if not SETTING.match(word)]
+    if strange := next((word for word in prompts if LIKE_A_SETTING.match(word)), None):
+        allowed = ", ".join(f"{group}.*" for group in GROUPS)
+        parser.error(f"{strange} is no setting of generation ({allowed}); if it is a prompt, it goes after --")
+    options.prompts = prompts + arguments[end + 1 :]
     if not options.prompts:
         parser.error("the following arguments are required: PROMPT")
     return options

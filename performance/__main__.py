@@ -5,21 +5,28 @@ there) or, with --hardware here, for the devices of this machine. With --text a 
 instead (`compiled.as_text()`). Nothing is run. Exit code 2 for a mistake.
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from config.command_line import command_line
 from config.layout import mesh_sizes
 from config.schema import Config
 from performance.roofline import MACHINES, kernels, table
+from runtime import leave
+from runtime.arguments import Parser
+from runtime.exit_codes import DONE, MISTAKE
 
 TARGETS = ("h200", "here")
 
 
-def arguments(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
     """The program's own options, and the settings."""
-    parser = argparse.ArgumentParser(prog="python -m performance", description=__doc__.partition("\n")[0])
+    parser = Parser(
+        "python -m performance",
+        description="The least time of a training step by kernel.",
+        usage="%(prog)s [--hardware h200|here] [--price DEVICE] [--text FILE] [--dearest N] [key=value ...]",
+    )
     parser.add_argument("--hardware", default="h200", choices=TARGETS, help="what the step is compiled for")
     parser.add_argument("--price", choices=MACHINES, default="h200", help="the device whose rates are counted with")
     parser.add_argument("--text", type=Path, help="a program's text, instead of compiling one")
@@ -53,17 +60,26 @@ def compiled(config: Config, hardware: str) -> str:
         return traced.lower(lowering_platforms=(target,)).compile().as_text()
 
 
+def program_text(file: Path) -> str:
+    """The text of a compiled program. Raises ValueError where the file holds none."""
+    text = file.read_text() if file.is_file() else ""
+    if "ENTRY" not in text:
+        raise ValueError(f"--text {file}: this is no file with a compiled program's text (compiled.as_text())")
+    return text
+
+
 def main(words: list[str]) -> int:
     """Prints the tables; returns the exit code."""
     options, settings = arguments(words)
     try:
-        text = options.text.read_text() if options.text else compiled(command_line(settings)[0], options.hardware)
+        text = program_text(options.text) if options.text else compiled(command_line(settings)[0], options.hardware)
         print(table(kernels(text), MACHINES[options.price], options.dearest))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return MISTAKE
+    return DONE
 
 
 if __name__ == "__main__":
+    leave.answer_signals()
     sys.exit(main(sys.argv[1:]))

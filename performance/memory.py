@@ -10,8 +10,10 @@ import sys
 from config.command_line import command_line
 from config.layout import mesh_sizes
 from config.schema import Config
+from runtime import leave
 
 if __name__ == "__main__":
+    leave.answer_signals()
     JOBS = command_line(sys.argv[1:])
 
 import jax

@@ -16,8 +16,8 @@ WANDB_MODES = ("offline", "online", "disabled")
 class WandbConfig:
     mode: str = "offline"  # offline (upload later with `wandb sync`) | online | disabled
     project: str = "isomesh"  # W&B project
-    entity: str | None = None  # W&B user or team; None: the account's default
-    name: str | None = None  # display name; None: W&B invents one
+    entity: str | None = None  # W&B user or team; null: the account's default
+    name: str | None = None  # display name; null: W&B invents one
     group: str | None = None  # groups the runs of a sweep or of several seeds
     tags: tuple[str, ...] = ()  # labels to filter by
 

@@ -11,8 +11,10 @@ import sys
 from config.command_line import command_line
 from config.layout import mesh_sizes
 from config.schema import Config
+from runtime import leave
 
 if __name__ == "__main__":
+    leave.answer_signals()
     JOBS = command_line(sys.argv[1:])
 
 from dataclasses import dataclass, replace
@@ -124,6 +126,8 @@ def main(config: Config) -> int:
         config = replace(config, train=replace(config.train, compute_dtype="float32", param_dtype="float32"))
         start(config.runtime)
         sizes = mesh_sizes(config, jax.device_count())
+        if sizes == ONE_DEVICE:
+            raise ValueError("one device: nothing to compare; set a mesh, as runtime.cpu_devices=8 mesh.fsdp=8")
         lines, good = report(trace(config, sizes), trace(config, ONE_DEVICE))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

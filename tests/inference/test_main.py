@@ -71,6 +71,8 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["sampel.tokens=20"], "sampel.tokens=20 is no setting of generation (sample.*, mesh.*, runtime.*)"),
+        (["train.steps=5"], "train.steps=5 is no setting of generation"),
         (["--step", "newest"], "newest is neither best nor last nor the number of a step"),
         (["--colour"], "unrecognized arguments: --colour"),
     ],
