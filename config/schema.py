@@ -126,6 +126,8 @@ def finish(config: Config) -> Config:
             f"train.seq_len={train.seq_len} is longer than model.max_positions={model.max_positions} learned "
             f"positions; set model.max_positions={train.seq_len}"
         )
+    if model.head not in ("vocabulary", "masked_lm"):
+        raise ValueError(f"model.head={model.head} gives no logits to train; use vocabulary or masked_lm")
     if config.run.dir is None:
         digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
         run = dataclasses.replace(config.run, dir=str(Path("runs") / f"{config.run.name}-{digest}"))
