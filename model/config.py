@@ -15,7 +15,7 @@ POSITIONS = ("rotary", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "gelu", "gelu_exact", "relu", "relu2", "silu")
 BIASES = ("none", "qkv", "attention", "ffn", "all")
 HEADS = ("vocabulary", "masked_lm", "pooler", "none")
-ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
 PARAMETRIZATIONS = ("standard", "mup", "complete_p")
 MATMUL_DTYPES = ("", "float8")
 ATTENTION_KERNELS = ("auto", "fused", "plain")
@@ -37,7 +37,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 class RopeScaling:
     """Stretches rotary positions beyond the length that a model was trained on."""
 
-    kind: str = "none"  # none | linear | llama3 (by wavelength) | yarn (arXiv 2309.00071) | longrope (2402.13753)
+    kind: str = "none"  # none | linear | llama3 (by wavelength) | yarn (2309.00071) | longrope (2402.13753) | dynamic
     factor: float = 1.0  # new length over the original one
     original_length: int = 8192  # tokens of the original training
     low_frequency: float = 1.0  # llama3: longer waves than original_length / this are divided by factor
