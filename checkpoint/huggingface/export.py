@@ -29,12 +29,12 @@ def export(
     json_config: dict[str, Any],
     params: dict,
     dtype: str,
-    small_files: dict[str, str],
+    texts: dict[str, str],
 ) -> int:
     """Writes the folder, whole or not at all; returns the bytes of its tensors.
 
-    `json_config` is its config.json, `params` are in the model's order of layers, on whatever mesh; `small_files` are
-    further texts by name. Raises ValueError if the folder is there already.
+    `json_config` is its config.json, `params` are in the model's order of layers, on whatever mesh; `texts` are further
+    files by name. Raises ValueError if the folder is there already.
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
@@ -57,7 +57,7 @@ def export(
             (beside / INDEX).write_text(json.dumps(index, indent=2))
         torch_name = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[dtype]
         (beside / "config.json").write_text(json.dumps({**json_config, "dtype": torch_name}, indent=2) + "\n")
-        for name, text in small_files.items():
+        for name, text in texts.items():
             (beside / name).write_text(text)
         os.chmod(beside, 0o755)
         beside.rename(folder)
@@ -96,7 +96,8 @@ def _files(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, lis
 def _tensor(pieces: list[Piece], shape: tuple[int, ...], params: dict) -> np.ndarray:
     """One tensor of theirs."""
     whole = None
-    for (path, spec, place, layer, expert), value in zip(pieces, _values(pieces, params), strict=True):
+    for piece, value in zip(pieces, _values(pieces, params), strict=True):
+        spec, place = piece[1:3]
         whole = np.empty(shape, value.dtype) if whole is None else whole
         rows = spec.rows if spec.rows is not None else len(value)
         place.put(whole, value[:rows], spec)
