@@ -115,10 +115,15 @@ def continuations(
     return [(prompt, after_prompt(tokenizer, prompt, ids[row], new[row])) for row, prompt in asked]
 
 
+def trained_reach(config: ModelConfig, seq_len: int) -> int:
+    """Tokens that rotary positions reach, of a model trained on sequences of `seq_len`: more where they were scaled."""
+    scaling = config.rope_scaling
+    return seq_len if scaling.kind == "none" else max(seq_len, int(scaling.factor * scaling.original_length))
+
+
 def beyond_training(config: ModelConfig, seq_len: int, prompts: Sequence[Sequence[int]], tokens: int) -> str | None:
     """What to tell where rotary positions go beyond the sequences of `seq_len` tokens that a model was trained on."""
-    scaling, longest = config.rope_scaling, max(map(len, prompts), default=0)
-    reach = seq_len if scaling.kind == "none" else max(seq_len, int(scaling.factor * scaling.original_length))
+    reach, longest = trained_reach(config, seq_len), max(map(len, prompts), default=0)
     if config.positions != "rotary" or longest + tokens <= reach:
         return None
     return (

@@ -1,0 +1,126 @@
+"""A trained model as programs use it: found by its path, its parameters on a mesh, its tokenizer beside them."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from checkpoint.digests import MANIFEST
+from checkpoint.store import CheckpointStore, Restored
+from config.compose import load_run, overridden
+from config.layout import model_requirements
+from config.schema import Config
+from data.tokenizer import Tokenizer, load_tokenizer
+from inference.generate import trained_reach
+from inference.options import BEST, GROUPS, NEWEST
+from model.specs import Specs
+from model.transformer import Description, describe
+from parallel.mesh import MeshConfig, make_mesh, resolve
+from runtime.config import RuntimeConfig
+from runtime.start import start
+from tracking.run_directory import RunDirectory
+from training.state import has_vocabulary
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its parameters on `mesh`; what is computed with it runs inside `jax.set_mesh(opened.mesh)`."""
+
+    path: Path
+    config: Config
+    tokenizer: Tokenizer
+    mesh: Mesh
+    description: Description
+    params: dict
+    dtype: jnp.dtype  # of matmuls and activations
+    step: int | None  # of training; None where the model's file does not say
+    digest: str  # sha256 that tells these weights from others
+    begin: tuple[int, ...] = ()  # tokens that the model wants before every text
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        config = self.config
+        if config.model.positions == "learned":
+            return config.model.max_positions
+        return trained_reach(config.model, config.train.seq_len)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model before JAX has started and any array is read."""
+
+    path: Path
+    config: Config  # its mesh and runtime are those of this program, not of the training
+    tokenizer: Tokenizer
+
+    def open(self, step: str | int = NEWEST) -> Opened:
+        """Starts JAX, makes the mesh and reads the parameters onto it.
+
+        step: of a run its checkpoint: last, best or a number. Raises ValueError or OSError for what the user can mend.
+        """
+        config = self.config
+        start(replace(config.runtime, coordinator=None, processes=1, process_id=-1))
+        if config.mesh.pipe != 1:
+            raise ValueError(f"mesh.pipe={config.mesh.pipe}: stages are for training; use data, fsdp, expert or tensor")
+        mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
+        store = CheckpointStore(Path(config.checkpoint.dir or self.path / "checkpoints"), config.checkpoint)
+        with closing(store), jax.set_mesh(mesh):
+            description = describe(config.model)
+            restored = restore(store, step, abstract_params(config, description, mesh), description.specs)
+        dtype = jnp.dtype(config.train.compute_dtype_on(jax.default_backend()))
+        shared = self.path, config, self.tokenizer, mesh, description
+        return Opened(*shared, restored.state["params"], dtype, restored.step, _digest(restored))
+
+
+def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[str, ...] = GROUPS) -> Found:
+    """The model of a run directory. overrides: key=value for keys of these groups of its settings.
+
+    Raises ValueError or OSError for what the user can mend.
+    """
+    directory = RunDirectory(Path(path))
+    config = load_run(directory.path)  # the one place that decides what kind of model lies at a path
+    alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model
+    config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), list(overrides), groups)
+    return Found(directory.path, config, load_tokenizer(config.tokenizer, saved=directory.tokenizer))
+
+
+def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:
+    """`find_model` and `Found.open` in one."""
+    return find_model(path, overrides).open(step)
+
+
+def abstract_params(config: Config, description: Description, mesh: Mesh) -> dict:
+    """The part of a training state that a model's user needs, with its layout on the mesh."""
+    dtype = jnp.dtype(config.train.param_dtype)
+    leaf = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+    return {"params": jax.tree.map(leaf, description.shapes, description.shardings(mesh))}
+
+
+def restore(store: CheckpointStore, step: str | int, abstract: dict, specs: Specs) -> Restored:
+    """The newest intact checkpoint, or that of the step asked for and no other; ValueError if it is not there."""
+    before = None
+    if step != NEWEST:
+        wanted = store.best() if step == BEST else step
+        if wanted is None:
+            raise ValueError(f"no checkpoint in {store.directory} has an evaluation, so none is best; use --step last")
+        if wanted not in store.steps():
+            there = ", ".join(map(str, store.steps())) or "none"
+            raise ValueError(f"{store.directory} holds no checkpoint of step {wanted}; there are: {there}")
+        before = wanted + 1
+    restored = store.restore(abstract, before=before, resize=has_vocabulary(specs), part=True)
+    if restored is None:
+        raise ValueError(f"{store.directory} holds no checkpoint")
+    if before is not None and restored.step != wanted:
+        raise ValueError(f"the checkpoint of step {wanted} in {store.directory} is damaged")
+    return restored
+
+
+def _digest(restored: Restored) -> str:
+    """Of the manifest, which has a digest of every file of the checkpoint."""
+    return hashlib.sha256((restored.directory / f"{restored.step:08d}" / MANIFEST).read_bytes()).hexdigest()
