@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import CheckpointConfig
+from checkpoint.config import CheckpointConfig, WeightsConfig
 from data.corpus import DataConfig
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from inference.config import SampleConfig
@@ -42,6 +42,7 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -53,7 +54,7 @@ class Config:
 
 
 # What decides the numbers of a run. Two runs that agree here are one run, on whatever mesh and machine.
-IDENTITY = ("seed", "model", "optimizer", "data", "tokenizer", "train")
+IDENTITY = ("seed", "model", "weights", "optimizer", "data", "tokenizer", "train")
 NOT_IDENTITY = {
     "train": (
         *("steps", "grad_accumulation", "remat", "loss_chunk", "nonfinite"),
@@ -61,6 +62,7 @@ NOT_IDENTITY = {
     ),
     "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
     "data": ("cache",),
+    "weights": ("path",),
 }
 
 
@@ -69,6 +71,7 @@ OWN = {
     "runtime": ("process_id", "coordinator", "processes", "compile_cache"),
     "data": ("cache",),
     "run": ("id",),
+    "weights": ("path",),
     "wandb": tuple(one.name for one in fields(WandbConfig)),
 }
 
