@@ -220,35 +220,40 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
 
     A corpus too small for so many merges leaves the last ids unused. (Sennrich et al. 2016; Radford et al. 2019.)
     """
-    from tokenizers import models, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    return _train(models.BPE(), trainers.BpeTrainer, texts, vocab_size)
-
-
-def train_unigram(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """Byte-level unigram with GPT-2's word pattern: of all ways to cut a word, the one whose tokens are likeliest.
-
-    Every byte is a token, so that nothing is unknown. (Kudo 2018.)
-    """
-    from tokenizers import models, trainers
-
-    return _train(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size)
-
-
-def _train(model, trainer_kind, texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainer_kind(
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return JsonTokenizer(tokenizer.to_str(), "the trained tokenizer", vocab_size)
+    return JsonTokenizer(tokenizer.to_str(), "trained BPE", vocab_size)
+
+
+def train_unigram(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """Byte-level unigram with GPT-2's word pattern: a word is cut into the tokens that are likeliest together.
+
+    The same texts give the same tokenizer; every byte is a token, so that nothing is unknown. (Kudo 2018.)
+    """
+    from tokenizers import models
+
+    from data.tokenizers.unigram import unigram_pieces
+
+    tokenizer = _byte_level(models.Unigram([(END_OF_TEXT, 0.0), *unigram_pieces(texts, vocab_size - 1)]))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return JsonTokenizer(tokenizer.to_str(), "trained unigram", vocab_size)
+
+
+def _byte_level(model):
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def load_tokenizer(config: TokenizerConfig, saved: Path | None = None) -> Tokenizer:
