@@ -86,9 +86,8 @@ def train(config: Config, began: float) -> int:
 def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float) -> int:
     """The run, in a directory that no other process may enter meanwhile."""
     primary = jax.process_index() == 0
-    t = replace(
-        config.train, compute_dtype=agreed(lambda: compute_dtype(config, run.holds_results(), jax.default_backend()))
-    )
+    dtype = agreed(lambda: compute_dtype(config, run.holds_results(), jax.default_backend()))
+    t = replace(config.train, compute_dtype=dtype)
     config = replace(config, train=t)
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
     require_shared(Path(config.checkpoint.dir or run.path))

@@ -106,6 +106,17 @@ class ByteTokenizer:
         """The bytes of a token, none of the end of a document or a foreign id."""
         return bytes([token]) if 0 <= token < self.vocab_size and token != self.eos_id else b""
 
+    def as_json(self) -> str:
+        """The same as a tokenizer.json, for programs that read these: the ids of UTF-8 bytes, NUL a special token."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        tokenizer = Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        end = next(character for character, byte in BYTE_OF.items() if byte == self.eos_id)
+        tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        return tokenizer.to_str()
+
     def save(self, path: Path) -> None:
         """Writes nothing: bytes need no file."""
 
@@ -201,6 +212,10 @@ class JsonTokenizer:
             except KeyError:  # an added token, which stands as it is
                 return spelled.encode()
         return bytes([int(spelled[3:5], 16)]) if self.joins_bytes and BYTE_TOKEN.fullmatch(spelled) else None
+
+    def as_json(self) -> str:
+        """The tokenizer.json."""
+        return self._spec
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json."""

@@ -77,9 +77,8 @@ def import_weights(options: argparse.Namespace) -> None:
         run.write_config(compose.to_yaml(replace(config, train=replace(config.train, seq_len=opened.length))))
         run.imported.write_text(json.dumps({"path": config.weights.path, "digest": config.weights.digest}))
     count, seconds = parameter_count(config.model).total, time.perf_counter() - began
-    print(
-        f"{run.path}: {count / 1e6:.1f}M parameters of {opened.family.model_type} in {seconds:.1f} s", file=sys.stderr
-    )
+    said = f"{count / 1e6:.1f}M parameters of {opened.family.model_type}"
+    print(f"{run.path}: {said} in {seconds:.1f} s", file=sys.stderr)
 
 
 def export_weights(options: argparse.Namespace) -> None:
@@ -96,9 +95,8 @@ def export_weights(options: argparse.Namespace) -> None:
     with jax.set_mesh(model.mesh):
         size = export(options.folder, model.config.model, written, model.params, dtype, texts)
     seconds = time.perf_counter() - began
-    print(
-        f"{options.folder}: {written['model_type']}, {size / 1e9:.2f} GB of {dtype} in {seconds:.1f} s", file=sys.stderr
-    )
+    said = f"{written['model_type']}, {size / 1e9:.2f} GB of {dtype}"
+    print(f"{options.folder}: {said} in {seconds:.1f} s", file=sys.stderr)
 
 
 def kept_config(model: Opened) -> dict | None:

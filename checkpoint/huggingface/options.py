@@ -8,9 +8,7 @@ from checkpoint.huggingface.families import BY_TYPE
 from inference.options import NEWEST, step
 from runtime.arguments import Parser
 
-SETTINGS = (
-    "key=value sets mesh.*, runtime.* or train.param_dtype, as for train.py: mesh.tensor=2 runtime.cpu_devices=2."
-)
+SETTINGS = "key=value sets mesh.*, runtime.* and the like as for train.py: mesh.tensor=2 runtime.cpu_devices=2."
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
