@@ -61,7 +61,10 @@ def configuration(family: str, seed: int) -> dict[str, Any]:
                 c["rope_parameters"][name] = c["rope_parameters"][name][: int(c["head_dim"] * share) // 2]
         c["original_max_position_embeddings"] = c["rope_parameters"].get("original_max_position_embeddings", LONGEST)
     extra = {
-        "llama": {"attention_bias": bias, "mlp_bias": draw.choice([True, False]), "hidden_act": draw.choice(["silu", "gelu"])},
+        "llama": {
+            "attention_bias": bias, "mlp_bias": draw.choice([True, False]),
+            "hidden_act": draw.choice(["silu", "gelu"]),
+        },
         "mistral": {"sliding_window": window},
         "qwen2": {"layer_types": layer_types, "use_sliding_window": window is not None, "sliding_window": window},
         "qwen3": {
