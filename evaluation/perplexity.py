@@ -7,7 +7,7 @@ into the documents before.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -138,11 +138,3 @@ class Texts:
     def slice(self, start: int, stop: int) -> np.ndarray:
         """The tokens [start, stop)."""
         return self._tokens[start:stop]
-
-
-def texts(documents: Iterator[str], encode: Callable[[list[str]], list[np.ndarray]], eos_id: int) -> Texts:
-    """The documents of a source, tokenised. Raises ValueError where there is none."""
-    found = [text for text in documents if text]
-    if not found:
-        raise ValueError("there is no text to score")
-    return Texts(encode(found), eos_id)

@@ -56,8 +56,8 @@ class Scorer:
         config = description.config
         if not config.causal:
             raise ValueError("model.causal=false: an encoder gives no probability of the next token")
-        self.description, self.params, self.mesh = description, params, mesh
-        self._train = TrainConfig(compute_dtype=jnp.dtype(dtype).name)
+        self.description, self.params, self.mesh, self.dtype = description, params, mesh, jnp.dtype(dtype)
+        self._train = TrainConfig(compute_dtype=self.dtype.name)
         self._step = jax.jit(
             partial(_score, description, self._train), static_argnames="chunk", out_shardings=replicated(mesh)
         )

@@ -40,15 +40,6 @@ class Opened:
     dtype: jnp.dtype  # of matmuls and activations
     step: int | None  # of training; None where the model's file does not say
     digest: str  # sha256 that tells these weights from others
-    begin: tuple[int, ...] = ()  # tokens that the model wants before every text
-
-    @property
-    def reach(self) -> int:
-        """Tokens of the longest sequence that the model was made for."""
-        config = self.config
-        if config.model.positions == "learned":
-            return config.model.max_positions
-        return trained_reach(config.model, config.train.seq_len)
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,14 @@ class Found:
     path: Path
     config: Config  # its mesh and runtime are those of this program, not of the training
     tokenizer: Tokenizer
+    begin: tuple[int, ...] = ()  # tokens that the model wants before every text
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        model = self.config.model
+        learned = model.positions == "learned"
+        return model.max_positions if learned else trained_reach(model, self.config.train.seq_len)
 
     def open(self, step: str | int = NEWEST) -> Opened:
         """Starts JAX, makes the mesh and reads the parameters onto it.
