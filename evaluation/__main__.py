@@ -127,11 +127,13 @@ def tell(options, model: Opened, window: Window, outcomes: dict[str, dict[str, O
         if not options.json:
             print("note: the results are kept with --json FILE only", file=sys.stderr)
         return
+    fresh: dict[str, Outcome] = {}
     for argument in options.tasks:
         path, new = keep_result(directory.path / "evaluation", file_name(argument), result(outcomes[argument]))
         print(f"results: {path}", file=sys.stderr)
-        if new:
-            tell_run(model.config, directory, model.step, outcomes[argument])
+        fresh |= outcomes[argument] if new else {}
+    if fresh and options.limit is None:  # part of a task says too little to stand among a run's metrics
+        tell_run(model.config, directory, model.step, fresh)
 
 
 def file_name(task: str) -> str:

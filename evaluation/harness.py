@@ -55,8 +55,12 @@ class MeshModel(TemplateLM):
         ids = self.text.encode(string).tolist()
         return ids if add_special_tokens is False else self.begin + ids
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation behind its context, and whether it is the greedy one."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation, and whether it is the greedy one. Equal inputs are read once."""
+        """As `loglikelihood`, of (text, context's tokens, continuation's tokens). Equal inputs are read once."""
         rows, places, asked = [], {}, []
         targets: list[list[tuple[int, int]]] = []
         for _, context, continuation in requests:
