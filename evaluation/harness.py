@@ -114,11 +114,12 @@ class MeshModel(TemplateLM):
             kinds.setdefault(repr(sorted(request.args[1].items(), key=str)), []).append(number)
         for numbers in kinds.values():
             settings = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
-            texts = self._generate([requests[number].args[0] for number in numbers], settings)
+            texts = self.write([requests[number].args[0] for number in numbers], settings)
             found |= dict(zip(numbers, texts, strict=True))
         return [found[number] for number in range(len(requests))]
 
-    def _generate(self, contexts: list[str], settings: dict) -> list[str]:
+    def write(self, contexts: list[str], settings: dict) -> list[str]:
+        """What the model writes behind each context; settings: until, max_gen_toks, do_sample, temperature, ..."""
         tokens, until = settings["max_gen_toks"], [stop for stop in settings["until"] if stop]
         room = self.max_length - tokens
         if room < 1:
