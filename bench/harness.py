@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 VOCABULARY = 4096
 LIKELY, WRITTEN = "loglikelihood", "generate_until"
 
