@@ -184,9 +184,9 @@ def differing(mine: list, other: list) -> int:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("layers", 12), ("width", 512), ("heads", 8), ("kv_heads", 4), ("head_dim", 64), ("ffn", 1408)):
+    for name, size in (("layers", 8), ("width", 384), ("heads", 6), ("kv_heads", 2), ("head_dim", 64), ("ffn", 1024)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--batches", default="1,8,32", help="batch sizes of theirs; the best counts")
+    parser.add_argument("--batches", default="8,32", help="batch sizes of theirs; the best counts")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("WHO", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
