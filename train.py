@@ -14,7 +14,7 @@ if __name__ == "__main__":
     BEGAN = time.perf_counter()  # the slow imports count
 
 from config.command_line import command_line, next_commands
-from config.compose import load_run, to_yaml
+from config.compose import compute_dtype, load_run, to_yaml
 from config.layout import mesh_sizes
 from config.schema import Config, differences, identity, shared
 
@@ -32,11 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from checkpoint.huggingface.opened import keep_small_files
 from checkpoint.store import CheckpointStore, Restored
 from data.shards import prepare
 from data.tokenizer import Tokenizer
 from evaluation.in_training import Tasks
 from inference.generate import continuations
+from inference.opening import with_weights
 from parallel.mesh import make_mesh
 from parallel.sharding import replicated
 from performance.fits import Room, memory_of
@@ -85,7 +87,8 @@ def train(config: Config, began: float) -> int:
 def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float) -> int:
     """The run, in a directory that no other process may enter meanwhile."""
     primary = jax.process_index() == 0
-    t = replace(config.train, compute_dtype=agreed(lambda: compute_dtype(config, run)))
+    dtype = agreed(lambda: compute_dtype(config, run.holds_results(), jax.default_backend()))
+    t = replace(config.train, compute_dtype=dtype)
     config = replace(config, train=t)
     config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
     require_shared(Path(config.checkpoint.dir or run.path))
@@ -111,7 +114,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         ours = {"identity": identity(config), "data": dataset.digest}
         restored = restore(config, store, job, ours)
         with room.told():
-            state, first, progress = beginning(job, config.seed, restored)
+            state, first, progress = beginning(job, config, restored)
         if first >= t.steps:
             console.note(f"nothing to do: {run.path} has {first} steps, and train.steps={t.steps}")
             store.close()
@@ -119,6 +122,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             return DONE
         if primary:
             run.write_config(to_yaml(config))
+            if config.weights.path:
+                keep_small_files(Path(config.weights.path), run.pretrained)
         # at this point the state after step `first` lies on the mesh
 
         # ----------------------------------------------------------------------------------------------------- compile
@@ -203,10 +208,11 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         return end(code, number, config, run, job, state, tokenizer, store, reporter)
 
 
-def beginning(job: Job, seed: int, restored: Restored | None) -> tuple[TrainState, int, Progress]:
+def beginning(job: Job, config: Config, restored: Restored | None) -> tuple[TrainState, int, Progress]:
     """The state to go on from, on the mesh; how many steps it has behind it; the best held-out loss so far."""
     if restored is None:
-        return job.init(seed), 0, Progress()
+        state = job.init(config.seed)
+        return with_weights(state, job, config.weights.path) if config.weights.path else state, 0, Progress()
     return job.from_stored(TrainState(**restored.state)), restored.step, Progress(**restored.record["progress"])
 
 
@@ -240,13 +246,6 @@ def samples(job: Job, params: dict, tokenizer: Tokenizer, config: Config, consol
         return []
     console.samples(texts)
     return texts
-
-
-def compute_dtype(config: Config, run: RunDirectory) -> str:
-    """What train.compute_dtype=auto is for this run: what it began with, else what this platform is fast at."""
-    if config.train.compute_dtype == "auto" and run.holds_results():
-        return load_run(run.path).train.compute_dtype_on(jax.default_backend())
-    return config.train.compute_dtype_on(jax.default_backend())
 
 
 def claim(config: Config, run: RunDirectory) -> str:

@@ -1,6 +1,14 @@
-"""What a run may set of its checkpoints. No JAX here: a mistake is told before anything slow is imported."""
+"""What a run may set of its checkpoints and first weights. No JAX here: a mistake is told before slow imports."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """The weights that a run begins from, where it does not draw its own; written by model.from=PATH."""
+
+    path: str | None = None  # a run's directory, a Hugging Face folder or a .gguf file
+    digest: str | None = None  # tells these weights from others
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config.build import build, keys, one_line, plain, unknown
+from config.pretrained import FROM, beginning_of, with_weights
 from config.schema import Config, finish
 from model.config import one_of
 from runtime.overrides import pasted
@@ -22,6 +23,8 @@ CONF = Path(__file__).parent.parent / "conf"
 
 def load(overrides: list[str]) -> Config:
     """The config of a list of overrides. Raises ValueError with one clear line."""
+    path = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{FROM}=")), None)
+    overrides = [o for o in overrides if not o.startswith(f"{FROM}=")]
     _check_keys(overrides)
     _check_single(parsed(overrides))  # Hydra itself would not say which one it could not read
     # a key that no YAML mentions is still a field of a dataclass: ++ lets Hydra set either
@@ -32,6 +35,8 @@ def load(overrides: list[str]) -> Config:
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from None
+    if path is not None:
+        values = with_weights(values, beginning_of(path, load_run), overrides)
     return finish(build(Config, with_laws(values)))
 
 
@@ -85,6 +90,13 @@ def _check_single(overrides: list[Override]) -> None:
                 f"{override.input_line} is several values: for a run of each add -m (--multirun); "
                 f"as one text write {pasted(key, text)}, as a list {shlex.quote(f'{key}=[{text}]')}"
             )
+
+
+def compute_dtype(config: Config, goes_on: bool, platform: str) -> str:
+    """What train.compute_dtype=auto is for a run: what it began with if it goes on, else what a platform is fast at."""
+    if config.train.compute_dtype == "auto" and goes_on:
+        return load_run(config.run.dir).train.compute_dtype_on(platform)
+    return config.train.compute_dtype_on(platform)
 
 
 def is_group(key: str) -> bool:

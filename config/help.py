@@ -21,6 +21,7 @@ def help_text(program: str = "train.py") -> str:
         "",
         "presets:",
         *presets,
+        "  model.from=PATH  # model, tokenizer and first weights: of a run, a Hugging Face folder, a .gguf file",
         "",
         "keys, with the values of the default run:",
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import CheckpointConfig
+from checkpoint.config import CheckpointConfig, WeightsConfig
 from data.corpus import DataConfig
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from evaluation.config import EvaluationConfig
@@ -43,6 +43,7 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -55,7 +56,7 @@ class Config:
 
 
 # What decides the numbers of a run. Two runs that agree here are one run, on whatever mesh and machine.
-IDENTITY = ("seed", "model", "optimizer", "data", "tokenizer", "train")
+IDENTITY = ("seed", "model", "weights", "optimizer", "data", "tokenizer", "train")
 NOT_IDENTITY = {
     "train": (
         *("steps", "grad_accumulation", "remat", "loss_chunk", "nonfinite"),
@@ -63,6 +64,7 @@ NOT_IDENTITY = {
     ),
     "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
     "data": ("cache",),
+    "weights": ("path",),
 }
 
 
@@ -71,6 +73,7 @@ OWN = {
     "runtime": ("process_id", "coordinator", "processes", "compile_cache"),
     "data": ("cache",),
     "run": ("id",),
+    "weights": ("path",),
     "wandb": tuple(one.name for one in fields(WandbConfig)),
 }
 
@@ -128,6 +131,8 @@ def finish(config: Config) -> Config:
             f"train.seq_len={train.seq_len} is longer than model.max_positions={model.max_positions} learned "
             f"positions; set model.max_positions={train.seq_len}"
         )
+    if model.head not in ("vocabulary", "masked_lm"):
+        raise ValueError(f"model.head={model.head} gives no logits to train; use vocabulary or masked_lm")
     if config.run.dir is None:
         digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
         run = dataclasses.replace(config.run, dir=str(Path("runs") / f"{config.run.name}-{digest}"))

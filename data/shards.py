@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import DataConfig, Document, kind, source_files, split
-from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train
 from runtime import leave
 from runtime.locks import Locked, locked
 
@@ -61,7 +61,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | N
     """
     progress = progress or (lambda what, done, total: None)
     cache = Path(data.cache).expanduser()
-    ready = None if tokenizer.kind == "bpe" else load_tokenizer(tokenizer)
+    ready = None if tokenizer.is_trained else load_tokenizer(tokenizer)
     try:
         _make_private(cache / "sources")
         before = _stat(data)
@@ -100,7 +100,7 @@ def _digest(
         "format": FORMAT,
         "content": _content(cache, stats, progress),
         "data": [data.source, data.field, data.heldout],
-        "tokenizer": ready.digest if ready else ["bpe", tokenizer.vocab_size],
+        "tokenizer": ready.digest if ready else [tokenizer.kind, tokenizer.vocab_size],
     }
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
@@ -161,7 +161,7 @@ def _build(
         tokenizer = ready
         if tokenizer is None:
             texts = _reported(data, "training the tokenizer", total, progress)
-            tokenizer = train_bpe((document.text for document, heldout in texts if not heldout), config.vocab_size)
+            tokenizer = train(config, (document.text for document, heldout in texts if not heldout))
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         counts = _write_streams(folder, data, tokenizer, dtype, _reported(data, "tokenizing", total, progress))
         if _stat(data) != before:

@@ -5,15 +5,19 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from checkpoint.digests import MANIFEST
+from checkpoint.huggingface.load import load as load_pretrained
+from checkpoint.huggingface.opened import open_pretrained
 from checkpoint.store import CheckpointStore, Restored
-from config.compose import load_run, overridden
+from config.compose import load, load_run, overridden
 from config.layout import model_requirements
+from config.pretrained import FROM
 from config.schema import Config
 from data.tokenizer import Tokenizer, load_tokenizer
 from inference.generate import trained_reach
@@ -22,9 +26,11 @@ from model.specs import Specs
 from model.transformer import Description, describe
 from parallel.mesh import MeshConfig, make_mesh, resolve
 from runtime.config import RuntimeConfig
+from runtime.overrides import override
 from runtime.start import start
 from tracking.run_directory import RunDirectory
-from training.state import has_vocabulary
+from training.job import Job
+from training.state import TrainState, has_vocabulary
 
 
 @dataclass(frozen=True)
@@ -68,22 +74,28 @@ class Found:
         if config.mesh.pipe != 1:
             raise ValueError(f"mesh.pipe={config.mesh.pipe}: stages are for training; use data, fsdp, expert or tensor")
         mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
-        store = CheckpointStore(Path(config.checkpoint.dir or self.path / "checkpoints"), config.checkpoint)
-        with closing(store), jax.set_mesh(mesh):
+        with jax.set_mesh(mesh):
             description = describe(config.model)
-            restored = restore(store, step, abstract_params(config, description, mesh), description.specs)
+            read = read_weights(self.path, description, mesh, jnp.dtype(config.train.param_dtype), step)
         dtype = jnp.dtype(config.train.compute_dtype_on(jax.default_backend()))
         shared = self.path, config, self.tokenizer, mesh, description
-        return Opened(*shared, restored.state["params"], dtype, restored.step, _digest(restored))
+        return Opened(*shared, read.params, dtype, read.step, read.digest)
 
 
 def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[str, ...] = GROUPS) -> Found:
-    """The model of a run directory. overrides: key=value for keys of these groups of its settings.
+    """The model of a run directory, a Hugging Face folder or a .gguf file.
 
-    Raises ValueError or OSError for what the user can mend.
+    overrides: key=value for keys of these groups of its settings. Raises ValueError or OSError for what the user can
+    mend.
     """
     directory = RunDirectory(Path(path))
-    config = load_run(directory.path)  # the one place that decides what kind of model lies at a path
+    if directory.config.exists():
+        config = load_run(directory.path)
+    else:
+        opened = open_pretrained(path)
+        config = load([override(FROM, str(opened.path))])
+        config = replace(config, train=replace(config.train, seq_len=opened.length))
+        directory = RunDirectory(opened.path)
     alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model
     config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), list(overrides), groups)
     return Found(directory.path, config, load_tokenizer(config.tokenizer, saved=directory.tokenizer))
@@ -94,9 +106,43 @@ def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int 
     return find_model(path, overrides).open(step)
 
 
-def abstract_params(config: Config, description: Description, mesh: Mesh) -> dict:
+class Weights(NamedTuple):
+    """Parameters, the step of training that they are of, and what tells them from others."""
+
+    params: dict
+    step: int | None
+    digest: str
+
+
+def read_weights(
+    path: Path, description: Description, mesh: Mesh, dtype: jnp.dtype, step: str | int = NEWEST
+) -> Weights:
+    """The parameters of what lies at a path, straight onto the mesh.
+
+    step: of a run its checkpoint: last, best or a number. Raises ValueError or OSError for what the user can mend.
+    """
+    if not RunDirectory(path).config.exists():
+        opened = open_pretrained(path)
+        return Weights(load_pretrained(opened, description, mesh, dtype), None, opened.fingerprint())
+    config = load_run(path)
+    stored = jnp.dtype(config.train.param_dtype)
+    with closing(CheckpointStore(Path(config.checkpoint.dir or path / "checkpoints"), config.checkpoint)) as store:
+        restored = restore(store, step, abstract_params(stored, description, mesh), description.specs)
+    params = restored.state["params"]
+    if stored != dtype:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return Weights(params, restored.step, _digest(restored))
+
+
+def with_weights(state: TrainState, job: Job, path: str) -> TrainState:
+    """The first state of a run that begins from the weights at a path. Raises as `read_weights`."""
+    dtype = jax.tree.leaves(job.stored.params)[0].dtype
+    read = read_weights(Path(path), job.stored_description, job.mesh, dtype)
+    return replace(state, params=job.from_stored(read.params))
+
+
+def abstract_params(dtype: jnp.dtype, description: Description, mesh: Mesh) -> dict:
     """The part of a training state that a model's user needs, with its layout on the mesh."""
-    dtype = jnp.dtype(config.train.param_dtype)
     leaf = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
     return {"params": jax.tree.map(leaf, description.shapes, description.shardings(mesh))}
 

@@ -20,7 +20,7 @@ class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         """Ends the process."""
         if message.startswith("unrecognized") or message.endswith("required: PROMPT"):
-            message += '; a prompt that begins with a dash stands behind --, as in RUN_DIR -- "-x"'
+            message += '; a prompt that begins with a dash stands behind --, as in MODEL -- "-x"'
         super().error(message)
 
 
@@ -34,15 +34,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = _Parser(
         "python -m inference",
-        description="Continues prompts with the model of a run.",
-        usage="%(prog)s RUN_DIR PROMPT [PROMPT ...] [--step best|last|N] [key=value ...] [-- PROMPT ...]",
+        description="Continues prompts with the model of a run, or with a published one.",
+        usage="%(prog)s MODEL PROMPT [PROMPT ...] [--step best|last|N] [key=value ...] [-- PROMPT ...]",
         epilog="key=value sets sample.*, mesh.* or runtime.* anew, as for train.py (see its --help): "
         "sample.tokens=200 sample.temperature=0 sample.seed=1 mesh.tensor=2 runtime.cpu_devices=2. "
         "A prompt that looks like an option or a setting goes after --.",
     )
-    parser.add_argument("run", metavar="RUN_DIR", type=_run, help="directory of a run of train.py")
+    parser.add_argument("run", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
     parser.add_argument("words", metavar="PROMPT", nargs="*", help='text to continue; "" starts a document')
-    parser.add_argument("--step", type=_step, default=NEWEST, metavar="best|last|N", help="checkpoint (last)")
+    parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint (last)")
     options = parser.parse_intermixed_args(arguments[:end])
     options.overrides = [word for word in options.words if SETTING.match(word)]
     prompts = [word for word in options.words if not SETTING.match(word)]
@@ -55,13 +55,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _run(text: str) -> Path:
-    if not (Path(text) / "config.yaml").is_file():
-        raise argparse.ArgumentTypeError(f"{text} is no run directory: it has no config.yaml")
-    return Path(text)
+def _model(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.yaml", "config.json")):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no run directory, which has a config.yaml, and no Hugging Face folder, which has a config.json"
+        )
+    return path
 
 
-def _step(text: str) -> str | int:
+def step(text: str) -> str | int:
+    """The value of --step: a number, or one of the two words."""
     if text in (NEWEST, BEST):
         return text
     if not text.isdecimal():

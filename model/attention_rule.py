@@ -25,6 +25,8 @@ class TokenInfo:
     segments_BT: jax.Array | None = None  # int32 document of each token: attention stays inside it
     places_BT: jax.Array | None = None  # int32 place of each token in its document: what positions embed
     angles: tuple[jax.Array, jax.Array] | None = None  # of rotary positions
+    local_angles: tuple[jax.Array, jax.Array] | None = None  # of local layers, where theirs are others
+    types_BT: jax.Array | None = None  # int32 kind of each token, of a model that knows kinds
     dropout_keys_B: jax.Array | None = None
     mask_BT: jax.Array | None = None  # float32: 1 where a token counts in the loss, 0 where not; None: all count
     counted_B: jax.Array | None = None  # tokens of each sequence that count

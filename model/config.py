@@ -9,16 +9,18 @@ import math
 from dataclasses import dataclass, field
 
 NORMS = ("rms", "layer")
-NORM_POSITIONS = ("pre", "post", "both")
+NORM_POSITIONS = ("pre", "post", "both", "output")
+QK_NORM_DIMS = ("head", "all")
 POSITIONS = ("rotary", "learned", "none")
-ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu2")
-BIASES = ("none", "qkv", "all")
-ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "gelu", "gelu_exact", "relu", "relu2", "silu")
+BIASES = ("none", "qkv", "attention", "ffn", "all")
+HEADS = ("vocabulary", "masked_lm", "pooler", "none")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
 PARAMETRIZATIONS = ("standard", "mup", "complete_p")
 MATMUL_DTYPES = ("", "float8")
 ATTENTION_KERNELS = ("auto", "fused", "plain")
 ROUTER_SCORES = ("softmax", "sigmoid")
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_exact", "reglu")
 COUNTS = (
     *("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "base_width", "base_depth"),
     *("max_positions", "vocab_multiple"),
@@ -35,13 +37,16 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 class RopeScaling:
     """Stretches rotary positions beyond the length that a model was trained on."""
 
-    kind: str = "none"  # none | linear | llama3 (by wavelength) | yarn (arXiv 2309.00071)
+    kind: str = "none"  # none | linear | llama3 (by wavelength) | yarn (2309.00071) | longrope (2402.13753) | dynamic
     factor: float = 1.0  # new length over the original one
     original_length: int = 8192  # tokens of the original training
     low_frequency: float = 1.0  # llama3: longer waves than original_length / this are divided by factor
     high_frequency: float = 4.0  # llama3: shorter waves than original_length / this are kept
     beta_fast: float = 32.0  # yarn: dims that turn more often than this within original_length are kept
     beta_slow: float = 1.0  # yarn: dims that turn less often than this are divided by factor
+    attention_factor: float | None = None  # yarn, longrope: of sines and cosines; null: as their papers have it
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of each pair's frequency up to original_length tokens
+    long_factors: tuple[float, ...] = ()  # longrope: the same for longer sequences
 
     def __post_init__(self):
         one_of("model.rope_scaling.kind", self.kind, ROPE_SCALINGS)
@@ -53,6 +58,16 @@ class RopeScaling:
         if not self.high_frequency > self.low_frequency:
             low, high = self.low_frequency, self.high_frequency
             raise ValueError(f"model.rope_scaling.high_frequency={high} must be above low_frequency={low}")
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ValueError(f"model.rope_scaling.attention_factor={self.attention_factor} must be above 0")
+        if min((*self.short_factors, *self.long_factors), default=1) <= 0:
+            raise ValueError("model.rope_scaling: short_factors and long_factors must be above 0")
+
+    def check_pairs(self, pairs: int) -> None:
+        """Raises ValueError where longrope has not one factor for each pair of rotary dims."""
+        for name in ("short_factors", "long_factors") if self.kind == "longrope" else ():
+            if (found := len(getattr(self, name))) != pairs:
+                raise ValueError(f"model.rope_scaling.{name} has {found} entries, and there are {pairs} rotary pairs")
 
 
 @dataclass(frozen=True)
@@ -73,18 +88,26 @@ class ModelConfig:
     base_depth: int = 4  # complete_p: layers of that model
 
     positions: str = "rotary"  # rotary | learned | none
-    max_positions: int = 2048  # rows of the learned table
+    max_positions: int = 2048  # learned positions: the longest sequence
+    first_position: int = 0  # row of the learned table for the first token (RoBERTa: 2)
+    token_types: int = 0  # learned kinds of tokens, as of the two texts of a pair (BERT); 0: none
     rope_theta: float = 10000.0  # base of the rotary wavelengths: the longest is 2 pi times this, in tokens
+    rope_theta_local: float | None = None  # of local layers, which are then not scaled (Gemma 3); null: as the others
+    rope_fraction: float = 1.0  # share of a head's dims, the first ones, that turn
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     embedding_scale: bool = False  # multiply embeddings by sqrt(width) (Gemma)
+    embedding_norm: bool = False  # a norm of what enters the first block (BERT)
 
     norm: str = "rms"  # rms | layer
-    norm_position: str = "pre"  # pre | post | both (around each half of a block)
+    norm_position: str = "pre"  # pre | post (of the residual stream) | both (around each half) | output (of each half)
     norm_eps: float = 1e-6  # added to the mean square that a norm divides by
-    bias: str = "none"  # none | qkv | all (norms included)
+    norm_plus_one: bool = False  # a norm multiplies by 1 + its scale (Gemma)
+    bias: str = "none"  # none | qkv | attention (qkv and out) | ffn (and layer norms) | all
+    parallel_block: bool = False  # both halves of a block read its input (GPT-NeoX)
 
     causal: bool = True  # False: full attention, an encoder
-    qk_norm: bool = False  # RMS norm of queries and keys, head by head
+    qk_norm: bool = False  # RMS norm of queries and keys
+    qk_norm_dims: str = "head"  # head (each head for itself) | all (all heads of a token together, OLMo 2)
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0  # c * tanh(scores / c); 0 off
     window: int = 0  # tokens that a local layer sees, its own included; 0 off
@@ -93,7 +116,7 @@ class ModelConfig:
 
     matmul_dtype: str = ""  # "" (as activations) | float8: of all matrices in a block but routers' and experts'
 
-    activation: str = "swiglu"  # swiglu | geglu | gelu (tanh form) | relu2
+    activation: str = "swiglu"  # swiglu | geglu | reglu | gelu | relu | relu2 | silu; gelu's tanh form unless _exact
 
     experts: int = 0  # feed-forward experts in each layer, from which a router chooses; 0: one for all tokens
     experts_per_token: int = 2  # experts that a token goes to
@@ -108,6 +131,7 @@ class ModelConfig:
     router_z_loss: float = 0.0  # weight of the router's squared log-normaliser; 0 off
     expert_capacity: float = 0.0  # tokens of a sequence that an expert takes, over their mean; 0: all, none is dropped
 
+    head: str = "vocabulary"  # vocabulary (logits) | masked_lm (a layer before them, BERT) | pooler (BERT) | none
     logit_softcap: float = 0.0  # c * tanh(logits / c); 0 off
     vocab_multiple: int = 128  # the tables are padded to a multiple of this
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls
@@ -124,23 +148,25 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
-        for name in ("attention_softcap", "logit_softcap", "window", "shared_experts"):
+        for name in ("attention_softcap", "logit_softcap", "window", "shared_experts", "first_position", "token_types"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be 0 (off) or more, and below 2^31")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must be at least 0 and below 1")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
+        if self.positions == "rotary":
+            self._check_rotary()
         one_of("model.parametrization", self.parametrization, PARAMETRIZATIONS)
         if self.parametrization == "complete_p" and self.norm_position == "post":
             raise ValueError(
                 "model.parametrization=complete_p needs a residual stream that no norm rescales: "
-                "set model.norm_position=pre or both"
+                "set model.norm_position=pre, both or output"
             )
         one_of("model.positions", self.positions, POSITIONS)
         one_of("model.norm", self.norm, NORMS)
         one_of("model.norm_position", self.norm_position, NORM_POSITIONS)
         one_of("model.bias", self.bias, BIASES)
+        one_of("model.head", self.head, HEADS)
+        one_of("model.qk_norm_dims", self.qk_norm_dims, QK_NORM_DIMS)
         one_of("model.activation", self.activation, ACTIVATIONS)
         if not self.window_pattern or set(self.window_pattern) - set("LG"):
             raise ValueError(f"model.window_pattern={self.window_pattern} may only hold L (local) and G (global)")
@@ -150,6 +176,16 @@ class ModelConfig:
         one_of("model.router_scores", self.router_scores, ROUTER_SCORES)
         if self.experts:
             self._check_experts()
+
+    def _check_rotary(self) -> None:
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"model.rope_fraction={self.rope_fraction} must be above 0 and at most 1")
+        if self.rotary_dims < 2 or self.rotary_dims % 2:
+            share = "" if self.rope_fraction == 1 else f" x rope_fraction={self.rope_fraction} = {self.rotary_dims}"
+            raise ValueError(f"model.head_dim={self.head_dim}{share} must be even for rotary positions")
+        if self.rope_theta_local is not None and not 0 < self.rope_theta_local < math.inf:
+            raise ValueError(f"model.rope_theta_local={self.rope_theta_local} must be above 0, or null")
+        self.rope_scaling.check_pairs(self.rotary_dims // 2)
 
     def _check_experts(self) -> None:
         e, groups, group_limit = self.experts, self.router_groups, self.router_groups_per_token
@@ -166,8 +202,14 @@ class ModelConfig:
         for name in ("balance_loss", "balance_bias", "router_z_loss", "expert_capacity", "router_scale"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be 0 (off) or more")
-        if self.bias == "all":
-            raise ValueError("model.bias=all gives experts no biases; with model.experts use none or qkv")
+        if self.bias in ("ffn", "all"):
+            choices = "none, qkv or attention"
+            raise ValueError(f"model.bias={self.bias} gives experts no biases; with model.experts use {choices}")
+
+    @property
+    def rotary_dims(self) -> int:
+        """Dims of each head that turn with the position."""
+        return int(self.head_dim * self.rope_fraction)
 
     def windows(self) -> tuple[int, ...]:
         """The attention window of each layer in tokens; 0 sees everything."""

@@ -1,18 +1,21 @@
 """How many parameters a model has and how many FLOPs a token costs, by arithmetic on the tree of specifications."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.specs import LAYERS, ParameterSpec, leaves, parameter_specs
+
+EMBEDDING = ("tokens", "positions", "types", "embedding_norm")  # branches of the tree before the layers
 
 
 @dataclass(frozen=True)
 class ParameterCount:
     """Scalars of the model. Padding of the vocabulary is not counted."""
 
-    embedding: int  # token and position tables
+    embedding: int  # tables of tokens, positions and types, and their norm
     layers: int
-    head: int  # final norm, and the output table when it is not tied
+    head: int  # final norm, the output table when it is not tied, and the rest of the head
     idle: int = 0  # of the layers: experts that a token does not go to
 
     @property
@@ -28,13 +31,12 @@ class ParameterCount:
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Counts without building the model."""
-    found = dict.fromkeys(("tokens", "positions", LAYERS, "final_norm", "head"), 0)
-    idle = 0
+    found, idle = Counter(), 0
     for path, spec in leaves(parameter_specs(config)):
         found[path[0]] += spec.size
         idle += spec.size - _active(config, spec)
-    embedding, head = found["tokens"] + found["positions"], found["final_norm"] + found["head"]
-    return ParameterCount(embedding, found[LAYERS], head, idle)
+    embedding = sum(found[name] for name in EMBEDDING)
+    return ParameterCount(embedding, found[LAYERS], found.total() - embedding - found[LAYERS], idle)
 
 
 def _active(config: ModelConfig, spec: ParameterSpec) -> int:

@@ -22,6 +22,7 @@ class VocabularyRows:
 
     table_VD: jax.Array
     token_V: jax.Array
+    bias_V: jax.Array | None = None  # added to their logits
 
 
 class Embedding(nnx.Module):
@@ -41,18 +42,19 @@ class Embedding(nnx.Module):
         x_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, rows_BT, axis=0, mode="clip"), 0)
         return shard(sum_over_stages(x_BTD), "batch", "residual", "width")
 
-    def rows(self, dtype) -> VocabularyRows:
-        """All rows; inside a pipeline those of this stage."""
+    def rows(self, dtype, bias: nnx.Param | None = None) -> VocabularyRows:
+        """All rows, with the bias of their logits if there is one; inside a pipeline those of this stage."""
         table_VD = cast_and_gather(self.weight, dtype)
         rows = table_VD.shape[0]
-        return VocabularyRows(table_VD, first_row(rows) + jnp.arange(rows, dtype=jnp.int32))
+        bias_V = None if bias is None else cast_and_gather(bias, jnp.float32)
+        return VocabularyRows(table_VD, first_row(rows) + jnp.arange(rows, dtype=jnp.int32), bias_V)
 
-    def cut(self, parts: int, dtype) -> VocabularyRows:
+    def cut(self, parts: int, dtype, bias: nnx.Param | None = None) -> VocabularyRows:
         """All rows in at least so many parts of one size, with a first dim for the parts.
 
         Part i has the rows i, i + n, i + 2n ...: a strided cut stays local where the table is sharded.
         """
-        rows = self.rows(dtype)
+        rows = self.rows(dtype, bias)
         V, local = len(rows.token_V), len(rows.token_V) // splits("vocab")
         n = next(n for n in range(min(parts, local), local + 1) if local % n == 0)
         return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(V // n, n, *x.shape[1:]), 1, 0), rows)
@@ -60,6 +62,8 @@ class Embedding(nnx.Module):
     def logits(self, x_BTD: jax.Array, rows: VocabularyRows) -> jax.Array:
         """Float32 logits_BTV of these rows; those of padding, which no softmax sees, are -1e30."""
         logits_BTV = shard(score(x_BTD, rows.table_VD), "batch", "tokens", "vocab")
+        if rows.bias_V is not None:
+            logits_BTV = logits_BTV + rows.bias_V
         if self.softcap:
             logits_BTV = self.softcap * jnp.tanh(logits_BTV / self.softcap)
         return jnp.where(rows.token_V >= self.vocab_size, NO_TOKEN, logits_BTV) if self.padded else logits_BTV

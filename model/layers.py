@@ -1,37 +1,34 @@
-"""The parts of a block: norms, attention with its projections, the feed-forward half, rotary positions, dropout."""
+"""The parts of a block: norms, attention with its projections, the feed-forward half, dropout."""
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from model import parametrization
 from model.attention import attention
 from model.attention_rule import TokenInfo
-from model.config import ModelConfig, RopeScaling
+from model.config import ModelConfig
 from model.kv_cache import LayerCache
 from model.platforms import choices
 from model.projection import Projection, param
+from model.rotary import angles_of_layer, rotate
 from model.specs import Specs
 from parallel.sharding import cast_and_gather, shard
 
-ROPE_BLOCK = 4096  # tokens whose rotary angles are plain float32 products
-
 
 class Norm(nnx.Module):
-    """RMS or layer norm over the last dim, computed in float32; `kind` is the config's if it is not said."""
+    """RMS or layer norm over the dims of its scale, computed in float32; `kind` is the config's if it is not said."""
 
     def __init__(self, config: ModelConfig, specs: Specs, kind: str | None = None):
-        self.kind, self.eps = kind or config.norm, config.norm_eps
+        self.kind, self.eps, self.plus_one = kind or config.norm, config.norm_eps, config.norm_plus_one
         self.scale = param(specs["scale"])
         self.bias = param(specs["bias"]) if "bias" in specs else None
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Any (..., size) to the same shape and dtype."""
+        """Any (..., *dims of the scale) to the same shape and dtype."""
         scale, bias = (
             cast_and_gather(self.scale, jnp.float32),
             None if self.bias is None else cast_and_gather(self.bias, jnp.float32),
@@ -39,11 +36,11 @@ class Norm(nnx.Module):
         return jax.checkpoint(self._normalised, prevent_cse=choices().recompute_apart)(x, scale, bias)
 
     def _normalised(self, x, scale, bias):
-        y = x.astype(jnp.float32)
+        y, dims = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
         if self.kind == "layer":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * scale
+            y = y - y.mean(dims, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.eps)
+        y = y * (1 + scale if self.plus_one else scale)
         if bias is not None:
             y = y + bias
         return y.astype(x.dtype)
@@ -52,6 +49,19 @@ class Norm(nnx.Module):
 def times(x: jax.Array, multiplier: float) -> jax.Array:
     """x times a constant, in x's dtype."""
     return x if multiplier == 1 else x * jnp.asarray(multiplier, x.dtype)
+
+
+NONLINEARITIES = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "geglu_exact": partial(jax.nn.gelu, approximate=False),
+    "reglu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+}
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
@@ -63,9 +73,9 @@ def _activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     x = up.astype(jnp.float32)
     if gate is not None:
         gate = gate.astype(jnp.float32)
-        y = x * (jax.nn.silu(gate) if kind == "swiglu" else jax.nn.gelu(gate))
+        y = x * NONLINEARITIES[kind](gate)
     else:
-        y = jax.nn.gelu(x) if kind == "gelu" else jnp.square(jax.nn.relu(x))
+        y = NONLINEARITIES[kind](x)
     return y.astype(up.dtype)
 
 
@@ -95,7 +105,8 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
         if info.angles is not None:
-            q_BTNH, k_BSKH = rotate(q_BTNH, info.angles), rotate(k_BSKH, info.angles)
+            angles = angles_of_layer(info, window)
+            q_BTNH, k_BSKH = rotate(q_BTNH, angles), rotate(k_BSKH, angles)
         k_info = info
         if cache is not None:
             cache = cache.write(info.positions_BT, k_BSKH, v_BSKH)
@@ -111,7 +122,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU, GeGLU (three matrices), GELU or squared ReLU (two)."""
+    """An activation between two matrices, or between three where it is gated."""
 
     def __init__(self, config: ModelConfig, specs: Specs):
         self.activation, dtype = config.activation, config.matmul_dtype
@@ -123,67 +134,6 @@ class FeedForward(nnx.Module):
         gate_BTF = None if self.gate is None else shard(self.gate(x_BTD), "batch", "tokens", "ffn")
         up_BTF = shard(self.up(x_BTD), "batch", "tokens", "ffn")
         return self.down(activate(self.activation, up_BTF, gate_BTF))
-
-
-# -------------------------------------------------------------------------------------------------- rotary positions
-
-
-def rope_frequencies(pairs, head_dim: int, theta: float, scaling: RopeScaling):
-    """Radians a token of each pair of dims, and the factor for sines and cosines.
-
-    `pairs` counts the pairs, 0 to H/2 - 1, as a float32 array of JAX or as float64 of NumPy; the radians are of its
-    kind. Scalings: linear (arXiv 2306.15595); Llama 3 by wavelength (Llama 3.1 model card); YaRN (arXiv 2309.00071,
-    equations 19-22).
-    """
-    half = head_dim // 2
-    frequency = theta ** -(pairs / half)
-    slowed, length = frequency / scaling.factor, scaling.original_length
-    if scaling.kind == "linear":
-        return slowed, 1.0
-    if scaling.kind == "llama3":
-        turns = length * frequency / (2 * math.pi)
-        kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
-        kept = kept.clip(0, 1)
-        return kept * frequency + (1 - kept) * slowed, 1.0
-    if scaling.kind == "yarn":
-
-        def pair_that_turns(times: float) -> float:
-            return half * math.log(length / (times * 2 * math.pi)) / math.log(theta)
-
-        first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-        last = min(math.ceil(pair_that_turns(scaling.beta_slow)), head_dim - 1)
-        ramp = ((pairs - first) / max(last - first, 1e-3)).clip(0, 1)
-        return (1 - ramp) * frequency + ramp * slowed, 0.1 * math.log(scaling.factor) + 1
-    return frequency, 1.0
-
-
-@jax.named_scope("rope")
-def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each (B, T, 1, H/2) float32, for token positions (B may be 1).
-
-    A product of position and frequency has 24 bits, of which a large one leaves few to the fraction of a turn. A
-    position therefore turns by its whole blocks first, in integers that wrap around as angles do.
-    """
-    rope = (config.head_dim, config.rope_theta, config.rope_scaling)
-    half = config.head_dim // 2
-    frequency, factor = rope_frequencies(jnp.arange(half, dtype=jnp.float32), *rope)
-    positions = positions_BT[:, :, None, None]
-    angles = (positions % ROPE_BLOCK).astype(jnp.float32) * frequency
-    exact, _ = rope_frequencies(np.arange(half, dtype=np.float64), *rope)
-    a_block = np.rint(exact * ROPE_BLOCK / (2 * np.pi) % 1 * 2**32).astype(np.uint64).astype(np.uint32)  # of a turn
-    turned = jax.lax.bitcast_convert_type((positions // ROPE_BLOCK).astype(jnp.uint32) * a_block, jnp.int32)
-    before = turned.astype(jnp.float32) * (2 * math.pi / 2**32)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    cos_before, sin_before = jnp.cos(before), jnp.sin(before)
-    return (cos * cos_before - sin * sin_before) * factor, (sin * cos_before + cos * sin_before) * factor
-
-
-@jax.named_scope("rope")
-def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair (i, i + H/2) of dims of every head by the position's angle, in float32."""
-    cos, sin = angles
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------- dropout

@@ -14,7 +14,7 @@ from typing import Any
 from model import parametrization
 from model.config import GATED, ModelConfig
 
-TABLES = ("vocab", "positions")  # names of dims whose rows are looked up
+TABLES = ("vocab", "positions", "types")  # names of dims whose rows are looked up
 LAYERS = "layers"  # the name of the stacking dim, and of its branch of the tree
 
 
@@ -53,7 +53,7 @@ class ParameterSpec:
     @property
     def is_table(self) -> bool:
         """Whether its rows are looked up by tokens or positions."""
-        return any(name in TABLES for name in self.axes)
+        return any(name in TABLES for name in self.axes) and "width" in self.axes
 
     @property
     def decayed(self) -> bool:
@@ -139,8 +139,18 @@ def projection(
 
 def norm(config: ModelConfig, key: RandomKey, size: int, axis: str = "norm", kind: str | None = None) -> Specs:
     """The scale of a norm over `size` entries, and the bias of a layer norm with biases."""
-    biased = (kind or config.norm) == "layer" and config.bias == "all"
-    return {"scale": vector(key, size, axis, 1.0)} | ({"bias": vector(key, size, axis)} if biased else {})
+    biased = (kind or config.norm) == "layer" and config.bias in ("ffn", "all")
+    scale = vector(key, size, axis, 0.0 if config.norm_plus_one else 1.0)
+    return {"scale": scale} | ({"bias": vector(key, size, axis)} if biased else {})
+
+
+def qk_norm(config: ModelConfig, key: RandomKey, heads: int, axis: str) -> Specs:
+    """The scale of the norm of queries or keys: of one head for all, or of all heads of a token."""
+    one_head = norm(config, key, config.head_dim, "head_dim", "rms")
+    if config.qk_norm_dims == "head":
+        return one_head
+    scale = one_head["scale"]
+    return {"scale": replace(scale, shape=(heads, config.head_dim), axes=(axis, "head_dim"))}
 
 
 def attention(config: ModelConfig, key: RandomKey) -> Specs:
@@ -148,16 +158,17 @@ def attention(config: ModelConfig, key: RandomKey) -> Specs:
     c, keys = config, key.split(4)
     D, N, K, H = c.width, c.heads, c.kv_heads, c.head_dim
     into, out = parametrization.matrix_std(c, D), parametrization.matrix_std(c, N * H, residual=True)
-    biased = {"bias": c.bias in ("qkv", "all"), "bias_key": key}
+    biased = {"bias": c.bias in ("qkv", "attention", "all"), "bias_key": key}
+    out_biased = c.bias in ("attention", "all")
     specs = {
         "query": projection(keys[0], (D, N, H), ("width", "heads", "head_dim"), into, **biased),
         "key": projection(keys[1], (D, K, H), ("width", "kv_heads", "head_dim"), into, **biased),
         "value": projection(keys[2], (D, K, H), ("width", "kv_heads", "head_dim"), into, **biased),
-        "out": projection(keys[3], (N, H, D), ("heads", "head_dim", "width"), out, inputs=2, bias=c.bias == "all"),
+        "out": projection(keys[3], (N, H, D), ("heads", "head_dim", "width"), out, inputs=2, bias=out_biased),
     }
     if c.qk_norm:
-        specs["query_norm"] = norm(c, key, H, "head_dim", "rms")
-        specs["key_norm"] = norm(c, key, H, "head_dim", "rms")
+        specs["query_norm"] = qk_norm(c, key, N, "heads")
+        specs["key_norm"] = qk_norm(c, key, K, "kv_heads")
     return specs
 
 
@@ -165,7 +176,7 @@ def feed_forward(config: ModelConfig, key: RandomKey, ffn: int) -> Specs:
     """Two matrices, or three where the activation is gated."""
     c, (gate, up, down) = config, key.split(3)
     into, out = parametrization.matrix_std(c, c.width), parametrization.matrix_std(c, ffn, residual=True)
-    biased = c.bias == "all"
+    biased = c.bias in ("ffn", "all")
     specs = {
         "up": projection(up, (c.width, ffn), ("width", "ffn"), into, bias=biased),
         "down": projection(down, (ffn, c.width), ("ffn", "width"), out, bias=biased),
@@ -202,6 +213,7 @@ def block(config: ModelConfig, key: RandomKey) -> Specs:
     names = {
         "pre": ("attention_norm", "ffn_norm"),
         "post": ("attention_post_norm", "ffn_post_norm"),
+        "output": ("attention_post_norm", "ffn_post_norm"),
         "both": ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm"),
     }[c.norm_position]
     return specs | {name: norm(c, norms, c.width) for name in names}
@@ -225,10 +237,26 @@ def parameter_specs(config: ModelConfig, *, vocab_parts: int = 1, rows: int | No
     vocabulary = -(-c.vocab_size // multiple) * multiple
     specs = {"tokens": {"weight": table(TOKENS_KEY, vocabulary, c.width, "vocab", c.vocab_size)}}
     if c.positions == "learned":
-        specs["positions"] = table(POSITIONS_KEY, c.max_positions, c.width, "positions")
+        specs["positions"] = table(POSITIONS_KEY, c.first_position + c.max_positions, c.width, "positions")
+    if c.token_types:
+        specs["types"] = table(POSITIONS_KEY.split(2)[1], c.token_types, c.width, "types")
+    if c.embedding_norm:
+        specs["embedding_norm"] = norm(c, TOKENS_KEY, c.width)
     specs[LAYERS] = map_specs(lambda spec: spec.stacked(rows or c.layers), block(c, RandomKey()))
     if c.norm_position != "post":
         specs["final_norm"] = norm(c, HEAD_KEY, c.width)
-    if not c.tied_embeddings:
+    return specs | head(c, vocabulary)
+
+
+def head(config: ModelConfig, vocabulary: int) -> Specs:
+    """What makes a task's output of final vectors; `vocabulary` counts the rows of the output table with padding."""
+    c, specs = config, {}
+    if c.head in ("vocabulary", "masked_lm") and not c.tied_embeddings:
         specs["head"] = {"weight": table(HEAD_KEY, vocabulary, c.width, "vocab", c.vocab_size)}
+    if c.head in ("masked_lm", "pooler"):
+        shape, axes, std = (c.width, c.width), ("width", "features"), parametrization.matrix_std(c, c.width)
+        specs["head_dense"] = projection(HEAD_KEY.split(2)[1], shape, axes, std, bias=True)
+    if c.head == "masked_lm":
+        specs["head_norm"] = norm(c, HEAD_KEY, c.width)
+        specs["head_bias"] = replace(vector(HEAD_KEY, vocabulary, "vocab"), rows=c.vocab_size)
     return specs

@@ -15,9 +15,10 @@ from model.config import ModelConfig
 from model.heads import Embedding, VocabularyRows
 from model.initialise import draw_all
 from model.kv_cache import LayerCache
-from model.layers import Attention, FeedForward, Norm, dropout, rope_angles, times
+from model.layers import Attention, FeedForward, Norm, activate, dropout, times
 from model.moe import MixtureOfExperts, RouterSums
-from model.projection import param
+from model.projection import Projection, param
+from model.rotary import rope_angles
 from model.saved import stackable
 from model.specs import Specs, map_specs, parameter_specs
 from parallel.sharding import cast_and_gather, parameter_sharding, shard, splits
@@ -55,12 +56,14 @@ class Block(nnx.Module):
 
         `layer` is the index that separates dropout masks.
         """
+        input_BTD = x_BTD
         h_BTD = x_BTD if self.attention_norm is None else self.attention_norm(x_BTD)
         with jax.named_scope("attention"):
             h_BTD, cache = self.attention(whole_tokens(h_BTD), info, window, cache)
         x_BTD = self._add(x_BTD, h_BTD, self.attention_post_norm, 2 * layer, info)
 
-        h_BTD, sums = x_BTD if self.ffn_norm is None else self.ffn_norm(x_BTD), None
+        h_BTD, sums = input_BTD if self.config.parallel_block else x_BTD, None
+        h_BTD = h_BTD if self.ffn_norm is None else self.ffn_norm(h_BTD)
         with jax.named_scope("ffn" if self.moe is None else "moe"):
             if self.moe is None:
                 h_BTD = self.ffn(whole_tokens(h_BTD))
@@ -97,9 +100,14 @@ class Transformer(nnx.Module):
         self.config, self.context_style = config, context_style
         self.tokens = Embedding(config, specs["tokens"])
         self.positions = param(specs["positions"]) if "positions" in specs else None
+        self.types = param(specs["types"]) if "types" in specs else None
+        self.embedding_norm = Norm(config, specs["embedding_norm"]) if "embedding_norm" in specs else None
         self.layers = Block(config, specs["layers"])  # one block, with the parameters of all stacked
         self.final_norm = Norm(config, specs["final_norm"]) if "final_norm" in specs else None
         self.head = Embedding(config, specs["head"]) if "head" in specs else None
+        self.head_dense = Projection(specs["head_dense"]) if "head_dense" in specs else None
+        self.head_norm = Norm(config, specs["head_norm"]) if "head_norm" in specs else None
+        self.head_bias = param(specs["head_bias"]) if "head_bias" in specs else None
 
     def __call__(
         self,
@@ -110,6 +118,7 @@ class Transformer(nnx.Module):
         places_BT: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
         mask_BT: jax.Array | None = None,
+        types_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         dtype=jnp.float32,
         remat: str = "none",
@@ -119,10 +128,12 @@ class Transformer(nnx.Module):
 
         `positions_BT`, the order of a row's tokens, default to 0..T-1; `places_BT`, their places in their documents,
         which rotary and learned positions embed, to the same. `dropout_keys_B` (one key a sequence) switch dropout on.
-        `mask_BT` says which tokens count in the routers' auxiliary losses, by default all.
+        `mask_BT` says which tokens count in the routers' auxiliary losses, by default all; `types_BT` of which kind
+        each token is, by default 0.
         `remat` is none or a name of REMAT_POLICIES.
         """
-        c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT)
+        c = self.config
+        info = self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT, types_BT)
         graphdef, parameters = nnx.split(self.layers)
         block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
         if c.scan_layers and cache is None:
@@ -139,36 +150,58 @@ class Transformer(nnx.Module):
         return self.finish(x_BTD), cache, sums
 
     def info(
-        self, tokens_BT, positions_BT=None, segments_BT=None, places_BT=None, dropout_keys_B=None, mask_BT=None
+        self,
+        tokens_BT,
+        positions_BT=None,
+        segments_BT=None,
+        places_BT=None,
+        dropout_keys_B=None,
+        mask_BT=None,
+        types_BT=None,
     ) -> TokenInfo:
         """What the layers know of the tokens; see `__call__`."""
+        c = self.config
         in_order = positions_BT is None
         if in_order:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         places_BT = positions_BT if places_BT is None else places_BT
-        angles = rope_angles(self.config, places_BT) if self.config.positions == "rotary" else None
-        info = TokenInfo(positions_BT, segments_BT, places_BT, angles, dropout_keys_B)
-        if mask_BT is not None and self.config.experts:
+        info = TokenInfo(positions_BT, segments_BT, places_BT, dropout_keys_B=dropout_keys_B, types_BT=types_BT)
+        if c.positions == "rotary":
+            info = replace(info, angles=rope_angles(c, places_BT))
+        if c.positions == "rotary" and c.rope_theta_local is not None and any(c.windows()):
+            info = replace(info, local_angles=rope_angles(c, places_BT, local=True))
+        if mask_BT is not None and c.experts:
             info = replace(info, mask_BT=mask_BT, counted_B=mask_BT.sum(1))
         return replace(info, context_style=self.context_style, in_order=in_order)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The last block's output, as the head takes it."""
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+        x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+        if self.config.head != "masked_lm":
+            return x_BTD
+        x_BTD = self.head_dense(shard(x_BTD, "batch", "tokens", "width"))
+        return self.head_norm(activate(self.config.activation, x_BTD, None))
+
+    @jax.named_scope("head")
+    def pooled(self, x_BTD: jax.Array) -> jax.Array:
+        """One vector a sequence, (B, D), of a model with model.head=pooler: of the first token's final vector."""
+        return jnp.tanh(self.head_dense(shard(x_BTD, "batch", "tokens", "width")[:, :1]))[:, 0]
 
     @property
     def _output(self) -> Embedding:
+        if self.config.head not in ("vocabulary", "masked_lm"):
+            raise ValueError(f"model.head={self.config.head} has no logits; those of vocabulary and masked_lm have")
         return self.tokens if self.head is None else self.head
 
     def vocabulary(self, parts: int, dtype) -> VocabularyRows:
         """The rows of the output table in at least so many parts, with a first dim for the parts."""
-        return self._output.cut(parts, dtype)
+        return self._output.cut(parts, dtype, self.head_bias)
 
     @jax.named_scope("head")
     def logits(self, x_BTD: jax.Array, rows: VocabularyRows | None = None) -> jax.Array:
         """Float32 logits_BTV of final hidden vectors, for all rows of the output table, V is padded, or for some."""
         x_BTD = times(shard(x_BTD, "batch", "tokens", "width"), parametrization.logit_multiplier(self.config))
-        return self._output.logits(x_BTD, rows or self._output.rows(x_BTD.dtype))
+        return self._output.logits(x_BTD, rows or self._output.rows(x_BTD.dtype, self.head_bias))
 
     @jax.named_scope("embed")
     def embed(self, tokens_BT: jax.Array, info: TokenInfo, dtype) -> jax.Array:
@@ -176,7 +209,13 @@ class Transformer(nnx.Module):
         multiplier = parametrization.embedding_multiplier(self.config)
         x_BTD = times(self.tokens.embed(tokens_BT, dtype), multiplier)
         if self.positions is not None:
-            x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), info.places_BT, axis=0)
+            rows_BT = info.places_BT + self.config.first_position
+            x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), rows_BT, axis=0)
+        if self.types is not None:
+            types_BT = jnp.zeros_like(tokens_BT) if info.types_BT is None else info.types_BT
+            x_BTD = x_BTD + jnp.take(cast_and_gather(self.types, dtype), types_BT, axis=0)
+        if self.embedding_norm is not None:
+            x_BTD = shard(self.embedding_norm(x_BTD), "batch", "residual", "width")
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
 
 

@@ -17,6 +17,8 @@ PARAMETER_AXES = {
     "routes": (),  # a router's outputs: every device chooses among all experts
     "vocab": ("pipe", "tensor"),  # the two largest tables; logits come out split by vocabulary
     "positions": (),  # learned positions: looked up by a contiguous slice
+    "types": (),  # kinds of tokens: two rows
+    "features": (),  # the outputs of a head's own matrix, which a norm or a token's vector needs whole
     "norm": (),  # vectors: too small to be worth a gather
     "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.run.slots
 }

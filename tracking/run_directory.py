@@ -41,13 +41,28 @@ class RunDirectory:
         """The tokenizer, where it is more than plain bytes."""
         return self.path / "tokenizer.json"
 
+    @property
+    def pretrained(self) -> Path:
+        """The small files of the published model that the run began from: its config, tokenizer, chat template."""
+        return self.path / "pretrained"
+
+    @property
+    def imported(self) -> Path:
+        """Where the weights came from, in a directory that holds nothing but imported ones."""
+        return self.path / "imported.json"
+
     def files(self, checkpoints: Path) -> dict[str, Path]:
         """What there is for a person to look at, by what it holds."""
         written = {"metrics": self.metrics, "checkpoints": checkpoints, "config": self.config, "log": self.log}
         return {name: path for name, path in written.items() if path.exists()}
 
     def holds_results(self) -> bool:
-        """Whether a run has got anywhere here; one that ended at its first mistake leaves a config.yaml only."""
+        """Whether a run has got anywhere here; one that ended at its first mistake leaves a config.yaml only.
+
+        Raises ValueError where imported weights lie here, which are no run.
+        """
+        if self.imported.exists():
+            raise ValueError(f"{self.path} holds imported weights: begin a run from them with model.from={self.path}")
         return self.metrics.exists() or (self.path / "checkpoints").exists()
 
     def write_config(self, text: str) -> None:

@@ -147,7 +147,7 @@ def test_bytes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "word"}, "bytes, bpe, file"),
+        ({"kind": "word"}, "bytes, bpe, unigram, file"),
         ({"kind": "bpe", "vocab_size": 256}, "at least 257"),
         ({"kind": "file"}, "tokenizer.path"),
     ],

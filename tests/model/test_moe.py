@@ -289,7 +289,7 @@ def test_optimizers_leave_the_bias_alone(name):
         ({"router_groups": 4, "router_groups_per_token": 5}, "must be 1 to model.router_groups=4"),
         ({"router_groups": 4, "experts_per_token": 3}, "1 groups of 8 / 4 = 2 experts hold 2"),
         ({"balance_loss": -1.0}, "must be 0 (off) or more"),
-        ({"bias": "all"}, "use none or qkv"),
+        ({"bias": "all"}, "use none, qkv or attention"),
         ({"router_scores": "tanh"}, "not one of softmax, sigmoid"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig, RopeScaling
-from model.layers import rope_angles, rope_frequencies, rotate
+from model.rotary import rope_angles, rope_frequencies, rotate
 
 HEAD_DIM, THETA = 64, 10000.0
 LENGTH = 8192

@@ -1,0 +1,126 @@
+"""Published weights in and out: python -m checkpoint.huggingface import PATH RUN_DIR | export MODEL FOLDER; --help.
+
+Exit codes: 0 done; 2 the user's mistake.
+"""
+
+import sys
+
+from checkpoint.huggingface.options import parse
+from runtime import leave
+from runtime.exit_codes import DONE, MISTAKE
+
+if __name__ == "__main__":
+    leave.answer_signals()
+    OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
+
+import argparse
+import json
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from checkpoint.huggingface.config_json import read_config, write_config
+from checkpoint.huggingface.export import export
+from checkpoint.huggingface.load import load
+from checkpoint.huggingface.opened import SMALL_FILES, keep_small_files, open_pretrained
+from checkpoint.store import CheckpointStore
+from config import compose
+from config.layout import model_requirements
+from config.pretrained import FROM
+from config.schema import identity
+from data.tokenizer import load_tokenizer
+from inference.opening import Opened, open_model
+from model.counts import parameter_count
+from model.transformer import describe
+from parallel.mesh import make_mesh, resolve
+from runtime.overrides import override
+from runtime.start import start
+from tracking.run_directory import RunDirectory
+
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def main(options: argparse.Namespace) -> int:
+    """Imports or exports; returns the exit code."""
+    try:
+        {"import": import_weights, "export": export_weights}[options.command](options)
+    except (ValueError, OSError) as error:
+        return leave.ended(MISTAKE, leave.one_line(error))
+    return DONE
+
+
+def import_weights(options: argparse.Namespace) -> None:
+    """Streams a published model onto the mesh and saves it as a run directory without a run."""
+    began, run = time.perf_counter(), RunDirectory(options.run)
+    if run.path.exists() and any(run.path.iterdir()):
+        raise ValueError(f"{run.path} is not empty: choose another directory")
+    opened = open_pretrained(options.path, allow_pickle=options.allow_pickle)
+    for name in opened.left_out():
+        print(f"note: {name} is left out: the model has no place for it", file=sys.stderr)
+    config = compose.load([override(FROM, str(opened.path)), override("run.dir", str(run.path)), *options.overrides])
+    start(config.runtime)
+    mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
+    dtype = jnp.dtype(config.train.param_dtype)
+    with run.held(), jax.set_mesh(mesh):
+        params = load(opened, describe(config.model), mesh, dtype)
+        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer.save(run.tokenizer)
+        keep_small_files(opened.path, run.pretrained)
+        store = CheckpointStore(run.path / "checkpoints", replace(config.checkpoint, asynchronous=False))
+        record = {"identity": identity(config), "data": None, "progress": {}, "spent": {}}
+        saved = store.save(0, {"params": params}, record)
+        store.close()
+        if not saved:
+            raise ValueError("; ".join(store.poll()) or f"{store.directory} could not be written")
+        run.write_config(compose.to_yaml(replace(config, train=replace(config.train, seq_len=opened.length))))
+        run.imported.write_text(json.dumps({"path": config.weights.path, "digest": config.weights.digest}))
+    count, seconds = parameter_count(config.model).total, time.perf_counter() - began
+    said = f"{count / 1e6:.1f}M parameters of {opened.family.model_type}"
+    print(f"{run.path}: {said} in {seconds:.1f} s", file=sys.stderr)
+
+
+def export_weights(options: argparse.Namespace) -> None:
+    """Writes a model as a folder that transformers opens."""
+    began, model = time.perf_counter(), open_model(options.path, options.overrides, options.step)
+    kept = kept_config(model)
+    written = write_config(model.config.model, model.reach, options.family) if kept is None else kept
+    dtype = NAMES[options.dtype or (kept or {}).get("dtype") or (kept or {}).get("torch_dtype") or "float32"]
+    texts = small_texts(model)
+    eos = {"eos_token_id": model.tokenizer.eos_id}
+    if kept is None:
+        written |= eos | {"bos_token_id": model.tokenizer.eos_id}
+    texts.setdefault("generation_config.json", json.dumps(eos | {"do_sample": True}, indent=2) + "\n")
+    with jax.set_mesh(model.mesh):
+        size = export(options.folder, model.config.model, written, model.params, dtype, texts)
+    seconds = time.perf_counter() - began
+    said = f"{written['model_type']}, {size / 1e9:.2f} GB of {dtype}"
+    print(f"{options.folder}: {said} in {seconds:.1f} s", file=sys.stderr)
+
+
+def kept_config(model: Opened) -> dict | None:
+    """The config.json that a run's weights came with, if the model still is what it says."""
+    for folder in (RunDirectory(model.path).pretrained, model.path):
+        if (folder / "config.json").is_file():
+            kept = json.loads((folder / "config.json").read_text())
+            ours = replace(model.config.model, dropout=0.0)
+            names = set() if ours.head in ("vocabulary", "masked_lm") else None
+            if names is not None and replace(read_config(kept, names), scan_layers=ours.scan_layers) == ours:
+                return kept
+    return None
+
+
+def small_texts(model: Opened) -> dict[str, str]:
+    """The tokenizer and what else goes with the weights, by file name."""
+    texts = {}
+    for folder in (model.path, RunDirectory(model.path).pretrained):
+        for name in set(SMALL_FILES) - {"config.json"}:
+            if (folder / name).is_file():
+                texts[name] = (folder / name).read_text()
+    texts.setdefault("tokenizer.json", model.tokenizer.as_json())
+    return texts
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS))

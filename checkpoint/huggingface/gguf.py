@@ -1,0 +1,212 @@
+"""GGUF files of llama.cpp, read: metadata, tensors and their dequantisation. Only what the llama family needs.
+
+Format and block layouts: docs/gguf.md and ggml/src/ggml-common.h of github.com/ggml-org. Nothing is trusted: counts and
+places are checked against the file before memory is taken.
+"""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from checkpoint.huggingface.families import LLAMA, Family
+from model.config import ModelConfig, RopeScaling
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+BLOCK = 32  # weights that share a scale
+# type -> (name, weights in a block, bytes of a block)
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", BLOCK, 18), 3: ("Q4_1", BLOCK, 20), 8: ("Q8_0", BLOCK, 34),
+    30: ("BF16", 1, 2),
+}  # fmt: skip
+AT = "blk.{layer}"
+NAMES = {
+    "tokens": "token_embd",
+    "layers/attention_norm": f"{AT}.attn_norm",
+    "layers/attention/query": f"{AT}.attn_q",
+    "layers/attention/key": f"{AT}.attn_k",
+    "layers/attention/value": f"{AT}.attn_v",
+    "layers/attention/out": f"{AT}.attn_output",
+    "layers/ffn_norm": f"{AT}.ffn_norm",
+    "layers/ffn/gate": f"{AT}.ffn_gate",
+    "layers/ffn/up": f"{AT}.ffn_up",
+    "layers/ffn/down": f"{AT}.ffn_down",
+    "final_norm": "output_norm",
+    "head": "output",
+}
+assert set(NAMES) | {"layers/attention/query_norm", "layers/attention/key_norm"} == set(LLAMA)
+FAMILY = Family("llama (GGUF)", "", NAMES, {}, rotary_pairs=True)
+LARGEST_COUNT = 1 << 24  # of tensors, keys, or entries of one array
+
+
+class Gguf:
+    """One file. Raises ValueError in one line for a file that is not whole, or holds what is not known here."""
+
+    def __init__(self, path: Path):
+        self._path = Path(path)
+        try:
+            self._size = self._path.stat().st_size
+            with self._path.open("rb") as file:
+                self._file = file
+                self.metadata, self._tensors = self._read()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        finally:
+            self._file = None
+
+    # ---- the header
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
+        if self._take(4) != MAGIC:
+            raise ValueError(f"{self._path}: is no GGUF file")
+        version, tensors, keys = self._scalar("<I"), self._scalar("<Q"), self._scalar("<Q")
+        if version not in VERSIONS:
+            raise ValueError(f"{self._path}: GGUF version {version}; 2 and 3 are known here")
+        self._check_count(tensors, 8)
+        self._check_count(keys, 8)
+        metadata = {}
+        for _ in range(keys):
+            name = self._string()
+            metadata[name] = self._value(self._scalar("<I"))
+        found = {}
+        for _ in range(tensors):
+            name, dims = self._string(), self._scalar("<I")
+            if dims > 4:
+                raise ValueError(f"{self._path}: {name[:80]!r} has {dims} dims; there are 4 at most")
+            shape = tuple(self._scalar("<Q") for _ in range(dims))[::-1]
+            found[name] = shape, self._scalar("<I"), self._scalar("<Q")
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
+            raise ValueError(f"{self._path}: general.alignment={alignment!r}")
+        begin = -(-self._file.tell() // alignment) * alignment
+        return metadata, {name: self._checked(name, *entry, begin) for name, entry in found.items()}
+
+    def _checked(self, name: str, shape, kind: int, offset: int, begin: int) -> tuple[tuple[int, ...], int, int]:
+        if kind not in TYPES:
+            known = ", ".join(entry[0] for entry in TYPES.values())
+            raise ValueError(f"{self._path}: {name[:80]!r} is of type {kind}; known here are {known}")
+        quantisation, weights, size = TYPES[kind]
+        count = math.prod(shape)
+        if not shape or shape[-1] % weights or begin + offset + count // weights * size > self._size:
+            raise ValueError(
+                f"{self._path}: {name[:80]!r} of {quantisation} {shape} does not fit: {count // weights * size:,} "
+                f"bytes from {begin + offset:,} in a file of {self._size:,}: cut short or damaged"
+            )
+        return shape, kind, begin + offset
+
+    def _take(self, count: int) -> bytes:
+        if count > self._size - self._file.tell():
+            raise ValueError(f"{self._path}: {count:,} bytes wanted beyond its {self._size:,}: damaged")
+        return self._file.read(count)
+
+    def _scalar(self, form: str):
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+
+    def _string(self) -> str:
+        return self._take(self._scalar("<Q")).decode("utf-8", "replace")
+
+    def _check_count(self, count: int, least: int) -> None:
+        if count > LARGEST_COUNT or count * least > self._size:
+            raise ValueError(f"{self._path}: {count:,} entries in a file of {self._size:,} bytes: damaged")
+
+    def _value(self, kind: int):
+        if kind == STRING:
+            return self._string()
+        if kind == ARRAY:
+            of, count = self._scalar("<I"), self._scalar("<Q")
+            if of == ARRAY or (of != STRING and of not in SCALARS):
+                raise ValueError(f"{self._path}: an array of type {of} in its metadata")
+            self._check_count(count, 1)
+            if of == STRING:
+                return [self._string() for _ in range(count)]
+            return np.frombuffer(self._take(count * struct.calcsize(SCALARS[of])), np.dtype(SCALARS[of])).tolist()
+        if kind not in SCALARS:
+            raise ValueError(f"{self._path}: a value of type {kind} in its metadata")
+        return self._scalar(SCALARS[kind])
+
+    # ---- the tensors
+
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self._tensors[name][0]
+
+    def dtype(self, name: str) -> np.dtype:
+        """What a tensor is read as."""
+        stored = TYPES[self._tensors[name][1]][0]
+        return np.dtype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(stored, np.float32))
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor, dequantised to float32 where it is stored in blocks."""
+        shape, kind, at = self._tensors[name]
+        quantisation, weights, size = TYPES[kind]
+        raw = np.memmap(self._path, np.uint8, "r", at, (math.prod(shape) // weights * size,))
+        if weights == 1:
+            return raw.view(self.dtype(name)).reshape(shape)
+        return dequantise(raw.reshape(-1, size), quantisation).reshape(shape)
+
+    def files(self) -> list[Path]:
+        """The file."""
+        return [self._path]
+
+
+def dequantise(blocks: np.ndarray, quantisation: str) -> np.ndarray:
+    """Blocks (n, bytes) of 32 weights each to float32 (n, 32).
+
+    Q8_0: a float16 scale d, 32 int8 q; d q. Q4_0: d and 16 bytes, whose low halves are weights 0 to 15 and whose high
+    ones 16 to 31; d (q - 8). Q4_1: also a float16 minimum m; d q + m.
+    """
+    half = lambda at: blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+    scale = half(0)
+    if quantisation == "Q8_0":
+        return scale * blocks[:, 2:].view(np.int8).astype(np.float32)
+    packed = blocks[:, 4 if quantisation == "Q4_1" else 2 :]
+    values = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32)
+    return scale * values + half(2) if quantisation == "Q4_1" else scale * (values - 8)
+
+
+def read_gguf_config(gguf: Gguf) -> ModelConfig:
+    """The ModelConfig of a file of the llama family. Raises ValueError for another, and for what is missing."""
+    m = gguf.metadata
+    if (architecture := m.get("general.architecture")) != "llama":
+        raise ValueError(f"general.architecture={architecture!r}: only llama is read from GGUF files")
+
+    def value(key: str, default=None):
+        found = m.get(f"llama.{key}", default)
+        if not isinstance(found, int | float) or isinstance(found, bool) or found <= 0:
+            raise ValueError(f"llama.{key}={found!r} should be a number above 0")
+        return found
+
+    if m.get("llama.expert_count"):
+        raise ValueError(f"llama.expert_count={m['llama.expert_count']}: experts are not read from GGUF files")
+    heads, width = value("attention.head_count"), value("embedding_length")
+    head_dim = value("attention.key_length", width // heads)
+    if "token_embd.weight" not in gguf.names():
+        raise ValueError("there is no tensor token_embd.weight")
+    return ModelConfig(
+        layers=value("block_count"), width=width, heads=heads, kv_heads=value("attention.head_count_kv", heads),
+        head_dim=head_dim, ffn=value("feed_forward_length"), vocab_size=gguf.shape("token_embd.weight")[0],
+        tied_embeddings="output.weight" not in gguf.names(), norm_eps=value("attention.layer_norm_rms_epsilon"),
+        rope_theta=float(value("rope.freq_base", 10000.0)), rope_scaling=_scaling(gguf, head_dim),
+        rope_fraction=value("rope.dimension_count", head_dim) / head_dim,
+        bias="qkv" if "blk.0.attn_q.bias" in gguf.names() else "none",
+    )  # fmt: skip
+
+
+def _scaling(gguf: Gguf, head_dim: int) -> RopeScaling:
+    m = gguf.metadata
+    if "rope_freqs.weight" in gguf.names():  # a divisor for each pair, whatever scaling gave it
+        factors = tuple(map(float, gguf.tensor("rope_freqs.weight")))
+        return RopeScaling("longrope", attention_factor=1.0, short_factors=factors, long_factors=factors)
+    kind = m.get("llama.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"llama.rope.scaling.type={kind!r} is not one of none, linear")
+    return RopeScaling("linear", float(m.get("llama.rope.scaling.factor", 1.0))) if kind == "linear" else RopeScaling()

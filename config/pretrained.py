@@ -1,0 +1,71 @@
+"""model.from=PATH: the model, the tokenizer and the first weights of a run, from what lies at a path."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint.digests import MANIFEST
+from checkpoint.huggingface.opened import open_pretrained
+from config.build import plain
+from model.config import ModelConfig
+
+FROM = "model.from"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins from."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: dict[str, Any] | None  # values of the group; None: the weights bring none
+    digest: str
+
+
+def beginning_of(path: str, load_run: Callable) -> Beginning:
+    """What lies at a path: the directory of a run, a Hugging Face folder, a .gguf file. Raises ValueError."""
+    folder = Path(path).expanduser()
+    if (folder / "config.yaml").exists():
+        return _of_run(folder, load_run(folder))
+    opened = open_pretrained(path)
+    tokenizer = None if opened.tokenizer is None else {"kind": "file", "path": os.path.abspath(opened.tokenizer)}
+    return Beginning(opened.path, opened.config, tokenizer, opened.fingerprint())
+
+
+def _of_run(folder: Path, config) -> Beginning:
+    checkpoints = Path(config.checkpoint.dir or folder / "checkpoints")
+    manifests = sorted(checkpoints.glob(f"*[0-9]/{MANIFEST}"))
+    if not manifests:
+        raise ValueError(f"{FROM}={folder}: {checkpoints} holds no checkpoint")
+    tokenizer = {"kind": config.tokenizer.kind}
+    if tokenizer["kind"] != "bytes":
+        tokenizer = {"kind": "file", "path": os.path.abspath(folder / "tokenizer.json")}
+    return Beginning(folder, config.model, tokenizer, hashlib.sha256(manifests[-1].read_bytes()).hexdigest()[:32])
+
+
+def with_weights(values: dict, beginning: Beginning, overrides: list[str]) -> dict:
+    """The composed values of a run that begins from weights; what the user set of model.* or tokenizer stays.
+
+    Raises ValueError for a preset beside the weights, which are a model already.
+    """
+    named = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    if "model" in named:
+        preset = next(override for override in overrides if override.startswith("model="))
+        raise ValueError(f"{preset} and {FROM}={beginning.path}: the weights are of a model already; leave one out")
+    model = plain(beginning.model)
+    for key in named:
+        if key.startswith("model."):
+            *groups, last = key.split(".")[1:]
+            ours, theirs = values["model"], model
+            for group in groups:
+                ours, theirs = ours[group], theirs.setdefault(group, {})
+            theirs[last] = ours[last]
+    values = values | {"model": model}
+    if beginning.tokenizer is not None and not any(key.partition(".")[0] == "tokenizer" for key in named):
+        values["tokenizer"] = beginning.tokenizer
+    if "run.name" not in named:
+        values["run"] = {**values["run"], "name": beginning.path.stem}
+    return values | {"weights": {"path": os.path.abspath(beginning.path), "digest": beginning.digest}}
