@@ -98,7 +98,9 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
         directory = RunDirectory(opened.path)
     alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model
     config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), list(overrides), groups)
-    return Found(directory.path, config, load_tokenizer(config.tokenizer, saved=directory.tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
+    begin = () if directory.config.exists() else getattr(tokenizer, "begin", ())  # runs are trained without
+    return Found(directory.path, config, tokenizer, begin)
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:
