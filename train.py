@@ -32,13 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoint.huggingface.opened import keep_small_files
 from checkpoint.store import CheckpointStore, Restored
 from data.shards import prepare
 from data.tokenizer import Tokenizer
 from evaluation.in_training import Tasks
 from inference.generate import continuations
-from inference.opening import with_weights
+from inference.opening import keep_pretrained, with_weights
 from parallel.mesh import make_mesh
 from parallel.sharding import replicated
 from performance.fits import Room, memory_of
@@ -123,7 +122,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         if primary:
             run.write_config(to_yaml(config))
             if config.weights.path:
-                keep_small_files(Path(config.weights.path), run.pretrained)
+                keep_pretrained(Path(config.weights.path), run)
         # at this point the state after step `first` lies on the mesh
 
         # ----------------------------------------------------------------------------------------------------- compile

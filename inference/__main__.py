@@ -19,7 +19,7 @@ import jax
 
 from inference.detokenizer import after_prompt
 from inference.generate import beyond_training, check, generate
-from inference.opening import find_model
+from inference.opening import chat_of, find_model
 
 
 def main(options: argparse.Namespace) -> int:
@@ -37,14 +37,22 @@ def run(options: argparse.Namespace) -> list[str]:
     """Each prompt with its continuation. Raises ValueError or OSError for what the user can mend."""
     found = find_model(options.run, options.overrides)
     config, tokenizer, sample = found.config, found.tokenizer, found.config.sample
-    prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in options.prompts]
+    chat = chat_of(found.path) if options.chat else None
+    if chat is None:
+        prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in options.prompts]
+    else:
+        messages = [[{"role": "user", "content": prompt}] for prompt in options.prompts]
+        prompts = [chat.encode(message, generation_prompt=True).tolist() for message in messages]
     check(config.model, prompts, sample.tokens)
     if warning := beyond_training(config.model, config.train.seq_len, prompts, sample.tokens):
         print(f"warning: {warning}", file=sys.stderr)
     model = found.open(options.step)
     print(f"{model.path}: step {model.step}", file=sys.stderr)
     with jax.set_mesh(model.mesh):
-        new = generate(model.description, model.params, prompts, sample, eos_id=tokenizer.eos_id, dtype=model.dtype)
+        ends = {"eos_id": tokenizer.eos_id, "stop_ids": () if chat is None else chat.stop_ids}
+        new = generate(model.description, model.params, prompts, sample, **ends, dtype=model.dtype)
+    if chat is not None:
+        return [tokenizer.decode(ids).strip() for ids in new]
     asked = zip(options.prompts, prompts, new, strict=True)
     return [text + after_prompt(tokenizer, text, prompt, ids) for text, prompt, ids in asked]
 

@@ -57,9 +57,10 @@ def generate(
     sample: SampleConfig,
     *,
     eos_id: int | None = None,
+    stop_ids: Sequence[int] = (),
     dtype=jnp.float32,
 ) -> list[list[int]]:
-    """Up to `sample.tokens` new tokens for each prompt; a row that draws `eos_id` ends before it.
+    """Up to `sample.tokens` new tokens for each prompt; a row that draws `eos_id` or one of `stop_ids` ends before it.
 
     `sample.prompts` is not looked at. A row depends on its prompt and the seed alone, not on the rest of the batch; a
     prompt that is given twice is continued in two ways. An empty prompt starts at `eos_id`. All processes of a mesh
@@ -70,6 +71,7 @@ def generate(
     check(description.config, prompts, sample.tokens)
     if not prompts or sample.tokens == 0:
         return [[] for _ in prompts]
+    stops = np.asarray([*({} if eos_id is None else {eos_id}), *stop_ids] or [-1], np.int32)
     rows = -(-len(prompts) // splits("batch")) * splits("batch")
     prompts_BT = np.zeros((rows, _bucket(description.config, max(map(len, prompts)))), np.int32)
     lengths_B = np.ones(rows, np.int32)
@@ -81,7 +83,7 @@ def generate(
     with exact if jnp.dtype(dtype) == jnp.float32 else contextlib.nullcontext():
         out_BT, counts_B = _generate(
             description.bind(params), prompts_BT, lengths_B, np.arange(rows) < len(prompts),
-            _row_seeds(prompts, rows), np.uint32(sample.seed % 2**32), np.int32(-1 if eos_id is None else eos_id),
+            _row_seeds(prompts, rows), np.uint32(sample.seed % 2**32), stops,
             tokens=sample.tokens, dtype=jnp.dtype(dtype),
             temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p,
         )  # fmt: skip
@@ -172,7 +174,7 @@ def _row_seeds(prompts: list[list[int]], rows: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("tokens", "dtype", "temperature", "top_k", "top_p"))
 def _generate(
-    model: Transformer, prompts_BT, lengths_B, live_B, seeds_B2, seed, eos_id,
+    model: Transformer, prompts_BT, lengths_B, live_B, seeds_B2, seed, stops,
     *, tokens: int, dtype, temperature: float, top_k: int, top_p: float,
 ):  # fmt: skip
     """The whole loop, one program: new tokens (B, tokens) and how many of each row count."""
@@ -185,7 +187,7 @@ def _generate(
         return draw(logits_BV, keys, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def note(out_BT, counts_B, live_B, tokens_B, step):
-        live_B = live_B & (tokens_B != eos_id)
+        live_B = live_B & (tokens_B[:, None] != stops).all(1)
         return out_BT.at[:, step].set(tokens_B), counts_B + live_B, live_B
 
     def unfinished(carry):

@@ -1,6 +1,7 @@
 """A trained model as programs use it: found by its path, its parameters on a mesh, its tokenizer beside them."""
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ from jax.sharding import Mesh
 
 from checkpoint.digests import MANIFEST
 from checkpoint.huggingface.load import load as load_pretrained
-from checkpoint.huggingface.opened import open_pretrained
+from checkpoint.huggingface.opened import SMALL_FILES, open_pretrained
 from checkpoint.store import CheckpointStore, Restored
 from config.compose import load, load_run, overridden
 from config.layout import model_requirements
 from config.pretrained import FROM
 from config.schema import Config
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.chat import ChatTemplate, find_template, open_chat
+from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from inference.generate import trained_reach
 from inference.options import BEST, GROUPS, NEWEST
 from model.specs import Specs
@@ -141,6 +143,27 @@ def with_weights(state: TrainState, job: Job, path: str) -> TrainState:
     dtype = jax.tree.leaves(job.stored.params)[0].dtype
     read = read_weights(Path(path), job.stored_description, job.mesh, dtype)
     return replace(state, params=job.from_stored(read.params))
+
+
+def keep_pretrained(path: Path, run: RunDirectory) -> None:
+    """Keeps in a run's directory what goes with the weights at a path: config, tokenizer, chat template."""
+    source = RunDirectory(path).pretrained if RunDirectory(path).config.exists() else path
+    kept = run.pretrained
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in SMALL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, kept / name)
+    if source.is_file():  # a .gguf file has all in itself
+        tokenizer = load_tokenizer(TokenizerConfig("file", path=str(source)))
+        tokenizer.save(kept / "tokenizer.json")
+        if find_template(source)[0] is not None:
+            open_chat(source, tokenizer).save(kept)
+
+
+def chat_of(path: Path) -> ChatTemplate:
+    """The chat template of the model at a path. Raises ValueError where it has none."""
+    directory = RunDirectory(path)
+    return open_chat(directory.pretrained if directory.config.exists() else path)
 
 
 def abstract_params(dtype: jnp.dtype, description: Description, mesh: Mesh) -> dict:

@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("run", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
     parser.add_argument("words", metavar="PROMPT", nargs="*", help='text to continue; "" starts a document')
+    parser.add_argument("--chat", action="store_true", help="prompts are messages to a chat model")
     parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint (last)")
     options = parser.parse_intermixed_args(arguments[:end])
     options.overrides = [word for word in options.words if SETTING.match(word)]

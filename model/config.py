@@ -14,7 +14,8 @@ QK_NORM_DIMS = ("head", "all")
 POSITIONS = ("rotary", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "gelu", "gelu_exact", "relu", "relu2", "silu")
 BIASES = ("none", "qkv", "attention", "ffn", "all")
-HEADS = ("vocabulary", "masked_lm", "pooler", "none")
+HEADS = ("vocabulary", "masked_lm", "masked_lm_gelu", "pooler", "none")
+MASKED_LM = ("masked_lm", "masked_lm_gelu")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
 PARAMETRIZATIONS = ("standard", "mup", "complete_p")
 MATMUL_DTYPES = ("", "float8")
@@ -131,7 +132,9 @@ class ModelConfig:
     router_z_loss: float = 0.0  # weight of the router's squared log-normaliser; 0 off
     expert_capacity: float = 0.0  # tokens of a sequence that an expert takes, over their mean; 0: all, none is dropped
 
-    head: str = "vocabulary"  # vocabulary (logits) | masked_lm (a layer before them, BERT) | pooler (BERT) | none
+    # vocabulary (logits) | masked_lm (a layer before them; masked_lm_gelu: with gelu, whatever activation is) | pooler
+    # (one vector a sequence) | none
+    head: str = "vocabulary"
     logit_softcap: float = 0.0  # c * tanh(logits / c); 0 off
     vocab_multiple: int = 128  # the tables are padded to a multiple of this
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls

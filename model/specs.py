@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model import parametrization
-from model.config import GATED, ModelConfig
+from model.config import GATED, MASKED_LM, ModelConfig
 
 TABLES = ("vocab", "positions", "types")  # names of dims whose rows are looked up
 LAYERS = "layers"  # the name of the stacking dim, and of its branch of the tree
@@ -251,12 +251,12 @@ def parameter_specs(config: ModelConfig, *, vocab_parts: int = 1, rows: int | No
 def head(config: ModelConfig, vocabulary: int) -> Specs:
     """What makes a task's output of final vectors; `vocabulary` counts the rows of the output table with padding."""
     c, specs = config, {}
-    if c.head in ("vocabulary", "masked_lm") and not c.tied_embeddings:
+    if c.head in ("vocabulary", *MASKED_LM) and not c.tied_embeddings:
         specs["head"] = {"weight": table(HEAD_KEY, vocabulary, c.width, "vocab", c.vocab_size)}
-    if c.head in ("masked_lm", "pooler"):
+    if c.head in (*MASKED_LM, "pooler"):
         shape, axes, std = (c.width, c.width), ("width", "features"), parametrization.matrix_std(c, c.width)
         specs["head_dense"] = projection(HEAD_KEY.split(2)[1], shape, axes, std, bias=True)
-    if c.head == "masked_lm":
+    if c.head in MASKED_LM:
         specs["head_norm"] = norm(c, HEAD_KEY, c.width)
         specs["head_bias"] = replace(vector(HEAD_KEY, vocabulary, "vocab"), rows=c.vocab_size)
     return specs

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from model import parametrization
 from model.attention_rule import TokenInfo
-from model.config import ModelConfig
+from model.config import MASKED_LM, ModelConfig
 from model.heads import Embedding, VocabularyRows
 from model.initialise import draw_all
 from model.kv_cache import LayerCache
@@ -177,10 +177,11 @@ class Transformer(nnx.Module):
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The last block's output, as the head takes it."""
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
-        if self.config.head != "masked_lm":
+        if self.config.head not in MASKED_LM:
             return x_BTD
         x_BTD = self.head_dense(shard(x_BTD, "batch", "tokens", "width"))
-        return self.head_norm(activate(self.config.activation, x_BTD, None))
+        kind = self.config.activation if self.config.head == "masked_lm" else "gelu_exact"
+        return self.head_norm(activate(kind, x_BTD, None))
 
     @jax.named_scope("head")
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
@@ -189,7 +190,7 @@ class Transformer(nnx.Module):
 
     @property
     def _output(self) -> Embedding:
-        if self.config.head not in ("vocabulary", "masked_lm"):
+        if self.config.head not in ("vocabulary", *MASKED_LM):
             raise ValueError(f"model.head={self.config.head} has no logits; those of vocabulary and masked_lm have")
         return self.tokens if self.head is None else self.head
 

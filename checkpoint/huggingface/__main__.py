@@ -24,14 +24,14 @@ import jax.numpy as jnp
 from checkpoint.huggingface.config_json import read_config, write_config
 from checkpoint.huggingface.export import export
 from checkpoint.huggingface.load import load
-from checkpoint.huggingface.opened import SMALL_FILES, keep_small_files, open_pretrained
+from checkpoint.huggingface.opened import SMALL_FILES, open_pretrained
 from checkpoint.store import CheckpointStore
 from config import compose
 from config.layout import model_requirements
 from config.pretrained import FROM
 from config.schema import identity
 from data.tokenizer import load_tokenizer
-from inference.opening import Opened, open_model
+from inference.opening import Opened, chat_of, keep_pretrained, open_model
 from model.counts import parameter_count
 from model.transformer import describe
 from parallel.mesh import make_mesh, resolve
@@ -67,7 +67,7 @@ def import_weights(options: argparse.Namespace) -> None:
         params = load(opened, describe(config.model), mesh, dtype)
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.save(run.tokenizer)
-        keep_small_files(opened.path, run.pretrained)
+        keep_pretrained(opened.path, run)
         store = CheckpointStore(run.path / "checkpoints", replace(config.checkpoint, asynchronous=False))
         record = {"identity": identity(config), "data": None, "progress": {}, "spent": {}}
         saved = store.save(0, {"params": params}, record)
@@ -88,9 +88,9 @@ def export_weights(options: argparse.Namespace) -> None:
     written = write_config(model.config.model, model.reach, options.family) if kept is None else kept
     dtype = NAMES[options.dtype or (kept or {}).get("dtype") or (kept or {}).get("torch_dtype") or "float32"]
     texts = small_texts(model)
-    eos = {"eos_token_id": model.tokenizer.eos_id}
+    eos = {"eos_token_id": ends(model)}
     if kept is None:
-        written |= eos | {"bos_token_id": model.tokenizer.eos_id}
+        written |= {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.tokenizer.eos_id}
     texts.setdefault("generation_config.json", json.dumps(eos | {"do_sample": True}, indent=2) + "\n")
     with jax.set_mesh(model.mesh):
         size = export(options.folder, model.config.model, written, model.params, dtype, texts)
@@ -99,14 +99,24 @@ def export_weights(options: argparse.Namespace) -> None:
     print(f"{options.folder}: {said} in {seconds:.1f} s", file=sys.stderr)
 
 
+def ends(model: Opened) -> int | list[int]:
+    """The tokens that end a generated text: those of the chat template, if there is one, too."""
+    try:
+        stops = chat_of(model.path).stop_ids
+    except ValueError:
+        stops = ()
+    both = sorted({model.tokenizer.eos_id, *stops})
+    return both if len(both) > 1 else both[0]
+
+
 def kept_config(model: Opened) -> dict | None:
     """The config.json that a run's weights came with, if the model still is what it says."""
     for folder in (RunDirectory(model.path).pretrained, model.path):
         if (folder / "config.json").is_file():
             kept = json.loads((folder / "config.json").read_text())
             ours = replace(model.config.model, dropout=0.0)
-            names = set() if ours.head in ("vocabulary", "masked_lm") else None
-            if names is not None and replace(read_config(kept, names), scan_layers=ours.scan_layers) == ours:
+            theirs = replace(read_config(kept, set()), scan_layers=ours.scan_layers, head=ours.head)
+            if theirs == ours:
                 return kept
     return None
 

@@ -97,7 +97,8 @@ def _head(family: Family, c: dict, fields: dict, names: set[str]) -> str:
         has_logits = fields["tied_embeddings"] or f"{family.names['head']}.weight" in names or not names
         return "vocabulary" if has_logits else "none"
     if "MaskedLM" in architecture or "PreTraining" in architecture or "LMHead" in architecture:
-        return "masked_lm"
+        gelu = family.model_type == "roberta" and fields["activation"] != "gelu_exact"  # its head always has it
+        return "masked_lm_gelu" if gelu else "masked_lm"
     pooler = family.head_names.get("pooler", {}).get("head_dense", "-") + ".weight"
     return "pooler" if {pooler, pooler.removeprefix(family.base)} & names else "none"
 
@@ -136,10 +137,7 @@ def _scaling(kind: str, p: dict, c: dict) -> RopeScaling:
         return RopeScaling(
             "llama3", float(p["factor"]), length, float(p["low_freq_factor"]), float(p["high_freq_factor"])
         )
-    factor = p.get("factor")
-    if kind == "longrope" and c.get("original_max_position_embeddings"):
-        factor = longest / length
-    factor = float(factor if factor is not None else longest / length)
+    factor = float(p["factor"] if p.get("factor") is not None else longest / length)
     scaling = {"kind": kind, "factor": max(factor, 1.0), "original_length": length}
     if p.get("attention_factor") is not None:
         scaling["attention_factor"] = float(p["attention_factor"])
@@ -255,7 +253,7 @@ def _written(family: Family, config: ModelConfig, length: int) -> dict[str, Any]
         written |= _rope_written(family, c, length)
     if family.local_layers:
         local = any(c.windows())
-        written["sliding_window"] = c.window if local else None
+        written["sliding_window"] = c.window if local else family.defaults.get("sliding_window")
         if family.local_layers == "types":
             written["layer_types"] = ["sliding_attention" if w else "full_attention" for w in c.windows()]
         if family.model_type.startswith("qwen"):

@@ -34,7 +34,7 @@ class Family:
 
     def names_for(self, head: str) -> dict[str, str]:
         """The table of names of a model with this `model.head`."""
-        return {**self.names, **self.head_names.get(head, {})}
+        return {**self.names, **self.head_names.get(head.removesuffix("_gelu"), {})}
 
 
 # ------------------------------------------------------------------------------------------------------------- decoders

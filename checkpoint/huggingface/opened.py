@@ -6,7 +6,6 @@ Only safetensors and GGUF are read. A pickle can run code when it is opened: it 
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,21 +122,6 @@ def open_pretrained(path: str | Path, *, allow_pickle: bool = False) -> Pretrain
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     return opened
-
-
-def keep_small_files(path: Path, folder: Path) -> None:
-    """Copies what goes with a published model's weights, or what a run that began from one has kept of it."""
-    path = path if not (path / "config.yaml").exists() else path / folder.name
-    there = [path / name for name in SMALL_FILES if (path / name).is_file()]
-    if there:
-        folder.mkdir(parents=True, exist_ok=True)
-    for file in there:
-        shutil.copyfile(file, folder / file.name)
-
-
-def is_pretrained(path: Path) -> bool:
-    """Whether this is a Hugging Face folder or a GGUF file, and not the directory of a run."""
-    return path.suffix == ".gguf" or ((path / "config.json").exists() and not (path / "config.yaml").exists())
 
 
 def _open_gguf(path: Path) -> Pretrained:
