@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from inference.options import BEST, NEWEST
+from inference.options import NEWEST, model, step
 from runtime.arguments import Parser
 
 OWN = Path(__file__).parent / "tasks"
@@ -49,9 +49,9 @@ def _run(arguments: list[str]) -> argparse.Namespace:
 settings, as for train.py: {MAY_BE_SET}, as in mesh.tensor=2 runtime.cpu_devices=2
 Results of a run go to RUN/evaluation/, its metrics.jsonl and W&B.""",
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="directory of a run, or published weights")
+    parser.add_argument("model", metavar="MODEL", type=model, help="directory of a run, or published weights")
     parser.add_argument("words", metavar="TASK", nargs="*", help="what to measure, and key=value settings")
-    parser.add_argument("--step", type=_step, default=NEWEST, metavar="best|last|N", help="checkpoint of a run (last)")
+    parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint of a run (last)")
     parser.add_argument("--limit", type=_count, metavar="N", help="items or documents of each task, from the first")
     parser.add_argument("--window", type=_count, metavar="N", help="tokens read at once (as many as it was made for)")
     parser.add_argument("--stride", type=_count, metavar="N", help="of perplexity: tokens between windows (half)")
@@ -86,14 +86,6 @@ def _compare(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     options.command = "compare"
     return options
-
-
-def _step(text: str) -> str | int:
-    if text in (NEWEST, BEST):
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither best nor last nor the number of a step")
-    return int(text)
 
 
 def _count(text: str) -> int:

@@ -161,7 +161,8 @@ def test_nothing_to_compare(runs, tmp_path, pair):
         (["compare"], "the following arguments are required: RESULT"),
     ],
 )
-def test_mistakes_in_the_options(capsys, arguments, message):
+def test_mistakes_in_the_options(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
         parse(arguments)
     out, err = capsys.readouterr()

@@ -120,7 +120,8 @@ def test_a_run_that_is_not_one(tmp_path):
     asked = [sys.executable, "-m", "evaluation", str(tmp_path), "capitals"]
     done = subprocess.run(asked, cwd=ROOT, env=runs.environment(), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "it has no config.yaml" in done.stderr
+    assert f"{tmp_path}" in done.stderr
+    assert "no run directory" in done.stderr
 
 
 def test_tasks_do_not_decide_which_run_it_is(tmp_path):
