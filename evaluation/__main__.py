@@ -25,7 +25,7 @@ from evaluation.compare import compare
 from evaluation.console import Progressing, print_result
 from evaluation.needs import harness
 from evaluation.perplexity import Window, perplexity
-from evaluation.results import Outcome, Result, digest_of, keep_result, write_result
+from evaluation.results import Outcome, Result, digest_of, keep_result, require_room
 from evaluation.scoring import Scorer
 from evaluation.sources import Source, open_source
 from evaluation.tell import tell_run
@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> None:
     named = [task for task in options.tasks if task not in sources and task != CODE]
     tasks = {name: harness().load_tasks([name]) for name in named}
     programs = problems(options) if CODE in options.tasks else []
+    if options.json:
+        require_room(options.json, [name for argument in options.tasks for name in tasks.get(argument, [argument])])
 
     model = found.open(options.step)
     told = model.path if model.step is None else f"{model.path}: step {model.step}"
@@ -120,8 +122,7 @@ def tell(options, model: Opened, window: Window, outcomes: dict[str, dict[str, O
     whole = result({name: task for argument in options.tasks for name, task in outcomes[argument].items()})
     print_result(whole)
     if options.json:
-        write_result(options.json, whole)
-        print(f"results: {options.json}", file=sys.stderr)
+        print(f"results: {keep_result(options.json, whole)[0]}", file=sys.stderr)
     directory = RunDirectory(model.path)
     if not directory.config.is_file():
         if not options.json:
@@ -129,7 +130,8 @@ def tell(options, model: Opened, window: Window, outcomes: dict[str, dict[str, O
         return
     fresh: dict[str, Outcome] = {}
     for argument in options.tasks:
-        path, new = keep_result(directory.path / "evaluation", file_name(argument), result(outcomes[argument]))
+        name = file_name(argument) + ("" if model.step is None else f"-{model.step}")
+        path, new = keep_result(directory.path / "evaluation" / f"{name}.json", result(outcomes[argument]))
         print(f"results: {path}", file=sys.stderr)
         fresh |= outcomes[argument] if new else {}
     if fresh and options.limit is None:  # part of a task says too little to stand among a run's metrics

@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from evaluation.scoring import Progress, Scorer
-from evaluation.shapes import choose_shapes
+from evaluation.shapes import choose_shapes, padded
 from inference.generate import decode, prefill
 from inference.sampling import sample as draw
 from model.kv_cache import make_cache
 from parallel.sharding import shard, splits
 
 STEPS = 16  # tokens between two looks at whether the texts have ended
+TOKENS_TO_ONE_READ = 4  # tokens in the cache of a batch to one that is scored at once: a step reads all weights for it
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ def generate_until(
     """
     lengths, found, done = np.array([len(prompt) for prompt in prompts]), {}, 0
     room = -(-tokens // STEPS) * STEPS
-    for shape, members in choose_shapes(lengths, np.ones_like(lengths), scorer.limits, scorer.costs):
+    limits = replace(scorer.limits, batch_tokens=TOKENS_TO_ONE_READ * scorer.limits.batch_tokens, longest=1 << 30)
+    for shape, members in choose_shapes(lengths + room, np.ones_like(lengths), limits, scorer.costs):
+        T = padded(int(lengths[members].max()), scorer.limits)
         for batch in shape.batches(members):
-            tokens_BT = np.zeros((shape.rows, shape.tokens), np.int32)
+            tokens_BT = np.zeros((shape.rows, T), np.int32)
             lengths_B = np.ones(shape.rows, np.int32)
             for row, number in enumerate(batch):
                 tokens_BT[row, : lengths[number]] = prompts[number]

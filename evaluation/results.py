@@ -122,37 +122,30 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} is no result of an evaluation: {type(error).__name__} {error}") from error
 
 
-def write_result(path: Path, result: Result) -> bool:
-    """Writes a result's file, whole or not at all; whether there was none of this evaluation before.
+def keep_result(path: Path, result: Result) -> tuple[Path, bool]:
+    """Writes a result's file, whole or not at all, under a longer name where another evaluation has this one.
 
-    Raises ValueError where another evaluation is there.
+    Returns where it is, and whether it was not there before.
     """
-    known = path.exists()
-    if known and (theirs := read_result(path)).identity() != result.identity():
-        raise ValueError(f"{path} holds another evaluation ({_differs(result, theirs)}); choose another --json")
+    if path.exists() and not _is_of(path, result):
+        path = path.with_name(f"{path.stem}-{digest_of(result.identity())[:8]}{path.suffix}")
+    new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, result.text())
-    return not known
+    return path, new
 
 
-def keep_result(folder: Path, name: str, result: Result) -> tuple[Path, bool]:
-    """Writes NAME-STEP.json into a run's folder, under a longer name where that is another evaluation's."""
-    step = result.model.get("step")
-    stem = name if step is None else f"{name}-{step}"
-    path = folder / f"{stem}.json"
-    if path.exists():
-        try:
-            ours = read_result(path).identity() == result.identity()
-        except ValueError:  # somebody else's file
-            ours = False
-        if not ours:
-            path = folder / f"{stem}-{digest_of(result.identity())[:8]}.json"
-    return path, write_result(path, result)
+def _is_of(path: Path, result: Result) -> bool:
+    try:
+        return read_result(path).identity() == result.identity()
+    except ValueError:  # somebody else's file
+        return False
 
 
-def _differs(ours: Result, theirs: Result) -> str:
-    mine, other = ours.identity(), theirs.identity()
-    return "its " + " and ".join(part for part in mine if mine[part] != other[part]) + " differ"
+def require_room(path: Path, tasks: Sequence[str]) -> None:
+    """Raises ValueError where another evaluation's file is at the path: told before anything is measured."""
+    if path.exists() and list((theirs := read_result(path)).tasks) != list(tasks):
+        raise ValueError(f"{path} holds another evaluation, of {', '.join(theirs.tasks)}; choose another --json")
 
 
 def digest_of(value) -> str:

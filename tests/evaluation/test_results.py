@@ -9,7 +9,7 @@ from rich.console import Console
 
 from evaluation.compare import compare, difference
 from evaluation.options import parse
-from evaluation.results import Metric, Outcome, Result, keep_result, ratio, read_result, write_result
+from evaluation.results import Metric, Outcome, Result, keep_result, ratio, read_result, require_room
 
 IDS = [f"item {number}" for number in range(50)]
 
@@ -35,7 +35,7 @@ def pair():
 
 def test_a_file_gives_back_what_was_written(tmp_path, pair):
     written = result(pair[0])
-    assert write_result(tmp_path / "deep" / "a.json", written)
+    assert keep_result(tmp_path / "deep" / "a.json", written) == (tmp_path / "deep" / "a.json", True)
     read = read_result(tmp_path / "deep" / "a.json")
     assert read.identity() == written.identity()
     assert read.tasks["quiz"].metrics == pair[0].metrics
@@ -45,26 +45,28 @@ def test_a_file_gives_back_what_was_written(tmp_path, pair):
 
 def test_the_same_evaluation_is_replaced_and_another_one_never(tmp_path, pair):
     file = tmp_path / "a.json"
-    assert write_result(file, result(pair[0]))
-    assert not write_result(file, replace(result(pair[0]), seconds=9.0))
+    assert keep_result(file, result(pair[0])) == (file, True)
+    assert keep_result(file, replace(result(pair[0]), seconds=9.0)) == (file, False)
     assert read_result(file).seconds == 9.0
     before = file.read_bytes()
     others = [result(pair[0], step=4), result(pair[0], window=32), result(replace(pair[0], digest="others"))]
-    for other in others:
-        with pytest.raises(ValueError, match="holds another evaluation"):
-            write_result(file, other)
-    file.with_name("b.json").write_text("notes")
+    kept = [keep_result(file, other) for other in others]
+    assert len({path for path, new in kept if new} | {file}) == 4
+    assert [read_result(path).identity() for path, _ in kept] == [other.identity() for other in others]
+    (tmp_path / "b.json").write_text("notes")
+    assert keep_result(tmp_path / "b.json", result(pair[0]))[0].name.startswith("b-")
+    assert (file.read_bytes(), (tmp_path / "b.json").read_text()) == (before, "notes")
+
+
+def test_a_file_of_other_tasks_is_refused_before_anything_is_measured(tmp_path, pair):
+    file, _ = keep_result(tmp_path / "a.json", result(pair[0]))
+    require_room(file, ["quiz"])
+    require_room(tmp_path / "new.json", ["other"])
+    with pytest.raises(ValueError, match="a.json holds another evaluation, of quiz"):
+        require_room(file, ["other"])
+    (tmp_path / "b.json").write_text("notes")
     with pytest.raises(ValueError, match="b.json is no result of an evaluation"):
-        write_result(file.with_name("b.json"), result(pair[0]))
-    assert file.read_bytes() == before
-
-
-def test_in_a_run_each_evaluation_has_a_file(tmp_path, pair):
-    kept = [keep_result(tmp_path, "quiz", one) for one in (result(pair[0]), result(pair[0], limit=5), result(pair[0]))]
-    assert [path.name for path, _ in kept][::2] == ["quiz-3.json", "quiz-3.json"]
-    assert [new for _, new in kept] == [True, True, False]
-    assert kept[1][0].name.startswith("quiz-3-")
-    assert len(list(tmp_path.iterdir())) == 2
+        require_room(tmp_path / "b.json", ["quiz"])
 
 
 def test_paired_differences_are_those_of_the_items(pair):
@@ -117,7 +119,7 @@ def runs(tmp_path, pair):
     for name, task in zip(("small", "large"), pair, strict=True):
         for step in (3, 10):  # the newest counts
             at = task if step == 10 else outcome(np.zeros(50))
-            keep_result(tmp_path / name / "evaluation", "quiz", result(at, step))
+            keep_result(tmp_path / name / "evaluation" / f"quiz-{step}.json", result(at, step))
     return tmp_path
 
 
@@ -134,7 +136,7 @@ def test_the_table_and_the_picture(runs, pair, capsys, monkeypatch):
 
 
 def test_what_is_not_alike_is_told(runs, tmp_path, pair, capsys):
-    write_result(tmp_path / "c.json", result(replace(pair[0], digest="others"), window=32))
+    keep_result(tmp_path / "c.json", result(replace(pair[0], digest="others"), window=32))
     compare([runs / "small", tmp_path / "c.json"])
     out = " ".join(capsys.readouterr().out.split())
     assert "note: quiz of small and c differs in window 64 and 32; the task or its items" in out
@@ -144,7 +146,7 @@ def test_nothing_to_compare(runs, tmp_path, pair):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no results"):
         compare([runs / "small", tmp_path / "empty"])
-    write_result(tmp_path / "d.json", replace(result(pair[0]), tasks={"other": pair[0]}))
+    keep_result(tmp_path / "d.json", replace(result(pair[0]), tasks={"other": pair[0]}))
     with pytest.raises(ValueError, match="no task has been measured in all of them"):
         compare([runs / "small", tmp_path / "d.json"])
 
