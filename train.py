@@ -35,6 +35,7 @@ import numpy as np
 from checkpoint.store import CheckpointStore, Restored
 from data.shards import prepare
 from data.tokenizer import Tokenizer
+from evaluation.in_training import Tasks
 from inference.generate import continuations
 from inference.opening import keep_pretrained, with_weights
 from parallel.mesh import make_mesh
@@ -104,6 +105,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         job = make_job(config, mesh)
         room = Room(job.abstract, memory_of(mesh.local_devices[0]), t, config.optimizer, mesh.shape)
         room.check()
+        tasks = Tasks(config, job, tokenizer)
         # at this point we know the shape and the layout of every array, and none has been made
 
         # ----------------------------------------------------------------------------------------------------- restore
@@ -161,7 +163,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                 bad = reporter.push(number, metrics)
                 last, due, stopping = number == t.steps, store.due(number, time.monotonic()), stop.requested(number)
                 evaluating = t.eval_every > 0 and (last or number % t.eval_every == 0)
-                if due or stopping or last or evaluating:
+                answering = tasks.due(number, last)
+                if due or stopping or last or evaluating or answering:
                     bad = bad or reporter.settle()
                 if bad is not None:
                     code = FAULT
@@ -172,6 +175,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                         loss, bits_per_byte = held_out.losses(state.params)
                         best = progress.take(loss)
                         reporter.evaluated(number, loss, bits_per_byte, best)
+                    if answering:
+                        reporter.answered(number, tasks.metrics(state.params))
                     keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
                     if due or stopping or last or keep_best:
                         save(number, loss)

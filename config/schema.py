@@ -13,6 +13,7 @@ from typing import Any
 from checkpoint.config import CheckpointConfig, WeightsConfig
 from data.corpus import DataConfig
 from data.tokenizer import TokenizerConfig, vocab_size_of
+from evaluation.config import EvaluationConfig
 from inference.config import SampleConfig
 from model.config import MASKED_LM, ModelConfig
 from parallel.config import ContextConfig, PipelineConfig
@@ -51,6 +52,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 # What decides the numbers of a run. Two runs that agree here are one run, on whatever mesh and machine.

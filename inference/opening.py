@@ -48,15 +48,6 @@ class Opened:
     dtype: jnp.dtype  # of matmuls and activations
     step: int | None  # of training; None where the model's file does not say
     digest: str  # sha256 that tells these weights from others
-    begin: tuple[int, ...] = ()  # tokens that the model wants before every text
-
-    @property
-    def reach(self) -> int:
-        """Tokens of the longest sequence that the model was made for."""
-        config = self.config
-        if config.model.positions == "learned":
-            return config.model.max_positions
-        return trained_reach(config.model, config.train.seq_len)
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,14 @@ class Found:
     path: Path
     config: Config  # its mesh and runtime are those of this program, not of the training
     tokenizer: Tokenizer
+    begin: tuple[int, ...] = ()  # tokens that the model wants before every text
+
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence that the model was made for."""
+        model = self.config.model
+        learned = model.positions == "learned"
+        return model.max_positions if learned else trained_reach(model, self.config.train.seq_len)
 
     def open(self, step: str | int = NEWEST) -> Opened:
         """Starts JAX, makes the mesh and reads the parameters onto it.
@@ -101,7 +100,9 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
         directory = RunDirectory(opened.path)
     alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model
     config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), list(overrides), groups)
-    return Found(directory.path, config, load_tokenizer(config.tokenizer, saved=directory.tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
+    begin = () if directory.config.exists() else getattr(tokenizer, "begin", ())  # runs are trained without
+    return Found(directory.path, config, tokenizer, begin)
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:

@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "sample.tokens=200 sample.temperature=0 sample.seed=1 mesh.tensor=2 runtime.cpu_devices=2. "
         "A prompt that looks like an option or a setting goes after --.",
     )
-    parser.add_argument("run", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
+    parser.add_argument("run", metavar="MODEL", type=model, help="run directory, Hugging Face folder or .gguf file")
     parser.add_argument("words", metavar="PROMPT", nargs="*", help='text to continue; "" starts a document')
     parser.add_argument("--chat", action="store_true", help="prompts are messages to a chat model")
     parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint (last)")
@@ -56,7 +56,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _model(text: str) -> Path:
+def model(text: str) -> Path:
+    """The value of MODEL: a path where a model may lie, or its name on the hub."""
     path = Path(text)
     if path.is_dir() and not any((path / name).is_file() for name in ("config.yaml", "config.json")):
         raise argparse.ArgumentTypeError(

@@ -23,10 +23,12 @@ ALLOWED = {
         *("checkpoint", "config", "data.tokenizer", "model", "parallel", "runtime"),
         *("tracking.run_directory", "training.state"),
     },
+    # measures models of runs and of training jobs with text, tasks and programs
+    "evaluation": {"config.schema", "data", "inference", "model", "parallel", "runtime", "tracking", "training"},
     # nests the settings of every room, each from a module without JAX
     "config": {
         *("checkpoint.config", "data.corpus", "data.tokenizer", "inference.config", "model.config", "runtime"),
-        "model.counts",
+        *("evaluation.config", "model.counts"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
     },
@@ -45,6 +47,7 @@ ENTRY_POINTS = {
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
     "inference/__main__.py",
+    "evaluation/__main__.py",
     "tracking/__main__.py",
     "scaling/__main__.py",
 }

@@ -129,6 +129,12 @@ class Reporter:
         self.sinks.log(step, {"tokens": step * self.tokens_a_step, **values})
         self.console.evaluation(step, loss, bits_per_byte, best)
 
+    def answered(self, step: int, values: dict[str, float]) -> None:
+        """Tells how a model did in the tasks of an evaluation, by the keys that are logged."""
+        self.sinks.log(step, {"tokens": step * self.tokens_a_step, **values})
+        shown = {key.removeprefix("eval/"): x for key, x in values.items() if not key.endswith("_stderr")}
+        self.console.note(f"step {step}: {', '.join(f'{key} {x:.4g}' for key, x in shown.items())}")
+
 
 def introduce(
     config,

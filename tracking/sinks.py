@@ -110,6 +110,18 @@ class WandbSink(Sink):
                 values = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
                 self._run.log({"step": step, **values}, step=step)
 
+    def log_at(self, step: int, metrics: dict) -> None:
+        """Logs metrics of a step that the run may have passed, as a later evaluation of it does.
+
+        W&B takes its own steps in order only, so these are drawn over the value `step`.
+        """
+        self.start()
+        with self._guard():
+            if self._run is not None:
+                for key in metrics:
+                    self._run.define_metric(key, step_metric="step")
+                self._run.log({"step": step, **metrics})
+
     def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
         """Logs (prompt, continuation) pairs as the table `samples`."""
         self.start()

@@ -163,6 +163,15 @@ def test_wandb_offline_writes_under_the_stable_id_and_says_nothing(tmp_path, cap
     assert capfd.readouterr() == ("", "")
 
 
+def test_wandb_takes_metrics_of_a_step_that_has_passed(tmp_path, monkeypatch):
+    sink, logged = wandb_sink(tmp_path), []
+    sink.log(9, {"train/loss": 1.5})
+    monkeypatch.setattr(sink._run, "log", lambda values, **at: logged.append((values, at)))
+    sink.log_at(4, {"eval/capitals/acc": 0.25})
+    assert logged == [({"step": 4, "eval/capitals/acc": 0.25}, {})]  # W&B would drop what is logged at its own step 4
+    sink.finish()
+
+
 def test_disabled_wandb_and_a_bare_import_load_neither_wandb_nor_jax(tmp_path):
     code = (
         "import sys, tracking.sinks, tracking.console; from tests.tracking.test_sinks import wandb_sink\n"

@@ -1,0 +1,149 @@
+"""Measures a trained model: python -m evaluation MODEL TASK [TASK ...] [key=value ...]; --help says more.
+
+Tables go to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's mistake, told in one line.
+"""
+
+import sys
+
+from evaluation.options import CODE, PERPLEXITY, SETTINGS, parse
+from runtime import leave
+from runtime.exit_codes import DONE, MISTAKE
+
+if __name__ == "__main__":
+    leave.answer_signals()
+    OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from config.schema import identity
+from evaluation.compare import compare
+from evaluation.console import Progressing, print_result
+from evaluation.needs import harness
+from evaluation.perplexity import Window, perplexity
+from evaluation.results import Outcome, Result, digest_of, keep_result, require_room
+from evaluation.scoring import Scorer
+from evaluation.sources import Source, open_source
+from evaluation.tell import tell_run
+from evaluation.versions import versions
+from inference.opening import Found, Opened, find_model
+from model.counts import parameter_count
+from tracking.run_directory import RunDirectory
+
+
+def main(options: argparse.Namespace) -> int:
+    """Does what was asked for; returns the exit code."""
+    try:
+        compare(options.results, options.png) if options.command == "compare" else run(options)
+    except (ValueError, OSError) as error:
+        print(leave.one_line(error), file=sys.stderr)
+        return MISTAKE
+    return DONE
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures a model and writes down what it found. Raises ValueError or OSError for what the user can mend."""
+    began = time.perf_counter()
+    found = find_model(options.model, options.overrides, SETTINGS)
+    length = options.window or found.reach
+    window = Window(length, options.stride or max(1, length // 2))
+    # all that can be wrong about the tasks is told before a parameter is read
+    texts = [task for task in options.tasks if task.startswith(PERPLEXITY)]
+    config, tokenizer = found.config, found.tokenizer
+    asked = {"split": options.split, "limit": options.limit}
+    sources = {task: open_source(task, config, tokenizer, **asked) for task in texts}
+    named = [task for task in options.tasks if task not in sources and task != CODE]
+    tasks = {name: harness().load_tasks([name]) for name in named}
+    programs = problems(options) if CODE in options.tasks else []
+    if options.json:
+        require_room(options.json, [name for argument in options.tasks for name in tasks.get(argument, [argument])])
+
+    model = found.open(options.step)
+    told = model.path if model.step is None else f"{model.path}: step {model.step}"
+    print(told, file=sys.stderr)
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    with jax.set_mesh(model.mesh), Progressing() as progressing:
+        scorer = Scorer(model.description, model.params, model.mesh, model.dtype)
+        if named or programs:
+            lm = harness().MeshModel(scorer, tokenizer, length, found.begin, progressing.named)
+        if named:
+            every = {name: task for these in tasks.values() for name, task in these.items()}
+            scored = harness().run_tasks(lm, every, options.limit)
+            outcomes |= {argument: {name: scored[name] for name in these} for argument, these in tasks.items()}
+        if programs:
+            from evaluation.humaneval import solve
+
+            outcomes[CODE] = {CODE: solve(lm, programs, progressing.named("programs"))}
+        for task, source in sources.items():
+            progress = progressing.named(source.name)
+            outcomes[task] = {task: measured(scorer, source, window, found, options, progress)}
+    tell(options, model, window, outcomes, time.perf_counter() - began)
+
+
+def problems(options: argparse.Namespace) -> list[dict]:
+    """The problems of HumanEval. Raises ValueError where they are not installed."""
+    harness()
+    from evaluation.humaneval import read_problems
+
+    return read_problems()[: options.limit]
+
+
+def measured(scorer: Scorer, source: Source, window: Window, found: Found, options, progress) -> Outcome:
+    """The perplexity of one source."""
+    outcome = perplexity(
+        *(scorer, source.stream, window),
+        eos_id=found.tokenizer.eos_id,
+        begin=found.begin,
+        token_bytes_V=found.tokenizer.token_bytes,
+        joined=options.joined,
+        limit=options.limit,
+        progress=progress,
+    )
+    asked = {"source": source.digest, "stride": window.stride, "joined": options.joined}
+    return replace(outcome, digest=digest_of(asked))
+
+
+def tell(options, model: Opened, window: Window, outcomes: dict[str, dict[str, Outcome]], seconds: float) -> None:
+    """Prints the results, and writes them where they belong."""
+    what = {
+        "path": str(model.path),
+        "step": model.step,
+        "config": digest_of(identity(model.config)),
+        "weights": model.digest,
+        "parameters": parameter_count(model.config.model).total,
+    }
+    settings = {"window": window.length, "limit": options.limit, "dtype": model.dtype.name}
+    made = versions() | {"mesh": " ".join(f"{a}={n}" for a, n in model.mesh.shape.items() if n > 1) or "one device"}
+    result = lambda tasks: Result(what, settings, tasks, made, round(seconds, 1))
+    whole = result({name: task for argument in options.tasks for name, task in outcomes[argument].items()})
+    print_result(whole)
+    if options.json:
+        print(f"results: {keep_result(options.json, whole)[0]}", file=sys.stderr)
+    directory = RunDirectory(model.path)
+    if not directory.config.is_file():
+        if not options.json:
+            print("note: the results are kept with --json FILE only", file=sys.stderr)
+        return
+    fresh: dict[str, Outcome] = {}
+    for argument in options.tasks:
+        name = file_name(argument) + ("" if model.step is None else f"-{model.step}")
+        path, new = keep_result(directory.path / "evaluation" / f"{name}.json", result(outcomes[argument]))
+        print(f"results: {path}", file=sys.stderr)
+        fresh |= outcomes[argument] if new else {}
+    if fresh and options.limit is None:  # part of a task says too little to stand among a run's metrics
+        tell_run(model.config, directory, model.step, fresh)
+
+
+def file_name(task: str) -> str:
+    """What a task's results are called: of a path its last part."""
+    prefix, colon, rest = task.rpartition(":")
+    name = Path(rest).name.removesuffix(".yaml") or "text"
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{prefix}-{name}" if colon) or name
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS))
