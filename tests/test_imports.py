@@ -17,17 +17,26 @@ ALLOWED = {
     "training": {"performance", "model", "parallel", "runtime", "data"},
     "checkpoint": {"model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
-    "inference": {"data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
+    "inference": {"checkpoint.config", "data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # a run's model for the programs that use it: it reads what training wrote
     "inference/opening.py": {
         *("checkpoint", "config", "data.tokenizer", "model", "parallel", "runtime"),
-        *("tracking.run_directory", "training.state"),
+        *("data.chat", "tracking.run_directory", "training.job", "training.state"),
     },
     # measures models of runs and of training jobs with text, tasks and programs
     "evaluation": {"config.schema", "data", "inference", "model", "parallel", "runtime", "tracking", "training"},
     # nests the settings of every room, each from a module without JAX
     "config": {
-        *("checkpoint.config", "data.corpus", "data.tokenizer", "inference.config", "model.config", "runtime"),
+        *(
+            "checkpoint.config",
+            "checkpoint.digests",
+            "checkpoint.huggingface.opened",
+            "data.corpus",
+            "data.tokenizer",
+            "inference.config",
+            "model.config",
+            "runtime",
+        ),
         *("evaluation.config", "model.counts"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
@@ -47,6 +56,7 @@ ENTRY_POINTS = {
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
     "inference/__main__.py",
+    "checkpoint/huggingface/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",
     "scaling/__main__.py",
