@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.objects import read_bytes
 from runtime.files import replace_text
 
 KINDS = ("bytes", "bpe", "file")
@@ -219,7 +220,7 @@ def load_tokenizer(config: TokenizerConfig, saved: Path | None = None) -> Tokeni
     if config.kind == "bpe":
         assert saved is not None, "kind=bpe is trained by data.shards.prepare, which saves it"
         return JsonTokenizer(_read(saved), str(saved), config.vocab_size)
-    path = saved if saved is not None and Path(saved).exists() else Path(config.path).expanduser()
+    path = saved if saved is not None and Path(saved).exists() else config.path
     return JsonTokenizer(_read(path), str(path))
 
 
@@ -229,7 +230,7 @@ def vocab_size_of(config: TokenizerConfig) -> int:
         return ByteTokenizer.vocab_size
     if config.kind == "bpe":
         return config.vocab_size
-    return _vocab_size_of_json(_read(Path(config.path).expanduser()), config.path)
+    return _vocab_size_of_json(_read(config.path), config.path)
 
 
 def _vocab_size_of_json(spec: str, name: str) -> int:
@@ -244,9 +245,9 @@ def _vocab_size_of_json(spec: str, name: str) -> int:
         raise ValueError(f"{name}: not a tokenizer.json: {type(error).__name__} {error}") from error
 
 
-def _read(path: Path) -> str:
+def _read(path: Path | str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_bytes(str(path)).decode("utf-8")
     except OSError as error:
         raise ValueError(f"tokenizer file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
