@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from data.token_files import Tokens
+
 ROUNDS = 8  # of the index cipher; 4 are enough in theory (Luby and Rackoff 1988) with ideal round functions
 SMALLEST_BITS = 6  # with fewer the orders of a tiny stream are not equally likely
 
@@ -25,15 +27,15 @@ class Stream(Protocol):
 class Loader:
     """Windows [i T, i T + T + 1) of a token stream, shuffled without replacement in each epoch, each epoch anew.
 
-    tokens: 1-D integers, may be memory-mapped. eos_id: given where attention has to stay inside documents; batches then
+    eos_id: given where attention has to stay inside documents; batches then
     carry segments. Raises ValueError if the stream is shorter than one window.
     """
 
-    def __init__(self, tokens: np.ndarray, *, seq_len: int, batch_size: int, seed: int, eos_id: int | None = None):
+    def __init__(self, tokens: Tokens, *, seq_len: int, batch_size: int, seed: int, eos_id: int | None = None):
         _check_sizes(seq_len, batch_size)
         if seed < 0:
             raise ValueError(f"seed={seed}: must not be negative")
-        self._windows = _windows(tokens, seq_len, "training", "give more text or set train.seq_len lower")
+        self._windows = _Windows(tokens, seq_len, "training", "give more text or set train.seq_len lower")
         self._batch_size = batch_size
         self._seed = seed
         self._eos_id = eos_id
@@ -60,7 +62,7 @@ class Loader:
 
 
 def heldout_batches(
-    tokens: np.ndarray,
+    tokens: Tokens,
     seq_len: int,
     batch_size: int,
     limit: int | None = None,
@@ -73,7 +75,7 @@ def heldout_batches(
     Raises ValueError if the stream is shorter than one window.
     """
     _check_sizes(seq_len, batch_size)
-    windows = _windows(tokens, seq_len, "held-out", "set data.heldout higher or train.seq_len lower")
+    windows = _Windows(tokens, seq_len, "held-out", "set data.heldout higher or train.seq_len lower")
     count = len(windows) if limit is None else min(limit, len(windows))
     if count < 1:
         raise ValueError(f"evaluation on {limit} sequences: needs at least 1")
@@ -93,14 +95,22 @@ def _check_sizes(seq_len: int, batch_size: int) -> None:
         raise ValueError(f"train.seq_len={seq_len}, train.batch_size={batch_size}: both must be at least 1")
 
 
-def _windows(tokens: np.ndarray, seq_len: int, split: str, advice: str) -> np.ndarray:
-    """Every window as a row of T + 1 tokens, without a copy; neighbours share one, first a target and then an input."""
-    if len(tokens) < seq_len + 1:
-        raise ValueError(
-            f"the {split} stream has {len(tokens):,} tokens and one window needs train.seq_len + 1 = {seq_len + 1:,}: "
-            f"{advice}"
-        )
-    return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), seq_len + 1)[::seq_len]
+class _Windows:
+    """Every window as a row of T + 1 tokens; neighbours share one, first a target and then an input."""
+
+    def __init__(self, tokens: Tokens, seq_len: int, split: str, advice: str):
+        if len(tokens) < seq_len + 1:
+            raise ValueError(
+                f"the {split} stream has {len(tokens):,} tokens and one window needs train.seq_len + 1 = "
+                f"{seq_len + 1:,}: {advice}"
+            )
+        self._tokens, self._seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._seq_len
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        return self._tokens.read(numbers * self._seq_len, self._seq_len + 1)
 
 
 def _batch(windows: np.ndarray, eos_id: int | None) -> dict[str, np.ndarray]:

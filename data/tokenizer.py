@@ -143,7 +143,7 @@ class JsonTokenizer:
         self.digest = hashlib.sha256(spec.encode()).hexdigest()
         self.vocab_size = max(used, vocab_size or 0)
         decoder = json.dumps(parsed.get("decoder"))
-        self._byte_level, self.joins_bytes = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+        self.is_byte_level, self.joins_bytes = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
         self.token_bytes = self._count_bytes(vocab)
 
     def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
@@ -195,12 +195,17 @@ class JsonTokenizer:
         spelled = self._tokenizer.id_to_token(token)
         if spelled is None:
             return b""
-        if self._byte_level:
+        if self.is_byte_level:
             try:
                 return bytes(BYTE_OF[character] for character in spelled)
             except KeyError:  # an added token, which stands as it is
                 return spelled.encode()
         return bytes([int(spelled[3:5], 16)]) if self.joins_bytes and BYTE_TOKEN.fullmatch(spelled) else None
+
+    def vocab(self) -> dict[str, int]:
+        """The id of every token but special ones, as the vocabulary spells it."""
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        return {token: i for token, i in vocab.items() if i not in self._names}
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json."""
@@ -267,7 +272,7 @@ def load_tokenizer(config: TokenizerConfig, saved: Path | None = None) -> Tokeni
     if config.is_trained:
         assert saved is not None, "it is trained by data.shards.prepare, which saves it"
         return JsonTokenizer(read_spec(saved), str(saved), config.vocab_size)
-    path = saved if saved is not None and Path(saved).exists() else Path(config.path).expanduser()
+    path = saved if saved is not None and Path(saved).exists() else config.path
     return JsonTokenizer(read_spec(path), str(path))
 
 
@@ -277,7 +282,7 @@ def vocab_size_of(config: TokenizerConfig) -> int:
         return ByteTokenizer.vocab_size
     if config.is_trained:
         return config.vocab_size
-    return _parse(read_spec(Path(config.path).expanduser()), config.path)[1]
+    return _parse(read_spec(config.path), config.path)[1]
 
 
 # ---- what a tokenizer.json says ----------------------------------------------------------------------------------
@@ -317,10 +322,11 @@ def _renamed(parsed: dict, names: dict[str, str]) -> dict:
         model["merges"] = [merge for merge in merges if joined(merge) not in names]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    added = [token | {"content": names.get(token["content"], token["content"])} for token in parsed.get("added_tokens") or []]
+    added = parsed.get("added_tokens") or []
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for token in names.keys() - {token["content"] for token in parsed.get("added_tokens") or []}:  # a word like any other
-        added.insert(0, {"id": 0, "content": names[token], "special": True, **flags})
+    words = names.keys() - {token["content"] for token in added}  # that the vocabulary holds like any other
+    new = [{"id": 0, "content": names[token], "special": True, **flags} for token in words]
+    added = [*new, *(token | {"content": names.get(token["content"], token["content"])} for token in added)]
     return parsed | {"model": model, "added_tokens": added}
 
 

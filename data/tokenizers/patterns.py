@@ -61,7 +61,12 @@ def byte_level_spec(
 
 
 def spec(
-    model: dict, added: list[dict], decoder: dict, pre_tokenizer: dict | None, normalizer: dict | None, begin: str | None
+    model: dict,
+    added: list[dict],
+    decoder: dict,
+    pre_tokenizer: dict | None,
+    normalizer: dict | None,
+    begin: str | None,
 ) -> str:
     """The text of a tokenizer.json; `begin` is the special token that begins a sequence."""
     processor = None

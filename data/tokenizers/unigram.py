@@ -53,7 +53,8 @@ def unigram_pieces(texts: Iterable[str], size: int) -> list[tuple[str, float]]:
             minloglevel=2,
         )
         model = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder, "unigram.model")))
-        pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size()) if not model.is_unknown(i)]
+        ids = [i for i in range(model.vocab_size()) if not model.is_unknown(i)]
+        pieces = [(model.id_to_piece(i), model.get_score(i)) for i in ids]
     known = {piece for piece, _ in pieces}
     least = min(score for _, score in pieces) - 1
     missing = [(byte, least) for byte in alphabet if byte not in known]
