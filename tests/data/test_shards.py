@@ -156,7 +156,9 @@ def test_a_tokenizer_file_is_part_of_the_key(data, tmp_path):
     assert prepare(data, config).digest != first.digest
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "heldout-00000.bin", "train-00000.ends.npy", "index.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "heldout-00000.bin", "train-00000.ends.npy", "index.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_entry_is_made_again(data, name, damage):
     first = prepare(data, BPE)
