@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoint.config import CheckpointConfig
 from data.corpus import DataConfig
+from data.prepared import tokenizer_of
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from inference.config import SampleConfig
 from model.config import ModelConfig
@@ -112,6 +113,8 @@ def finish(config: Config) -> Config:
     """Fills in what follows from other fields and checks what spans several."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
+    if config.data.source == "prepared":
+        config = dataclasses.replace(config, tokenizer=tokenizer_of(config.data, config.tokenizer))
     vocabulary = vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.objects import read_bytes
+from data.words import WordEncoder
 from runtime.files import replace_text
 
 KINDS = ("bytes", "bpe", "file")
@@ -84,6 +85,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of every text."""
         return [self.encode(text) for text in texts]
+
+    def by_words(self) -> None:
+        """There is no faster way."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
@@ -158,6 +162,10 @@ class JsonTokenizer:
         arrays = (np.array(encoding.ids, np.int32) for encoding in encodings)
         # A vocabulary may hold its end of document as an ordinary word.
         return [ids[ids != self.eos_id] for ids in arrays]
+
+    def by_words(self) -> WordEncoder | None:
+        """Another `encode_batch` with the same results, on one core and faster there; None where there is none."""
+        return WordEncoder(self._tokenizer, self.eos_id) if WordEncoder.fits(self._spec) else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, special tokens and foreign ids as nothing."""

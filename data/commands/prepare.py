@@ -20,10 +20,10 @@ from config.compose import load
 from data.card import card_text
 from data.corpus import DataConfig
 from data.objects import exists, is_url, join, read_bytes, upload
-from data.prepared import INDEX, Progress, bin_file, checks_of, parse_index
+from data.prepared import INDEX, TOKENIZER, Progress, bin_file, checks_of, parse_index
 from data.shards import digest_of_source, require_unchanged, stamps
 from data.tokenizer import TokenizerConfig, load_tokenizer
-from data.writer import SHARD_TOKENS, TOKENIZER, Job, write_corpus
+from data.writer import SHARD_TOKENS, Job, write_corpus
 from runtime.arguments import Parser
 from runtime.exit_codes import DONE
 from runtime.locks import Locked, locked
@@ -35,8 +35,12 @@ def add_prepare(parser: Parser) -> None:
     """The options of the command."""
     parser.add_argument("out", metavar="OUT", help="the new folder, or an address such as s3://bucket/corpus")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.*, tokenizer.*, as of train.py")
-    parser.add_argument("--shard-tokens", type=_positive, default=SHARD_TOKENS, metavar="N", help="tokens of a shard, about")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes that tokenise")
+    parser.add_argument(
+        "--shard-tokens", type=_positive, default=SHARD_TOKENS, metavar="N", help="tokens of a shard, about"
+    )
+    parser.add_argument(
+        "--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes that tokenise"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
     parser.set_defaults(command=run)
 
@@ -82,7 +86,9 @@ def _settings(overrides: list[str]) -> tuple[DataConfig, TokenizerConfig]:
     for key in given:
         if key.partition(".")[0] not in ("data", "tokenizer"):
             raise ValueError(f"{key} decides nothing here: a corpus is made by data.* and tokenizer.* alone")
-    config = load([*(["data=text"] if "data.path" in given and not given & {"data", "data.source"} else []), *overrides])
+    config = load(
+        [*(["data=text"] if "data.path" in given and not given & {"data", "data.source"} else []), *overrides]
+    )
     if config.data.source == "prepared":
         raise ValueError(f"data.path={config.data.path} is prepared already")
     return config.data, config.tokenizer

@@ -56,7 +56,8 @@ def temporary(cache):
 
 def start(code, data, tokenizer=BPE):
     """A process of its own with `data` and `tokenizer` in scope."""
-    names = f"import data.shards as shards, data.writer as writer\nfrom data.shards import *\ndata, tokenizer = {data!r}, {tokenizer!r}\n"
+    names = "import data.shards as shards, data.writer as writer\nfrom data.shards import *\n"
+    names += f"data, tokenizer = {data!r}, {tokenizer!r}\n"
     return subprocess.Popen([sys.executable, "-c", names + code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -156,7 +157,9 @@ def test_a_tokenizer_file_is_part_of_the_key(data, tmp_path):
     assert prepare(data, config).digest != first.digest
 
 
-@pytest.mark.parametrize("name", ["train-00000.bin", "heldout-00000.bin", "train-00000.ends.npy", "index.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "heldout-00000.bin", "train-00000.ends.npy", "index.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_entry_is_made_again(data, name, damage):
     first = prepare(data, BPE)
