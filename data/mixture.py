@@ -14,7 +14,9 @@ from fractions import Fraction
 import numpy as np
 
 CIRCLE = 1 << 64
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, rounded to an odd number
+# 2^64 over the golden ratio, up to 2^-43: the nearest found whose continued fraction over 2^64 has no term above 4, so
+# that the points are spread evenly however many there are
+GOLDEN = 0x9E3779B97F503AF3
 FAR = 1 << 62  # sequences: farther than any run goes
 
 
