@@ -4,17 +4,20 @@ Files are found and read in `data.sources`; the readers are picked here, by sour
 """
 
 import csv
+import dataclasses
 import hashlib
 import itertools
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.mixture import MixtureSource
+from data.packing import PACKINGS
 from data.sources.files import File, kind, named_files, reviews_file, stamp, stdlib_files
 from data.sources.readers import Bad, Reading, read_csv, read_json_lines, read_python, read_text
 from data.sources.tables import read_arrow, read_parquet
@@ -24,7 +27,7 @@ from runtime.overrides import pasted
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
-SOURCES = ("stdlib", "text", "movie_reviews", "prepared")
+SOURCES = ("stdlib", "text", "movie_reviews", "prepared", "mixture")
 WITH_PATH = ("text", "prepared")
 READERS = {
     ".py": read_python,
@@ -43,9 +46,9 @@ READERS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = (
-        "stdlib"  # stdlib (this Python's own library) | text (your files) | movie_reviews | prepared (a corpus)
-    )
+    # stdlib (this Python's own library) | text (your files) | movie_reviews | prepared (a corpus that is tokens
+    # already) | mixture (several of these)
+    source: str = "stdlib"
     # of source=text: files, globs, addresses (s3://, gs://, hf://) or folders of Hugging Face datasets, by commas;
     # of source=prepared: the folder or address that `python -m data prepare` wrote
     path: str | None = None
@@ -55,6 +58,10 @@ class DataConfig:
     cache_gb: float = 50.0  # of source=prepared in an object store: how much its local copies may take
     replicas: tuple[str, ...] = ()  # of source=prepared: where else the same corpus lies, for when path cannot be read
     segments: bool = False  # attention stays inside a document
+    packing: str = "concatenate"  # concatenate (cut anywhere) | best_fit (whole documents, with data.segments=true)
+    # of source=mixture: {source, path, field, weight, epochs, tokens} by name; see docs/data.md, and data=mixture
+    mixture: dict[str, MixtureSource] | None = dataclasses.field(default=None, hash=False)
+    temperature: float = 1.0  # of a mixture: shares are weight^(1/temperature); above 1 evens them out
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -75,6 +82,38 @@ class DataConfig:
             raise ValueError(f"data.heldout={self.heldout}: a share of the documents between 0 and 1, as in 0.05")
         if self.cache_gb <= 0:
             raise ValueError(f"data.cache_gb={self.cache_gb}: must be more than 0")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"data.packing={self.packing}: choose one of {', '.join(PACKINGS)}")
+        if self.packing == "best_fit" and not self.segments:
+            raise ValueError("data.packing=best_fit keeps documents apart: set data.segments=true too")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        if (self.source == "mixture") != bool(self.mixture):
+            example = "'data.mixture={code: {source: stdlib, weight: 2}, notes: {path: notes.txt, weight: 1}}'"
+            raise ValueError(f"data.source=mixture and data.mixture belong together: data.source=mixture {example}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"data.temperature={self.temperature} must be above 0; 1: shares are as the weights")
+        for name, source in (self.mixture or {}).items():
+            source.check(f"data.mixture.{name}")
+            try:
+                self.of_mixture(name)
+            except ValueError as error:
+                raise ValueError(f"data.mixture.{name}: {error}") from None
+
+    def of_mixture(self, name: str) -> "DataConfig":
+        """The settings of one source of a mixture, as those of a run that reads it alone."""
+        source = self.mixture[name]
+        if source.source == "mixture":
+            raise ValueError("a mixture cannot hold another")
+        own = {"source": source.source, "path": source.path, "field": source.field}
+        return replace(self, mixture=None, temperature=1.0, **own)
+
+    @property
+    def prepared(self) -> list["DataConfig"]:
+        """The settings of each prepared corpus among the sources."""
+        sources = [self.of_mixture(name) for name in self.mixture] if self.mixture else [self]
+        return [source for source in sources if source.source == "prepared"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +137,10 @@ class Skipped:
     def bad(self) -> bool:
         """Whether it is a mistake; an empty document is none."""
         return self.reason != EMPTY
+
+
+class BadItem(ValueError):
+    """A line, a row or a file that is no document and may be left out."""
 
 
 EMPTY = "empty"
@@ -143,7 +186,7 @@ def _sided(
     for item in items(config, tokenizer, first):
         if isinstance(item, Skipped):
             if item.bad and not skip_bad:
-                raise ValueError(f"{item.name}: {item.reason}")
+                raise BadItem(f"{item.name}: {item.reason}")
             yield item, False
         elif border is None:
             yield from _cut(item, config)
@@ -203,7 +246,7 @@ def documents(
         if isinstance(item, Document):
             yield item
         elif item.bad and not skip_bad:
-            raise ValueError(f"{item.name}: {item.reason}")
+            raise BadItem(f"{item.name}: {item.reason}")
 
 
 def items(config: DataConfig, tokenizer: "Tokenizer | None" = None, first: int = 0) -> Iterator[Item]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
+MANY_CORES = 4  # on which the library is faster than one core by words
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -23,32 +25,40 @@ class Encoded:
     bytes: np.ndarray  # int64 of (documents,): of the text that the tokens stand for
 
 
-def encode(tokenizer: Tokenizer, texts: list[str | np.ndarray], dtype: str) -> Encoded:
-    """The tokens of texts; a text that is an array of tokens already is taken as it is."""
-    ids = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
-    documents = [next(ids) if isinstance(text, str) else text for text in texts]
-    lengths = np.array([len(document) + 1 for document in documents], np.int64)
-    tokens = np.full(lengths.sum(), tokenizer.eos_id, dtype)
-    at = 0
-    for document in documents:
-        tokens[at : at + len(document)] = document
-        at += len(document) + 1
-    starts = np.cumsum(lengths) - lengths
-    counts = np.add.reduceat(tokenizer.token_bytes[tokens], starts, dtype=np.int64) if len(starts) else lengths
-    return Encoded(tokens, lengths, counts)
+class Encoder:
+    """Encodes with a tokenizer. alone: on one core, as fast as that can be."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: str, *, alone: bool):
+        self._tokenizer, self._dtype = tokenizer, dtype
+        self._batch = ((tokenizer.by_words() if alone else None) or tokenizer).encode_batch
+
+    def encode(self, texts: list[str | np.ndarray]) -> Encoded:
+        """The tokens of texts; a text that is an array of tokens already is taken as it is."""
+        ids = iter(self._batch([text for text in texts if isinstance(text, str)]))
+        documents = [next(ids) if isinstance(text, str) else text for text in texts]
+        lengths = np.array([len(document) + 1 for document in documents], np.int64)
+        tokens = np.full(lengths.sum(), self._tokenizer.eos_id, self._dtype)
+        at = 0
+        for document in documents:
+            tokens[at : at + len(document)] = document
+            at += len(document) + 1
+        starts, counts = np.cumsum(lengths) - lengths, self._tokenizer.token_bytes
+        return Encoded(
+            tokens, lengths, np.add.reduceat(counts[tokens], starts, dtype=np.int64) if len(starts) else starts
+        )
 
 
 class InProcess:
-    """Encodes in this process, at once."""
+    """Encodes in this process, at once: with few cores one of them by words, with more all by the library."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: str):
-        self._tokenizer, self._dtype = tokenizer, dtype
+        self._encoder = Encoder(tokenizer, dtype, alone=(os.cpu_count() or 1) < MANY_CORES)
         self.depth = 1  # chunks that are worth having under way at once
 
     def submit(self, texts: list[str | np.ndarray]) -> Future:
         """The tokens of texts."""
         future = Future()
-        future.set_result(encode(self._tokenizer, texts, self._dtype))
+        future.set_result(self._encoder.encode(texts))
         return future
 
 
@@ -100,19 +110,18 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 # ---- in a worker -------------------------------------------------------------------------------------------------
 
-_mine: tuple[Tokenizer, str] | None = None
+_mine: Encoder | None = None
 
 
 def _begin(config: TokenizerConfig, saved: Path, dtype: str) -> None:
     global _mine
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _mine = load_tokenizer(config, saved), dtype
+    _mine = Encoder(load_tokenizer(config, saved), dtype, alone=True)
 
 
 def _work(texts: list[str | np.ndarray]) -> Encoded:
-    tokenizer, dtype = _mine
-    return encode(tokenizer, texts, dtype)
+    return _mine.encode(texts)
 
 
 def _end_with_parent() -> None:

@@ -22,13 +22,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data.corpus import DataConfig
 from data.objects import Final, download, is_url, join, read_bytes, repeated
 from data.token_files import Mapped, Tokens, ends_file
+from data.tokenizer import TokenizerConfig, load_tokenizer
 from runtime.files import replace_text
 
 FORMAT = 2
 SPLITS = ("train", "heldout")
 INDEX = "index.json"
+TOKENIZER = "tokenizer.json"
 DTYPES = ("<u2", "<u4")
 SHARD_KEYS = {"name", "split", "documents", "tokens", "bytes", "digest", "ends_digest"}
 
@@ -83,6 +86,32 @@ def read_index(roots: list[str]) -> tuple[dict, str]:
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError("; ".join(reasons))
+
+
+def tokenizer_of(data: DataConfig, asked: TokenizerConfig) -> TokenizerConfig:
+    """The settings of the tokenizer that a prepared corpus brings along. asked: what the user set.
+
+    Raises ValueError where that is another one, or there is no corpus.
+    """
+    index, root = read_index(roots_of(data))
+    if asked.kind == "bpe":
+        raise ValueError(
+            f"tokenizer=bpe is trained on texts, and data.path={data.path} has tokens: leave it out, the corpus brings "
+            "its own tokenizer"
+        )
+    if asked.kind == "file" and load_tokenizer(asked).digest != index["tokenizer_digest"]:
+        raise ValueError(
+            f"tokenizer.path={asked.path} is not the tokenizer of data.path={data.path}: leave it out, the corpus "
+            "brings its own"
+        )
+    if index["tokenizer"] == "bytes":
+        return TokenizerConfig("bytes")
+    return asked if asked.kind == "file" else TokenizerConfig("file", path=join(root, TOKENIZER))
+
+
+def roots_of(data: DataConfig) -> list[str]:
+    """The places of a prepared corpus: its own, then its replicas."""
+    return [root if is_url(root) else str(Path(root).expanduser()) for root in (data.path, *data.replicas)]
 
 
 # ---- a local folder ------------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ from pathlib import Path
 
 from data.corpus import DataConfig, source_files
 from data.objects import RemotePath, is_url, join, read_bytes
-from data.prepared import INDEX, Progress, open_folder, parse_index, read_index, remember, verify
+from data.prepared import INDEX, TOKENIZER, Progress, open_folder, parse_index, read_index, remember, roots_of, verify
 from data.shard_cache import ShardCache, open_store
 from data.sources.files import kind, stamp
 from data.token_files import Tokens
 from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, TokenizerConfig, load_tokenizer
-from data.writer import TOKENIZER, Job, write_corpus
+from data.writer import Job, write_corpus
 from runtime import leave
 from runtime.locks import Locked, locked
 
@@ -93,7 +93,7 @@ def open_prepared(data: DataConfig, cache: Path, progress: Progress) -> Dataset:
     A local folder is compared with its digests once, and mapped as it lies. Of a store each shard is fetched when it is
     first read, from whichever place gives it.
     """
-    roots = [root if is_url(root) else str(Path(root).expanduser()) for root in (data.path, *data.replicas)]
+    roots = roots_of(data)
     index, _ = read_index(roots)
     streams, root = _open_first(roots, index, data, cache, progress)
     return Dataset(**streams, tokenizer=_tokenizer_of(roots, index), digest=index["digest"],

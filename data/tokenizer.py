@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizers.files import read_spec
+from data.words import WordEncoder
 from runtime.files import replace_text
 
 TRAINED = ("bpe", "unigram")
@@ -96,6 +97,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of every text."""
         return [self.encode(text) for text in texts]
+
+    def by_words(self) -> None:
+        """There is no faster way."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
@@ -178,6 +182,10 @@ class JsonTokenizer:
         """Ids of one text in which special tokens stand, int32 of (tokens,): a str is text, an int a special token."""
         text = "".join(part if isinstance(part, str) else self._names[part] for part in parts)
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def by_words(self) -> WordEncoder | None:
+        """Another `encode_batch` with the same results, on one core and faster there; None where there is none."""
+        return WordEncoder(self._tokenizer, self.eos_id) if WordEncoder.fits(self._spec) else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, special tokens and foreign ids as nothing."""

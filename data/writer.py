@@ -19,7 +19,7 @@ import numpy as np
 from data.card import LENGTHS, SAMPLES, category, write_card
 from data.corpus import DataConfig, Document, Item, split
 from data.encoding import Encoded, encoders
-from data.prepared import FORMAT, INDEX, SPLITS, Progress, bin_file, digest_of, totals
+from data.prepared import FORMAT, INDEX, SPLITS, TOKENIZER, Progress, bin_file, digest_of, totals
 from data.token_files import ends_file
 from data.tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train
 from runtime.files import naming, replace_text
@@ -27,7 +27,6 @@ from runtime.files import naming, replace_text
 CHUNK = 1 << 20  # characters of text that are tokenised at a time
 SHARD_TOKENS = 1 << 25
 JOURNAL = "journal.jsonl"
-TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from config.compose import load
 from data.card import card_text
-from data.corpus import DataConfig
+from data.corpus import BadItem, DataConfig
 from data.objects import exists, is_url, join, read_bytes, upload
-from data.prepared import INDEX, Progress, bin_file, checks_of, parse_index
+from data.prepared import INDEX, TOKENIZER, Progress, bin_file, checks_of, parse_index
 from data.shards import digest_of_source, require_unchanged, stamps
 from data.tokenizer import TokenizerConfig, load_tokenizer
-from data.writer import SHARD_TOKENS, TOKENIZER, Job, write_corpus
+from data.writer import SHARD_TOKENS, Job, write_corpus
 from runtime.arguments import Parser
 from runtime.exit_codes import DONE
 from runtime.locks import Locked, locked
@@ -35,10 +35,17 @@ def add_prepare(parser: Parser) -> None:
     """The options of the command."""
     parser.add_argument("out", metavar="OUT", help="the new folder, or an address such as s3://bucket/corpus")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.*, tokenizer.*, as of train.py")
-    parser.add_argument("--shard-tokens", type=_positive, default=SHARD_TOKENS, metavar="N", help="tokens of a shard, about")
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes that tokenise")
+    words = {"shards": "tokens of a shard, about", "workers": "processes that tokenise; 0: none beside this one"}
+    parser.add_argument("--shard-tokens", type=_positive, default=SHARD_TOKENS, metavar="N", help=words["shards"])
+    parser.add_argument("--workers", type=_count, default=os.cpu_count(), metavar="N", help=words["workers"])
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
     parser.set_defaults(command=run)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -66,7 +73,10 @@ def run(options: argparse.Namespace) -> int:
         folder = _staging(out, cache)
         with _held(folder, out):
             store = _Store(out, folder) if is_url(out) else _Folder(out, folder)
-            index = write_corpus(folder, data, tokenizer, ready, job, progress, store.take)
+            try:
+                index = write_corpus(folder, data, tokenizer, ready, job, progress, store.take)
+            except BadItem as error:
+                raise ValueError(f"{error}; --skip-bad leaves such out and counts them") from error
             require_unchanged(data, before)
             card = json.loads((folder / "card.json").read_text())
             store.publish(index)
@@ -82,7 +92,9 @@ def _settings(overrides: list[str]) -> tuple[DataConfig, TokenizerConfig]:
     for key in given:
         if key.partition(".")[0] not in ("data", "tokenizer"):
             raise ValueError(f"{key} decides nothing here: a corpus is made by data.* and tokenizer.* alone")
-    config = load([*(["data=text"] if "data.path" in given and not given & {"data", "data.source"} else []), *overrides])
+    config = load(
+        [*(["data=text"] if "data.path" in given and not given & {"data", "data.source"} else []), *overrides]
+    )
     if config.data.source == "prepared":
         raise ValueError(f"data.path={config.data.path} is prepared already")
     return config.data, config.tokenizer

@@ -51,13 +51,16 @@ def byte_level_spec(
     vocab: token, spelled by GPT-2's characters for bytes -> id. merges: the earlier first. added: see `added_token`.
     begin: the special token that begins a sequence.
     """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    *before, last = words.patterns
+    if last != GPT2:  # which `ByteLevel` has by itself
+        before, byte_level = words.patterns, byte_level | {"use_regex": False}
     split = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in words.patterns
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in before
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cut = {"type": "Sequence", "pretokenizers": [*split, byte_level]} if split else byte_level
     model = {"type": "BPE", "ignore_merges": words.whole, "vocab": vocab, "merges": [list(merge) for merge in merges]}
-    return spec(model, added, byte_level, {"type": "Sequence", "pretokenizers": [*split, byte_level]}, None, begin)
+    return spec(model, added, byte_level, cut, None, begin)
 
 
 def spec(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from config.build import build
 from data.corpus import DataConfig, is_heldout, items
 from data.shards import prepare
 from data.tokenizer import TokenizerConfig
@@ -56,7 +57,8 @@ def temporary(cache):
 
 def start(code, data, tokenizer=BPE):
     """A process of its own with `data` and `tokenizer` in scope."""
-    names = f"import data.shards as shards, data.writer as writer\nfrom data.shards import *\ndata, tokenizer = {data!r}, {tokenizer!r}\n"
+    names = "import data.shards as shards, data.writer as writer\nfrom data.shards import *\n"
+    names += f"data, tokenizer = {data!r}, {tokenizer!r}\n"
     return subprocess.Popen([sys.executable, "-c", names + code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -303,13 +305,13 @@ def test_progress_counts_up_to_all_of_the_bytes(data, source):
 
 
 def test_presets_name_only_fields_that_exist():
-    needed = {"text": {"path": "x.txt"}, "file": {"path": "tokenizer.json"}}
+    needed = {"text": {"path": "x.txt"}, "file": {"path": "tokenizer.json"}, "prepared": {"path": "corpus"}}
     for group, config in (("data", DataConfig), ("tokenizer", TokenizerConfig)):
         presets = list((ROOT / "conf" / group).glob("*.yaml"))
         assert len(presets) >= 3
         for preset in presets:
             values = yaml.safe_load(preset.read_text())
-            made = config(**{**values, **needed.get(preset.stem, {})})
+            made = build(config, {**values, **needed.get(preset.stem, {})})
             assert preset.stem in (getattr(made, "source", None), getattr(made, "kind", None))
 
 
