@@ -44,8 +44,8 @@ class Kept:
 
 
 def json_line(record: dict) -> bytes:
-    """A record on a line of its own."""
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    """A record on a line of its own; half a surrogate pair, which a file's name may hold, is spelled as JSON does."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def end(file: io.BufferedIOBase) -> None:

@@ -96,8 +96,8 @@ def page(facts: dict) -> str:
     if "near" in facts:
         near = facts["near"]
         parts.append(
-            f"Near: runs of {near['words_of_a_run']} words; {near['bands']} bands of {near['rows']} values find a pair at "
-            f"the threshold with {near['chance_at_threshold']:.1%}; {near['compared']:,} pairs were compared."
+            f"Near: runs of {near['words_of_a_run']} words; {near['bands']} bands of {near['rows']} values find "
+            f"{near['chance_at_threshold']:.1%} of the pairs at the threshold. Pairs compared: {near['compared']:,}."
         )
         if near["documents_with_too_many_candidates"]:
             count = near["documents_with_too_many_candidates"]
