@@ -184,7 +184,7 @@ def _compile(source: str):
         import jinja2.sandbox
         from jinja2.ext import Extension, loopcontrols
     except ImportError:
-        raise ValueError("a chat template is run by the package jinja2: pip install jinja2") from None
+        raise ValueError("a chat template needs the package jinja2: make setup EXTRAS=tokenizers") from None
 
     class Generation(Extension):
         """{% generation %}...{% endgeneration %}, which some templates put around what the assistant said."""

@@ -11,7 +11,7 @@ from data.cleaning.words import runs_of, same, words_of
 
 # In the order in which they are taken: a document counts for the first that removes it.
 ORDER = ("unreadable", "empty", "too_short", "too_long", "language", "contaminated", "duplicate", "near_duplicate")
-LANGUAGE_CHARS = 1000  # of a document that its language is judged by
+LANGUAGE_CHARS = 500  # of a document that its language is judged by
 
 
 @dataclass(frozen=True)

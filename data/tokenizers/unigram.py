@@ -24,7 +24,7 @@ def unigram_pieces(texts: Iterable[str], size: int) -> list[tuple[str, float]]:
         import sentencepiece
     except ImportError:
         raise ValueError(
-            "tokenizer.kind=unigram is trained by the package sentencepiece: pip install sentencepiece"
+            "tokenizer.kind=unigram needs the package sentencepiece: make setup EXTRAS=tokenizers"
         ) from None
     words = _count_words(texts)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
