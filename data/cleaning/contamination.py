@@ -24,10 +24,9 @@ class Evaluation:
     def find(self, words: list[str]) -> tuple[str, int] | None:
         """The first run of a text that the set holds, and the number of the document there."""
         for length, known in self.runs.items():
-            if len(words) >= length:
-                for run in runs_of(words, length):
-                    if run in known:
-                        return run, known[run]
+            for run in runs_of(words, length):
+                if run in known:
+                    return run, known[run]
         return None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import struct
 
 import gguf
@@ -11,11 +12,13 @@ import regex
 import sentencepiece
 from hostile import EXAMPLES, texts
 from hypothesis import given, settings
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from data.tokenizer import BYTE_OF, JsonTokenizer, TokenizerConfig, load_tokenizer, train_bpe, vocab_size_of
 from data.tokenizers.gguf import read_metadata
-from data.tokenizers.patterns import WORDS
+from data.tokenizers.patterns import WORDS, byte_level_spec
 
 CORPUS = [
     "the cat sat on the mat, it's the hat 12345",
@@ -23,6 +26,15 @@ CORPUS = [
     "naïve café 😀 猫が好き",
 ] * 3
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
+SENTENCE_TOKENS = 600
+ORDER = [*range(3), *random.Random(0).sample(range(3, SENTENCE_TOKENS), SENTENCE_TOKENS - 3)]
+
+
+def babble(rng: random.Random) -> str:
+    """Words of few letters, in which many tokens compete."""
+    return " ".join(
+        "".join(rng.choices("ab" if rng.random() < 0.5 else "abcd", k=rng.randrange(1, 12))) for _ in range(9)
+    )
 
 
 def opened(path) -> JsonTokenizer:
@@ -65,14 +77,13 @@ def sentence_model(tmp_path_factory):
     """SentencePiece's BPE that falls back to bytes, as Llama's."""
     path = tmp_path_factory.mktemp("sp") / "model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 5),
+        sentence_iterator=iter([*CORPUS, *(babble(random.Random(seed)) for seed in range(300))]),
         model_prefix=str(path),
         model_type="bpe",
-        vocab_size=340,
+        vocab_size=SENTENCE_TOKENS,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
         minloglevel=2,
     )
     return sentencepiece.SentencePieceProcessor(model_file=f"{path}.model")
@@ -80,11 +91,17 @@ def sentence_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentence_gguf(sentence_model, tmp_path_factory):
-    sp, ids = sentence_model, range(sentence_model.vocab_size())
+    """With its tokens in another order, so that an id says nothing of a score; `order[new]` is the model's id."""
+    sp, ids = sentence_model, ORDER
     kind = lambda i: 2 if sp.is_unknown(i) else CONTROL if sp.is_control(i) else BYTE if sp.is_byte(i) else 1
     more = {"tokenizer_model": "llama", "token_scores": [sp.get_score(i) for i in ids], "bos_token_id": 1}
     path = tmp_path_factory.mktemp("gguf") / "llama.gguf"
     return write_gguf(path, [sp.id_to_piece(i) for i in ids], [kind(i) for i in ids], **more)
+
+
+def by_model(ids) -> list[int]:
+    """The model's ids of those of the file."""
+    return [ORDER[i] for i in ids]
 
 
 # ------------------------------------------------------------------------------------------- GPT-2's two files
@@ -154,6 +171,33 @@ def test_gguf_byte_level(bpe, tmp_path, pre):
         assert tokenizer.decode(expected) == text
 
 
+def published(pre: str):
+    """How the tokenizer.json of such a family cuts words, as others write it."""
+    as_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_gpt2])
+    others = {"stablelm2": "qwen2", "chatglm-bpe": "llama-bpe"}
+    if pre in {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}:
+        return digits
+    if pattern := GGUF_PRE_TOKENIZER_SPLITS.get(others.get(pre, pre)):
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    assert pre in {"gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe", "jina-v2-code", "gigachat"}
+    return as_gpt2
+
+
+@pytest.mark.parametrize("pre", sorted(WORDS))
+def test_words_are_cut_as_published(pre):
+    spec = json.loads(byte_level_spec({"a": 0}, [], [], WORDS[pre]))
+    ours = Tokenizer(models.BPE())
+    ours = Tokenizer.from_str(json.dumps(json.loads(ours.to_str()) | {"pre_tokenizer": spec["pre_tokenizer"]}))
+    for text in [*EXAMPLES, "I'VE 1234567 ÀÉa aÀb\u0300c  \n\n x", "don't WE'LL/\n//y", "१२३ ⅷ²"]:
+        assert ours.pre_tokenizer.pre_tokenize_str(text) == published(pre).pre_tokenize_str(text)
+
+
+def test_every_family_that_transformers_knows_is_known():
+    assert GGUF_PRE_TOKENIZER_SPLITS.keys() <= WORDS.keys()
+
+
 def cut(pattern, text):
     """Its matches, and what lies between them."""
     at = 0
@@ -165,9 +209,9 @@ def cut(pattern, text):
 
 def test_gguf_sentencepiece_hard(sentence_model, sentence_gguf):
     tokenizer = opened(sentence_gguf)
-    for text in EXAMPLES:
+    for text in [*EXAMPLES, *(babble(random.Random(-seed)) for seed in range(500))]:
         if "\0" not in text:  # ends a text for SentencePiece
-            assert tokenizer.encode(text).tolist() == sentence_model.encode(text)
+            assert by_model(tokenizer.encode(text)) == sentence_model.encode(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
 
 
@@ -175,7 +219,7 @@ def test_gguf_sentencepiece_hard(sentence_model, sentence_gguf):
 @given(text=texts)
 def test_gguf_sentencepiece_any(sentence_model, sentence_gguf, text):
     text = text.replace("\0", "")
-    assert opened(sentence_gguf).encode(text).tolist() == sentence_model.encode(text)
+    assert by_model(opened(sentence_gguf).encode(text)) == sentence_model.encode(text)
 
 
 def test_gguf_user_defined_tokens_are_found_and_control_tokens_are_not(bpe, tmp_path):
