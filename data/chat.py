@@ -23,6 +23,7 @@ TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no standard gives a meaning
 # What a template calls special tokens -> how a GGUF file calls their ids.
 NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+STRUCTURE = ("role", "type")  # keys of messages whose values are words of the program
 ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message: an answer is over after any of them
 
 
@@ -75,7 +76,9 @@ class ChatTemplate:
             raise ValueError("a chat is a list of messages, at least one, each an object with role and content")
         given = {"messages": [{k: v for k, v in message.items() if v is not None} for message in messages], **variables}
         mark = _unused(json.dumps(given, ensure_ascii=False, default=str) + self._source)
-        marked = _marked(given, mark, re.compile(f"(?={self._special})"), _Edges(self._tokenizer.specials))
+        marker = _Marker(mark, self._tokenizer.specials)
+        # a word that the program gives (reasoning_effort="low") is like a role
+        marked = {key: marker.given(value, "role" if isinstance(value, str) else key) for key, value in given.items()}
         for name in ("tools", "documents"):
             marked.setdefault(name, None)
         try:
@@ -128,44 +131,40 @@ def _of_gguf(metadata: dict) -> tuple[str | None, dict[str, str], list[int]]:
 # ---- what messages say stays text --------------------------------------------------------------------------------
 
 
-class _Edges:
-    """Whether the beginning or the end of a text could be part of a special token that goes on outside of it."""
+class _Marker:
+    """Puts a mark wherever a text could begin a special token, or join what stands around it to one."""
 
-    def __init__(self, specials: Mapping[str, int]):
-        self._specials = [special for special in specials if len(special) > 1]
+    def __init__(self, mark: str, specials: Mapping[str, int]):
+        self._mark = mark
+        self._whole = re.compile(f"(?={'|'.join(map(re.escape, specials))})")
+        self._heads = {special[:end] for special in specials for end in range(1, len(special))}
+        self._tails = {special[start:] for special in specials for start in range(1, len(special))}
 
-    def begins(self, text: str) -> bool:
-        """Whether a special token could have begun before the text and reach into it."""
-        tails = (special[at:] for special in self._specials for at in range(1, len(special)))
-        return any(text.startswith(tail) or tail.startswith(text) for tail in tails)
+    def given(self, value: Any, key: str) -> Any:
+        """What a template is given under this key, marked.
 
-    def ends(self, text: str) -> list[int]:
-        """Where in the text a special token could begin that goes on behind it; the last place first."""
-        heads = {special[:length] for special in self._specials for length in range(1, len(special))}
-        return sorted((len(text) - len(head) for head in heads if text.endswith(head)), reverse=True)
+        A role, like a type or the name of a field, is what the program says; a template compares it with words of its
+        own, or makes a special token of it (`<|` + role + `|>`): only whole special tokens are marked in it.
+        """
+        if isinstance(value, Mapping):
+            return {self.given(k, "type"): self.given(v, k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.given(item, key) for item in value]
+        if not isinstance(value, str):
+            return value
+        return self._whole.sub(self._mark, value if key in STRUCTURE else self._with_edges(value))
 
-
-def _marked(value: Any, mark: str, special: re.Pattern, edges: _Edges, key: str | None = None) -> Any:
-    """What is given to a template, with a mark wherever a text in it could begin or join a special token.
-
-    A role, like the name of a field, is what the program says, and a template may make a special token of it
-    (`<|` + role + `|>`): only whole special tokens are marked in it.
-    """
-    if isinstance(value, Mapping):
-        return {_marked(k, mark, special, edges, "role"): _marked(v, mark, special, edges, k) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_marked(item, mark, special, edges, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    text = value
-    if key != "role":
+    def _with_edges(self, text: str) -> str:
         body = text.strip()  # templates take space away
         start = text.find(body)
-        for at in edges.ends(body):
-            text = f"{text[: start + at]}{mark}{text[start + at :]}"
-        if body and edges.begins(body):
-            text = f"{text[:start]}{mark}{text[start:]}"
-    return special.sub(mark, text)
+        # where a special token could begin that goes on behind the text
+        places = [start + len(body) - len(head) for head in self._heads if body.endswith(head)]
+        # one that began before the text could reach into it, or through it
+        if body and any(body.startswith(tail) or tail.startswith(body) for tail in self._tails):
+            places.append(start)
+        for place in sorted(places, reverse=True):
+            text = f"{text[:place]}{self._mark}{text[place:]}"
+        return text
 
 
 def _unused(text: str) -> str:

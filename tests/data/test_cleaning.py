@@ -265,6 +265,8 @@ def test_the_command_cleans_and_its_words_are_true(lines, tmp_path):
         (["IN", "--exact"], "clean takes IN and OUT"),
         (["nowhere.jsonl", "OUT", "--exact"], "nowhere.jsonl matches no file"),
         (["IN", "OUT", "--against", "nowhere.txt"], "nowhere.txt matches no file"),
+        (["IN", "OUT", "--language", "english"], "--language english: no code that the model knows; choose of af als"),
+        (["IN", "s3://bucket/out", "--exact"], "s3://bucket/out: OUT is a folder of this machine"),
         (["IN", "OUT", "--exact", "--workers", "0"], "'0' is no number from 1 on"),
     ],
 )

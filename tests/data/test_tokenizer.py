@@ -229,6 +229,12 @@ def test_file_counts_holes_and_is_kept(from_file, tmp_path):
     assert load_tokenizer(gone, tmp_path / "saved.json").digest == from_file.digest
 
 
+def test_what_begins_a_sequence_is_known_and_not_encoded(bpe, from_file):
+    assert ByteTokenizer().begin_ids == bpe.begin_ids == ()
+    assert from_file.begin_ids == (0,)  # its template puts </s> in front
+    assert 0 not in from_file.encode("the cat")
+
+
 def test_sentencepiece_tokens_are_counted_by_their_text():
     from tokenizers import Tokenizer, models
 

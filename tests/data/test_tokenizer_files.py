@@ -209,7 +209,7 @@ def cut(pattern, text):
 
 def test_gguf_sentencepiece_hard(sentence_model, sentence_gguf):
     tokenizer = opened(sentence_gguf)
-    for text in [*EXAMPLES, *(babble(random.Random(-seed)) for seed in range(500))]:
+    for text in [*EXAMPLES, *(babble(random.Random(seed)) for seed in range(1000, 1500))]:
         if "\0" not in text:  # ends a text for SentencePiece
             assert by_model(tokenizer.encode(text)) == sentence_model.encode(text)
             assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
@@ -231,6 +231,15 @@ def test_gguf_user_defined_tokens_are_found_and_control_tokens_are_not(bpe, tmp_
     assert ids[0] == len(bpe[0])
     assert len(bpe[0]) + 1 not in ids
     assert tokenizer.decode(ids) == "<think><|im_end|>"
+
+
+@pytest.mark.parametrize(("flag", "begin"), [(True, (1,)), (False, ()), (None, (1,))])
+def test_gguf_says_what_begins_a_sequence(tmp_path, flag, begin):
+    """A SentencePiece vocabulary begins with its first special token unless it says otherwise."""
+    more = {} if flag is None else {"add_bos_token": flag}
+    more |= {"tokenizer_model": "llama", "token_scores": [0.0, 0.0, 0.0, -1.0], "bos_token_id": 1}
+    tokenizer = opened(write_gguf(tmp_path / "x.gguf", ["<unk>", "<s>", "</s>", "▁a"], [2, 3, 3, 1], **more))
+    assert tokenizer.begin_ids == begin
 
 
 def test_metadata_is_that_of_the_gguf_package(sentence_gguf):
