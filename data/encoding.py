@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.processes import end_with_parent, ignoring_interrupts
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 MANY_CORES = 4  # on which the library is faster than one core by words
@@ -76,7 +76,7 @@ class Workers:
 
     def submit(self, texts: list[str | np.ndarray]) -> Future:
         """The tokens of texts, some time. Raises ValueError where a worker was killed."""
-        with _ignoring_interrupts():  # inherited by a worker that starts now: Ctrl-C is answered here
+        with ignoring_interrupts():  # inherited by a worker that starts now: Ctrl-C is answered here
             return self._pool.submit(_work, texts)
 
     def close(self) -> None:
@@ -99,15 +99,6 @@ def encoders(
         pool.close()
 
 
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # ---- in a worker -------------------------------------------------------------------------------------------------
 
 _mine: Encoder | None = None
@@ -116,17 +107,9 @@ _mine: Encoder | None = None
 def _begin(config: TokenizerConfig, saved: Path, dtype: str) -> None:
     global _mine
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _mine = Encoder(load_tokenizer(config, saved), dtype, alone=True)
 
 
 def _work(texts: list[str | np.ndarray]) -> Encoded:
     return _mine.encode(texts)
-
-
-def _end_with_parent() -> None:
-    import multiprocessing
-    from multiprocessing.connection import wait
-
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(0)

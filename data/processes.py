@@ -32,7 +32,7 @@ def in_order(items: Iterable[Any], workers: int, make: Callable[..., Callable], 
     waiting = deque()
     try:
         for item in items:
-            with _ignoring_interrupts():  # inherited by a worker that starts now: Ctrl-C is answered here
+            with ignoring_interrupts():  # inherited by a worker that starts now: Ctrl-C is answered here
                 waiting.append((item, pool.submit(_do, item)))
             if len(waiting) > 2 * workers:
                 item, future = waiting.popleft()
@@ -46,7 +46,8 @@ def in_order(items: Iterable[Any], workers: int, make: Callable[..., Callable], 
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
+def ignoring_interrupts() -> Iterator[None]:
+    """Inside, this thread and the processes that it starts do not hear Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -60,7 +61,7 @@ def _ignoring_interrupts() -> Iterator[None]:
 def _begin(make: Callable[..., Callable], arguments: tuple) -> None:
     global _work
     os.environ["RAYON_NUM_THREADS"] = "1"  # one core each
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _work = make(*arguments)
 
 
@@ -68,7 +69,8 @@ def _do(item: Any) -> Any:
     return _work(item)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process when the one that started it does, however it does; runs in a thread of its own."""
     import multiprocessing
     from multiprocessing.connection import wait
 

@@ -110,12 +110,12 @@ def _against(options: argparse.Namespace) -> Evaluation | None:
 @contextlib.contextmanager
 def _made(out: Path) -> Iterator[Path]:
     """An empty folder beside `out`, which gets its name if all goes well and is removed if not."""
-    if out.exists():
-        raise ValueError(f"{out} is there already: give another name")
+    _refuse_what_is_there(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, lock = out.with_name(f".{out.name}.partial"), out.with_name(f".lock-{out.name}")
     try:
         with locked(lock), leave.on_leaving(lambda: _discard(folder, lock)):
+            _refuse_what_is_there(out)  # by now
             shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
             folder.mkdir()
             try:
@@ -125,6 +125,11 @@ def _made(out: Path) -> Iterator[Path]:
                 _discard(folder, lock)
     except Locked:
         raise ValueError(f"another process is cleaning into {out}") from None
+
+
+def _refuse_what_is_there(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} is there already: give another name")
 
 
 def _discard(folder: Path, lock: Path) -> None:
