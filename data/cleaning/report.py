@@ -91,8 +91,11 @@ def table(facts: dict) -> str:
 def page(facts: dict) -> str:
     """report.md."""
     parts = [f"# Cleaning of {facts['source']}", table(facts)]
-    steps = [f"{name}: {value}" for name, value in facts["steps"].items() if value not in (None, False, [], ())]
-    parts.append("Steps: " + ", ".join(steps) + ".")
+    taken = {name: value for name, value in facts["steps"].items() if value not in (None, False, [], ())}
+    if "against" not in facts:
+        del taken["ngram"]
+    told = (f"{name} {', '.join(value) if isinstance(value, list | tuple) else value}" for name, value in taken.items())
+    parts.append(f"Steps: {'; '.join(told)}.")
     if "near" in facts:
         near = facts["near"]
         parts.append(

@@ -7,6 +7,7 @@ import pytest
 from hostile import EXAMPLES, SPECIALS, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from tokenizers_of_all_kinds import byte_fallback, byte_level, metaspace, word_ends, word_piece
 
 from data.tokenizer import (
@@ -117,6 +118,19 @@ def with_specials(tokenizer):
 @pytest.fixture(scope="module", params=KINDS_OF_FILES, ids=lambda kind: kind.__name__)
 def special_kind(request):
     return with_specials(request.param())
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_other_names_of_special_tokens_change_no_other_token(special_kind, text):
+    """The ids are those of the library on the file as it is, looking for no special tokens."""
+    plain = Tokenizer.from_str(special_kind._spec)
+    plain.encode_special_tokens = True
+    while spelled := [name for name in special_kind.specials if name in text]:
+        text = text.replace(spelled[0], "")
+    ids = plain.encode(text, add_special_tokens=False).ids
+    assert special_kind.encode(text).tolist() == [i for i in ids if i != special_kind.eos_id]
+    assert special_kind.decode(ids) == plain.decode(ids)
 
 
 def forged(tokenizer, text):
@@ -236,7 +250,7 @@ def test_what_begins_a_sequence_is_known_and_not_encoded(bpe, from_file):
 
 
 def test_sentencepiece_tokens_are_counted_by_their_text():
-    from tokenizers import Tokenizer, models
+    from tokenizers import models
 
     vocab = [("<unk>", 0.0), ("</s>", 0.0), ("▁the", -1.0), ("猫", -2.0), ("<0xE7>", -3.0)]
     tokenizer = JsonTokenizer(Tokenizer(models.Unigram(vocab, 0, True)).to_str(), "sentencepiece")
