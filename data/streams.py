@@ -119,15 +119,17 @@ class Mixture:
 
         Raises ValueError where the caps leave less than so many steps.
         """
-        plan, told = self.plan, {}
+        plan, told, before = self.plan, {}, ""
         if steps * plan.batch_size > plan.end:
             raise ValueError(plan.too_short(steps))
         for stage in plan.stages:
             if stage.first < steps * plan.batch_size:
                 shares = ", ".join(f"{n} {share:.2%}" for n, share in zip(plan.names, stage.shares, strict=True))
                 ended = [n for n, cap, read in zip(plan.names, plan.caps, stage.before, strict=True) if read == cap]
-                after = f"mixture after step {stage.first // plan.batch_size}" if stage.first else "mixture"
-                told[after] = shares + (f" ({' and '.join(ended)} read to the cap)" if ended else "")
+                shares += f" ({' and '.join(ended)} read to the cap)" if ended else ""
+                if shares != before:
+                    told[f"mixture after step {stage.first // plan.batch_size}" if stage.first else "mixture"] = shares
+                before = shares
         told["epochs by source"] = ", ".join(f"{name} {n:.2f}" for name, n in self.epochs(steps).items())
         for name, loader in self.loaders.items():
             told |= {f"{key} of {name}": text for key, text in loader.told(steps).items()}

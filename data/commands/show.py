@@ -93,7 +93,9 @@ def in_words(row: dict[str, np.ndarray]) -> str:
     if "segments_BT" not in row:
         return f"{said} · documents are not kept apart"
     documents, empty = np.unique(row["segments_BT"][row["segments_BT"] > 0]), int((row["segments_BT"] == 0).sum())
-    return f"{len(documents)} documents · {said}" + (f" · {empty} places are empty" if empty else "")
+    return f"{len(documents)} document{'s'[: len(documents) != 1]} · {said}" + (
+        f" · {empty} places are empty" if empty else ""
+    )
 
 
 def documents_of(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list:
