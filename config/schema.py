@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoint.config import CheckpointConfig
 from data.corpus import DataConfig
+from data.prepared import tokenizer_of
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from inference.config import SampleConfig
 from model.config import ModelConfig
@@ -60,14 +61,14 @@ NOT_IDENTITY = {
         *("log_every", "eval_every", "eval_batches", "patience", "profile"),
     ),
     "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
-    "data": ("cache",),
+    "data": ("cache", "cache_gb", "replicas"),
 }
 
 
 # What each process of a run may be given for itself: its place, local folders, and what process 0 alone looks at.
 OWN = {
     "runtime": ("process_id", "coordinator", "processes", "compile_cache"),
-    "data": ("cache",),
+    "data": ("cache", "cache_gb", "replicas"),
     "run": ("id",),
     "wandb": tuple(one.name for one in fields(WandbConfig)),
 }
@@ -112,6 +113,8 @@ def finish(config: Config) -> Config:
     """Fills in what follows from other fields and checks what spans several."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
+    for prepared in config.data.prepared:
+        config = dataclasses.replace(config, tokenizer=tokenizer_of(prepared, config.tokenizer))
     vocabulary = vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))

@@ -13,6 +13,7 @@ from runtime.exit_codes import MISTAKE
 
 # Command -> (module in data/commands, what it does)
 COMMANDS = {
+    "prepare": ("prepare", "tokenise a corpus once, into shards with digests, an index and a card"),
     "show": ("show", "print or draw a batch as the model sees it: tokens, documents, masks, sources"),
 }
 

@@ -59,7 +59,7 @@ def open_corpora(data: DataConfig, tokenizer: TokenizerConfig, progress: Progres
         if datasets[other].tokenizer.digest != datasets[first].tokenizer.digest:
             raise ValueError(
                 f"data.mixture: {first} and {other} were prepared with different tokenizers; prepare both with one, "
-                f"tokenizer=file tokenizer.path={datasets[first].directory / 'tokenizer.json'}"
+                f"tokenizer=file tokenizer.path={datasets[first].directory}/tokenizer.json"
             )
     digest = hashlib.sha256(repr([(name, d.digest) for name, d in datasets.items()]).encode()).hexdigest()[:32]
     return Corpora(datasets, datasets[first].tokenizer, digest)

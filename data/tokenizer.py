@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.objects import read_bytes
+from data.words import WordEncoder
 from runtime.files import replace_text
 
 KINDS = ("bytes", "bpe", "file")
@@ -83,6 +85,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of every text."""
         return [self.encode(text) for text in texts]
+
+    def by_words(self) -> None:
+        """There is no faster way."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
@@ -158,6 +163,10 @@ class JsonTokenizer:
         # A vocabulary may hold its end of document as an ordinary word.
         return [ids[ids != self.eos_id] for ids in arrays]
 
+    def by_words(self) -> WordEncoder | None:
+        """Another `encode_batch` with the same results, on one core and faster there; None where there is none."""
+        return WordEncoder(self._tokenizer, self.eos_id) if WordEncoder.fits(self._spec) else None
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, special tokens and foreign ids as nothing."""
         return self._tokenizer.decode(_known(ids, self.vocab_size).tolist(), skip_special_tokens=True)
@@ -219,7 +228,7 @@ def load_tokenizer(config: TokenizerConfig, saved: Path | None = None) -> Tokeni
     if config.kind == "bpe":
         assert saved is not None, "kind=bpe is trained by data.shards.prepare, which saves it"
         return JsonTokenizer(_read(saved), str(saved), config.vocab_size)
-    path = saved if saved is not None and Path(saved).exists() else Path(config.path).expanduser()
+    path = saved if saved is not None and Path(saved).exists() else config.path
     return JsonTokenizer(_read(path), str(path))
 
 
@@ -229,7 +238,7 @@ def vocab_size_of(config: TokenizerConfig) -> int:
         return ByteTokenizer.vocab_size
     if config.kind == "bpe":
         return config.vocab_size
-    return _vocab_size_of_json(_read(Path(config.path).expanduser()), config.path)
+    return _vocab_size_of_json(_read(config.path), config.path)
 
 
 def _vocab_size_of_json(spec: str, name: str) -> int:
@@ -244,9 +253,9 @@ def _vocab_size_of_json(spec: str, name: str) -> int:
         raise ValueError(f"{name}: not a tokenizer.json: {type(error).__name__} {error}") from error
 
 
-def _read(path: Path) -> str:
+def _read(path: Path | str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_bytes(str(path)).decode("utf-8")
     except OSError as error:
         raise ValueError(f"tokenizer file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

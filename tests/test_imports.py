@@ -20,7 +20,15 @@ ALLOWED = {
     "inference": {"data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # nests the settings of every room, each from a module without JAX
     "config": {
-        *("checkpoint.config", "data.corpus", "data.tokenizer", "inference.config", "model.config", "runtime"),
+        *(
+            "checkpoint.config",
+            "data.corpus",
+            "data.prepared",
+            "data.tokenizer",
+            "inference.config",
+            "model.config",
+            "runtime",
+        ),
         "model.counts",
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
@@ -36,6 +44,7 @@ ALLOWED = {
 ENTRY_POINTS = {
     "train.py",
     "training/parity.py",
+    "data/__main__.py",
     "performance/__main__.py",
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
@@ -43,7 +52,7 @@ ENTRY_POINTS = {
     "tracking/__main__.py",
     "scaling/__main__.py",
 }
-PARTS = "scaling/commands/"  # of the entry point scaling/__main__.py, which looks them up by name
+PARTS = ("scaling/commands/", "data/commands/")  # of the entry points beside, which look them up by name
 MODULES = {"train"}  # that stand beside the folders
 
 ROOMS = {place.partition("/")[0] for place in ALLOWED}
@@ -80,7 +89,9 @@ def test_imports_run_one_way(file):
     modules = imported(file)
     tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
     assert not tops & {"tests", "bench", "experiments"}
-    entries = {entry.removesuffix(".py").replace("/", ".") for entry in [*ENTRY_POINTS, PARTS.rstrip("/")]}
+    entries = {entry.removesuffix(".py").replace("/", ".") for entry in ENTRY_POINTS} | {
+        part.rstrip("/").replace("/", ".") for part in PARTS
+    }
     assert not modules & entries, "an entry point is imported by nobody"
     if file not in ENTRY_POINTS and not file.startswith(PARTS):
         row = set().union(*(names for place, names in ALLOWED.items() if file.startswith(f"{place}/")))
