@@ -59,7 +59,7 @@ class DataConfig:
     replicas: tuple[str, ...] = ()  # of source=prepared: where else the same corpus lies, for when path cannot be read
     segments: bool = False  # attention stays inside a document
     packing: str = "concatenate"  # concatenate (cut anywhere) | best_fit (whole documents, with data.segments=true)
-    # of source=mixture: {source, path, field, weight, epochs, tokens} by name; see docs/data.md, and data=mixture
+    # of source=mixture, by name {source, path, field, replicas, weight, epochs, tokens}: see docs/data.md, data=mixture
     mixture: dict[str, MixtureSource] | None = dataclasses.field(default=None, hash=False)
     temperature: float = 1.0  # of a mixture: shares are weight^(1/temperature); above 1 evens them out
 
@@ -107,7 +107,7 @@ class DataConfig:
         if source.source == "mixture":
             raise ValueError("a mixture cannot hold another")
         own = {"source": source.source, "path": source.path, "field": source.field}
-        return replace(self, mixture=None, temperature=1.0, **own)
+        return replace(self, mixture=None, temperature=1.0, replicas=source.replicas, **own)
 
     @property
     def prepared(self) -> list["DataConfig"]:

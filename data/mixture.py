@@ -27,6 +27,7 @@ class MixtureSource:
     source: str = "text"  # where its text comes from, as data.source
     path: str | None = None  # its files, as data.path
     field: str = "text"  # as data.field
+    replicas: tuple[str, ...] = ()  # as data.replicas
     # its share before they are made to add up to 1, or from which step on it has which: {0: 3, 2000: 1};
     # null: as many as it has training tokens
     weight: float | dict | None = None

@@ -10,7 +10,8 @@ import pytest
 import runs
 
 from config import compose
-from data.streams import open_corpora, training_stream
+from data.opening import open_corpora
+from data.streams import training_stream
 from training import feed
 
 DONE, MISTAKE, PREEMPTED = 0, 2, 75

@@ -9,8 +9,9 @@ import numpy as np
 from config.compose import load
 from config.schema import Config
 from data.loader import Stream
+from data.opening import Corpora, open_corpora
 from data.packing import Batch
-from data.streams import Corpora, Mixture, open_corpora, training_stream
+from data.streams import Mixture, training_stream
 from data.tokenizer import Tokenizer
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")  # of documents, in turn

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from data.corpus import DataConfig
 from data.loader import Loader
 from data.mixture import MixtureSource, Plan
-from data.streams import Mixture, heldout_batches, open_corpora, training_stream
+from data.opening import open_corpora
+from data.shards import prepare
+from data.streams import Mixture, heldout_batches, training_stream
 from data.token_files import Tokens
 from data.tokenizer import ByteTokenizer, TokenizerConfig
 
@@ -183,6 +185,23 @@ def test_a_source_that_is_too_short_is_told_with_its_name(folder):
             make()
 
 
-def test_one_tokenizer_for_all(folder):
-    with pytest.raises(ValueError, match="tokenizer=bpe would be trained on each source of a mixture apart"):
-        open_corpora(settings_of(folder), TokenizerConfig("bpe"))
+def test_a_tokenizer_is_trained_on_all_sources_once(folder, monkeypatch):
+    data, bpe = settings_of(folder), TokenizerConfig("bpe", vocab_size=300)
+    corpora = open_corpora(data, bpe)
+    assert {dataset.tokenizer.digest for dataset in corpora.by_name.values()} == {corpora.tokenizer.digest}
+    assert corpora.tokenizer.vocab_size <= 300
+    for name in SOURCES:  # words of all sources are learned
+        assert len(corpora.tokenizer.encode(name)) < len(name)
+    monkeypatch.setattr("data.opening.train_bpe", lambda *_: pytest.fail("trained again"))
+    assert open_corpora(data, bpe).digest == corpora.digest
+
+
+def test_sources_that_were_prepared_with_different_tokenizers_are_not_mixed(folder):
+    trained = {}
+    for name in SOURCES[:2]:
+        alone = settings_of(folder).of_mixture(name)
+        trained[name] = prepare(alone, TokenizerConfig("bpe", vocab_size=280))
+    sources = {name: MixtureSource("prepared", str(dataset.directory)) for name, dataset in trained.items()}
+    data = DataConfig("mixture", mixture=sources, cache=str(folder / "cache"))
+    with pytest.raises(ValueError, match="prose and code were prepared with different tokenizers; prepare both"):
+        open_corpora(data, TokenizerConfig())
