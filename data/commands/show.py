@@ -107,11 +107,11 @@ def documents_of(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list:
     places, lines = row.get("places_BT", np.arange(len(segments))), []
     for document in dict.fromkeys(segments.tolist()):
         at = np.flatnonzero(segments == document)
+        if not document:
+            lines.append(Text(f"  -  {len(at)} x nothing", style="dim"))
+            continue
         colour = COLOURS[(document - 1) % len(COLOURS)]
         line = Text(f"{document:>3}  {places[at[0]]}-{places[at[-1]]}  ", style="dim")
-        if not document:
-            lines.append(line.append(f"{len(at)} x nothing"))
-            continue
         for i in at:
             text = token_text(tokenizer, int(row["tokens_BT"][i]))
             line.append(text, style=f"not dim {colour}" + ("" if row["mask_BT"][i] else " reverse"))
