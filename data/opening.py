@@ -45,7 +45,7 @@ def open_corpora(data: DataConfig, tokenizer: TokenizerConfig, progress: Progres
     if tokenizer.kind == "bpe":
         tokenizer = _trained_on_all(data, tokenizer.vocab_size, progress or (lambda what, done, total: None))
     datasets = {}
-    for name in data.mixture:
+    for name in sorted(data.mixture):
         told = progress and (lambda what, done, total, name=name: progress(f"{name}: {what}", done, total))
         with naming(data, name):
             datasets[name] = prepare(data.of_mixture(name), tokenizer, told)
@@ -72,7 +72,7 @@ def naming(data: DataConfig, name: str) -> Iterator[None]:
 def _trained_on_all(data: DataConfig, vocab_size: int, progress: Progress) -> TokenizerConfig:
     """A BPE of the training documents of all sources of a mixture, one source after the other; trained once and kept in
     the cache, under the digest of what they hold."""
-    cache, alone = Path(data.cache).expanduser(), {name: data.of_mixture(name) for name in data.mixture}
+    cache, alone = Path(data.cache).expanduser(), {name: data.of_mixture(name) for name in sorted(data.mixture)}
     (cache / "sources").mkdir(mode=0o700, parents=True, exist_ok=True)
     content = []
     for name, source in alone.items():

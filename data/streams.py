@@ -22,11 +22,10 @@ class Mixture:
         """The batch of a step, or some rows of it; its keys: as of `Loader.batch`."""
         sources, numbers = (array[rows or slice(None)] for array in self.plan.batch(step))
         whole: Batch = {}
-        for source, loader in enumerate(self.loaders.values()):
+        for source in np.unique(sources):
             at = np.flatnonzero(sources == source)
-            if len(at):
-                for name, part in loader.samples(numbers[at]).items():
-                    whole.setdefault(name, np.empty((len(sources), *part.shape[1:]), part.dtype))[at] = part
+            for key, part in self.loaders[self.plan.names[source]].samples(numbers[at]).items():
+                whole.setdefault(key, np.empty((len(sources), *part.shape[1:]), part.dtype))[at] = part
         return whole
 
     def names(self, step: int) -> list[str]:
