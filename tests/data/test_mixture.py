@@ -166,6 +166,7 @@ MIXED = ["data.source=mixture"]
         ([*MIXED, "data.mixture={a:{source:stdlib,weight:heavy}}"], "data.mixture.a.weight='heavy' is str"),
         ([*MIXED, "data.mixture={a:{source:stdlib,epochs:0}}"], "data.mixture.a.epochs=0.0 must be above 0"),
         ([*MIXED, "data.mixture={a:{source:mixture}}"], "data.mixture.a: a mixture cannot hold another"),
+        ([*MIXED, "data.mixture={a/b:{source:stdlib}}"], "data.mixture: 'a/b' is no name for a source"),
         ([*MIXED, "data.mixture={a:stdlib}"], "data.mixture.a='stdlib' should be a group of keys: source, path"),
         ([*MIXED, "data.mixture=stdlib"], "data.mixture='stdlib' is str, but should be a mapping"),
         (["data=mixture", "data.temperature=0"], "data.temperature=0.0 must be above 0"),
