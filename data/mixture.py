@@ -27,6 +27,7 @@ class MixtureSource:
     source: str = "text"  # where its text comes from, as data.source
     path: str | None = None  # its files, as data.path
     field: str = "text"  # as data.field
+    replicas: tuple[str, ...] = ()  # as data.replicas
     # its share before they are made to add up to 1, or from which step on it has which: {0: 3, 2000: 1};
     # null: as many as it has training tokens
     weight: float | dict | None = None
@@ -124,8 +125,8 @@ def shares(weights: list[float], temperature: float) -> list[Fraction]:
 class Plan:
     """The sources of all sequences of a run.
 
-    sources: by name. rows: how many each has an epoch; sizes: its training tokens. A source that has reached its cap
-    leaves its part to the others, in proportion to their weights.
+    sources: by name, in whatever order. rows: how many each has an epoch; sizes: its training tokens. A source that has
+    reached its cap leaves its part to the others, in proportion to their weights.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Plan:
         batch_size: int,
         seq_len: int,
     ):
+        sources = dict(sorted(sources.items()))
         self.names, self.rows, self.batch_size = list(sources), [rows[name] for name in sources], batch_size
         self.caps = [_cap(source, rows[name], seq_len) for name, source in sources.items()]
         steps = sorted({0, *(step for source in sources.values() for step in source.weights)})

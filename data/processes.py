@@ -6,8 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor
 from typing import Any
 
 _work: Callable[[Any], Any] | None = None
@@ -25,6 +24,7 @@ def in_order(items: Iterable[Any], workers: int, make: Callable[..., Callable], 
         yield from ((item, work(item)) for item in items)
         return
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(make, arguments)
@@ -39,7 +39,7 @@ def in_order(items: Iterable[Any], workers: int, make: Callable[..., Callable], 
                 yield item, future.result()
         for item, future in waiting:
             yield item, future.result()
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise ValueError("a worker was killed, perhaps for want of memory: set --workers lower") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

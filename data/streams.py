@@ -1,77 +1,12 @@
-"""The corpora of a run, one or the several of a mixture, and the stream of batches that it reads from them."""
-
-import contextlib
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+"""The stream of batches of a run, from one corpus or a mixture of several, and the held-out batches of each."""
 
 import numpy as np
 
 from data.corpus import DataConfig
 from data.loader import HeldoutBatches, Loader, Stream
 from data.mixture import Plan
+from data.opening import Corpora, naming
 from data.packing import Batch
-from data.shards import Dataset, Progress, prepare
-from data.tokenizer import Tokenizer, TokenizerConfig
-
-
-@dataclass(frozen=True, eq=False)
-class Corpora:
-    """The corpora of a run by name, all with one tokenizer. One that is read alone has its source's name."""
-
-    by_name: dict[str, Dataset]
-    tokenizer: Tokenizer
-    digest: str  # of all of them and their names
-
-    @property
-    def told(self) -> dict[str, str | int]:
-        """What all processes of a run must have found alike, by the settings it comes from."""
-        if len(self.by_name) == 1:
-            return next(iter(self.by_name.values())).told
-        return {f"{name}: {key}": value for name, d in self.by_name.items() for key, value in d.told.items()}
-
-    @property
-    def training_tokens(self) -> int:
-        """Of all corpora together."""
-        return sum(len(dataset.train) for dataset in self.by_name.values())
-
-
-def open_corpora(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Corpora:
-    """The corpora that a run reads, each prepared if it is not yet; progress: as of `data.shards.prepare`.
-
-    Raises ValueError for a source that cannot be used, and for sources that do not have the same tokenizer.
-    """
-    if not data.mixture:
-        dataset = prepare(data, tokenizer, progress)
-        return Corpora({data.source: dataset}, dataset.tokenizer, dataset.digest)
-    if tokenizer.kind == "bpe":
-        raise ValueError(
-            "tokenizer=bpe would be trained on each source of a mixture apart, and they need the same tokens: set "
-            "tokenizer=bytes, or tokenizer=file tokenizer.path=.../tokenizer.json"
-        )
-    datasets = {}
-    for name in data.mixture:
-        told = progress and (lambda what, done, total, name=name: progress(f"{name}: {what}", done, total))
-        with _naming(data, name):
-            datasets[name] = prepare(data.of_mixture(name), tokenizer, told)
-    first, *others = datasets
-    for other in others:
-        if datasets[other].tokenizer.digest != datasets[first].tokenizer.digest:
-            raise ValueError(
-                f"data.mixture: {first} and {other} were prepared with different tokenizers; prepare both with one, "
-                f"tokenizer=file tokenizer.path={datasets[first].directory}/tokenizer.json"
-            )
-    digest = hashlib.sha256(repr([(name, d.digest) for name, d in datasets.items()]).encode()).hexdigest()[:32]
-    return Corpora(datasets, datasets[first].tokenizer, digest)
-
-
-@contextlib.contextmanager
-def _naming(data: DataConfig, name: str) -> Iterator[None]:
-    """Within it, what is wrong with a source of a mixture is told with its name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"data.mixture.{name}: {error}" if data.mixture else str(error)) from error
 
 
 class Mixture:
@@ -87,11 +22,10 @@ class Mixture:
         """The batch of a step, or some rows of it; its keys: as of `Loader.batch`."""
         sources, numbers = (array[rows or slice(None)] for array in self.plan.batch(step))
         whole: Batch = {}
-        for source, loader in enumerate(self.loaders.values()):
+        for source in np.unique(sources):
             at = np.flatnonzero(sources == source)
-            if len(at):
-                for name, part in loader.samples(numbers[at]).items():
-                    whole.setdefault(name, np.empty((len(sources), *part.shape[1:]), part.dtype))[at] = part
+            for key, part in self.loaders[self.plan.names[source]].samples(numbers[at]).items():
+                whole.setdefault(key, np.empty((len(sources), *part.shape[1:]), part.dtype))[at] = part
         return whole
 
     def names(self, step: int) -> list[str]:
@@ -119,15 +53,17 @@ class Mixture:
 
         Raises ValueError where the caps leave less than so many steps.
         """
-        plan, told = self.plan, {}
+        plan, told, before = self.plan, {}, ""
         if steps * plan.batch_size > plan.end:
             raise ValueError(plan.too_short(steps))
         for stage in plan.stages:
             if stage.first < steps * plan.batch_size:
                 shares = ", ".join(f"{n} {share:.2%}" for n, share in zip(plan.names, stage.shares, strict=True))
                 ended = [n for n, cap, read in zip(plan.names, plan.caps, stage.before, strict=True) if read == cap]
-                after = f"mixture after step {stage.first // plan.batch_size}" if stage.first else "mixture"
-                told[after] = shares + (f" ({' and '.join(ended)} read to the cap)" if ended else "")
+                shares += f" ({' and '.join(ended)} read to the cap)" if ended else ""
+                if shares != before:
+                    told[f"mixture after step {stage.first // plan.batch_size}" if stage.first else "mixture"] = shares
+                before = shares
         told["epochs by source"] = ", ".join(f"{name} {n:.2f}" for name, n in self.epochs(steps).items())
         for name, loader in self.loaders.items():
             told |= {f"{key} of {name}": text for key, text in loader.told(steps).items()}
@@ -138,7 +74,7 @@ def training_stream(data: DataConfig, corpora: Corpora, *, seq_len: int, batch_s
     """The batches of a run. Raises ValueError where a corpus is too short."""
     shape, loaders = {"seq_len": seq_len, "batch_size": batch_size}, {}
     for name, dataset in corpora.by_name.items():
-        with _naming(data, name):
+        with naming(data, name):
             loaders[name] = Loader(dataset.train, seed=seed, **shape, **_how(data, corpora))
     if not data.mixture:
         return loaders[data.source]
@@ -156,7 +92,7 @@ def heldout_batches(
     """
     limit, found = -(-batches // len(corpora.by_name)) * batch_size, {}
     for name, dataset in corpora.by_name.items():
-        with _naming(data, name):
+        with naming(data, name):
             how = _how(data, corpora)
             found[name] = HeldoutBatches(dataset.heldout, seq_len, batch_size, limit, rows, **how)
     return found

@@ -6,7 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 from jax.sharding import Mesh
 
-from data.streams import Corpora, heldout_batches, training_stream
+from data.opening import Corpora
+from data.streams import heldout_batches, training_stream
 from parallel.sharding import local_rows, put_batch
 
 Arrays = dict[str, jax.Array]

@@ -9,8 +9,9 @@ import numpy as np
 from config.compose import load
 from config.schema import Config
 from data.loader import Stream
+from data.opening import Corpora, open_corpora
 from data.packing import Batch
-from data.streams import Corpora, Mixture, open_corpora, training_stream
+from data.streams import Mixture, training_stream
 from data.tokenizer import Tokenizer
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")  # of documents, in turn
@@ -93,7 +94,9 @@ def in_words(row: dict[str, np.ndarray]) -> str:
     if "segments_BT" not in row:
         return f"{said} · documents are not kept apart"
     documents, empty = np.unique(row["segments_BT"][row["segments_BT"] > 0]), int((row["segments_BT"] == 0).sum())
-    return f"{len(documents)} documents · {said}" + (f" · {empty} places are empty" if empty else "")
+    return f"{len(documents)} document{'s'[: len(documents) != 1]} · {said}" + (
+        f" · {empty} places are empty" if empty else ""
+    )
 
 
 def documents_of(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list:
@@ -104,11 +107,11 @@ def documents_of(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list:
     places, lines = row.get("places_BT", np.arange(len(segments))), []
     for document in dict.fromkeys(segments.tolist()):
         at = np.flatnonzero(segments == document)
+        if not document:
+            lines.append(Text(f"  -  {len(at)} x nothing", style="dim"))
+            continue
         colour = COLOURS[(document - 1) % len(COLOURS)]
         line = Text(f"{document:>3}  {places[at[0]]}-{places[at[-1]]}  ", style="dim")
-        if not document:
-            lines.append(line.append(f"{len(at)} x nothing"))
-            continue
         for i in at:
             text = token_text(tokenizer, int(row["tokens_BT"][i]))
             line.append(text, style=f"not dim {colour}" + ("" if row["mask_BT"][i] else " reverse"))

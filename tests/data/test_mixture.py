@@ -1,5 +1,6 @@
 """Which source a sequence comes from: known without counting, in the proportions asked for, up to the caps."""
 
+import dataclasses
 import random
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import compose
+from config.schema import differences, identity
 from data.corpus import DataConfig
 from data.mixture import CIRCLE, GOLDEN, MixtureSource, Plan, floor_sum, points_below, shares
 
@@ -164,6 +166,7 @@ MIXED = ["data.source=mixture"]
         ([*MIXED, "data.mixture={a:{source:stdlib,weight:heavy}}"], "data.mixture.a.weight='heavy' is str"),
         ([*MIXED, "data.mixture={a:{source:stdlib,epochs:0}}"], "data.mixture.a.epochs=0.0 must be above 0"),
         ([*MIXED, "data.mixture={a:{source:mixture}}"], "data.mixture.a: a mixture cannot hold another"),
+        ([*MIXED, "data.mixture={a/b:{source:stdlib}}"], "data.mixture: 'a/b' is no name for a source"),
         ([*MIXED, "data.mixture={a:stdlib}"], "data.mixture.a='stdlib' should be a group of keys: source, path"),
         ([*MIXED, "data.mixture=stdlib"], "data.mixture='stdlib' is str, but should be a mapping"),
         (["data=mixture", "data.temperature=0"], "data.temperature=0.0 must be above 0"),
@@ -184,6 +187,21 @@ def test_values_of_a_source_can_be_set_and_are_kept_in_the_config_of_a_run(tmp_p
     (tmp_path / "config.yaml").write_text(compose.to_yaml(found))
     assert compose.load_run(tmp_path) == found
     assert compose.load(["data=mixture"]).run.dir != found.run.dir
+
+
+def test_where_else_a_source_lies_is_no_other_run():
+    default = compose.load([])
+
+    def identity_with(code, *, turned=False, **settings):
+        sources = {"code": code, "notes": MixtureSource("stdlib", weight=1)}
+        sources = dict(reversed(sources.items())) if turned else sources
+        return identity(dataclasses.replace(default, data=DataConfig("mixture", mixture=sources, **settings)))
+
+    here = identity_with(MixtureSource("prepared", "corpus", weight=2))
+    there = MixtureSource("prepared", "corpus", weight=2, replicas=("elsewhere",))
+    assert identity_with(there, turned=True, cache="there") == here
+    changed = identity_with(MixtureSource("prepared", "corpus", weight={0: 2, 9: 3}))
+    assert differences(changed, here) == ["data.mixture.code.weight (2 there, {'0': 2, '9': 3} asked)"]
 
 
 def test_a_source_has_the_settings_of_a_run_that_reads_it_alone():

@@ -13,8 +13,8 @@ import pytest
 from config import compose
 from data.__main__ import main
 from data.corpus import DataConfig, is_heldout
+from data.opening import open_corpora
 from data.shards import prepare
-from data.streams import open_corpora
 from data.tokenizer import TokenizerConfig, train_bpe
 
 TEXTS = [f"document number {i} says {i * i % 977} {'ha' * (i % 50)} 猫 {i * 31}" for i in range(400)]
@@ -42,7 +42,7 @@ def tokenizer(tmp_path):
 
 def run(out, source, *more, cache=None):
     cache = cache or Path(str(source)).parent / "cache"
-    workers = () if "--workers" in more else ("--workers", "0")
+    workers = () if "--workers" in more else ("--workers", "1")
     return main(["prepare", str(out), f"data.path={source}", f"data.cache={cache}", *more, *workers])
 
 

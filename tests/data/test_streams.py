@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from data.corpus import DataConfig
 from data.loader import Loader
 from data.mixture import MixtureSource, Plan
-from data.streams import Mixture, heldout_batches, open_corpora, training_stream
+from data.opening import open_corpora
+from data.shards import prepare
+from data.streams import Mixture, heldout_batches, training_stream
 from data.token_files import Tokens
 from data.tokenizer import ByteTokenizer, TokenizerConfig
 
@@ -94,6 +96,12 @@ def test_a_mixture_of_one_is_that_source(packing):
         assert mixed.epoch(step) == alone.epoch(step)
 
 
+def test_the_order_in_which_sources_are_named_does_not_matter():
+    turned = dict(reversed(CURRICULUM.items()))
+    for step in (0, 5, 100):
+        same(mixture("best_fit", 0).batch(step), mixture("best_fit", 0, turned).batch(step))
+
+
 def test_what_is_logged_is_what_was_read():
     mixed = mixture("best_fit", seed=0)
     read = [name for step in range(30) for name in mixed.names(step)]
@@ -103,8 +111,8 @@ def test_what_is_logged_is_what_was_read():
         assert logged[f"data/epoch/{name}"] == read.count(name) / mixed.loaders[name].sequences_per_epoch
     assert mixed.metrics(0)["data/share/code"] == 0
     told = mixed.told(200)
-    assert told["mixture"] == "prose 75.00%, code 25.00%, talk 0.00%"
-    assert told["mixture after step 4"] == "prose 50.00%, code 16.67%, talk 33.33%"
+    assert told["mixture"] == "code 25.00%, prose 75.00%, talk 0.00%"
+    assert told["mixture after step 4"] == "code 16.67%, prose 50.00%, talk 33.33%"
     assert any("code read to the cap" in line for line in told.values())
     assert "code 1.50" in told["epochs by source"]
 
@@ -128,7 +136,7 @@ def settings_of(folder, **options):
 def test_sources_are_prepared_as_each_alone_and_their_digests_count(folder):
     data = settings_of(folder, segments=True, packing="best_fit")
     corpora = open_corpora(data, TokenizerConfig())
-    assert [*corpora.by_name] == [*SOURCES]
+    assert [*corpora.by_name] == sorted(SOURCES)
     alone = open_corpora(data.of_mixture("code"), TokenizerConfig())
     assert alone.digest == corpora.by_name["code"].digest
     assert corpora.digest not in {dataset.digest for dataset in corpora.by_name.values()}
@@ -140,7 +148,7 @@ def test_sources_are_prepared_as_each_alone_and_their_digests_count(folder):
     names, batch = stream.names(2), stream.batch(2)
     for name, tokens in zip(names, batch["tokens_BT"], strict=True):
         assert name[0] in ByteTokenizer().decode(tokens)
-    sizes = [len(dataset.train) for dataset in corpora.by_name.values()]
+    sizes = [len(corpora.by_name[name].train) for name in stream.plan.names]
     assert stream.plan.stages[0].shares == pytest.approx(np.array(sizes) / sum(sizes))
 
 
@@ -148,7 +156,7 @@ def test_each_source_is_evaluated(folder):
     data = settings_of(folder)
     corpora = open_corpora(data, TokenizerConfig())
     found = heldout_batches(data, corpora, seq_len=SEQ_LEN, batch_size=4, batches=4)
-    assert [*found] == [*SOURCES]
+    assert [*found] == sorted(SOURCES)
     for name, batches in found.items():
         assert 1 <= len(list(batches)) <= 2  # four for three sources
         for batch in batches:
@@ -183,6 +191,23 @@ def test_a_source_that_is_too_short_is_told_with_its_name(folder):
             make()
 
 
-def test_one_tokenizer_for_all(folder):
-    with pytest.raises(ValueError, match="tokenizer=bpe would be trained on each source of a mixture apart"):
-        open_corpora(settings_of(folder), TokenizerConfig("bpe"))
+def test_a_tokenizer_is_trained_on_all_sources_once(folder, monkeypatch):
+    data, bpe = settings_of(folder), TokenizerConfig("bpe", vocab_size=300)
+    corpora = open_corpora(data, bpe)
+    assert {dataset.tokenizer.digest for dataset in corpora.by_name.values()} == {corpora.tokenizer.digest}
+    assert corpora.tokenizer.vocab_size <= 300
+    for name in SOURCES:  # words of all sources are learned
+        assert len(corpora.tokenizer.encode(name)) < len(name)
+    monkeypatch.setattr("data.opening.train_bpe", lambda *_: pytest.fail("trained again"))
+    assert open_corpora(data, bpe).digest == corpora.digest
+
+
+def test_sources_that_were_prepared_with_different_tokenizers_are_not_mixed(folder):
+    trained = {}
+    for name in SOURCES[:2]:
+        alone = settings_of(folder).of_mixture(name)
+        trained[name] = prepare(alone, TokenizerConfig("bpe", vocab_size=280))
+    sources = {name: MixtureSource("prepared", str(dataset.directory)) for name, dataset in trained.items()}
+    data = DataConfig("mixture", mixture=sources, cache=str(folder / "cache"))
+    with pytest.raises(ValueError, match="code and prose were prepared with different tokenizers; prepare both"):
+        open_corpora(data, TokenizerConfig())

@@ -1,5 +1,7 @@
 """Corpora in a real S3 server on this machine: prepared into it, trained from it, while it dies and comes back."""
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -24,43 +26,87 @@ ROOT = Path(__file__).parents[2]
 
 
 class Server:
-    """moto's S3 server as a process of its own. Its objects live in it: a second start brings them back from a copy."""
+    """moto's S3 server as a process of its own, behind a door of ours that can be shut while it keeps its objects."""
 
-    def __init__(self, port):
-        self.url, self.port, self.process = f"http://127.0.0.1:{port}", port, None
-        self.start()
-
-    def start(self):
+    def __init__(self):
+        self.port, behind = free_port(), free_port()
+        self.url, self._behind = f"http://127.0.0.1:{self.port}", ("127.0.0.1", behind)
         moto = Path(sys.executable).with_name("moto_server")
-        command = [moto, "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [moto, "-H", "127.0.0.1", "-p", str(behind)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
+                socket.create_connection(self._behind, 1).close()
+                break
             except OSError:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
+        self.bytes_before_cut, self._open = None, []
+        self.open_door()
+
+    def open_door(self):
+        """Connections come through again."""
+        self._door = socket.create_server(("127.0.0.1", self.port), reuse_port=True)
+        threading.Thread(target=self._let_in, args=(self._door,), daemon=True).start()
+
+    def shut_door(self):
+        """Refuses connections, and cuts those that there are in the middle of whatever they carry."""
+        with contextlib.suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)
+        self._door.close()
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def _let_in(self, door):
+        while True:
+            try:
+                client = door.accept()[0]
+            except OSError:
+                return
+            inner = socket.create_connection(self._behind)
+            self._open += [client, inner]
+            threading.Thread(target=self._carry, args=(client, inner), daemon=True).start()
+            threading.Thread(target=self._carry, args=(inner, client, True), daemon=True).start()
+
+    def _carry(self, one, other, answer=False):
+        carried = 0
+        with contextlib.suppress(OSError):
+            while content := one.recv(1 << 14):
+                carried += len(content)
+                if answer and self.bytes_before_cut is not None and carried > self.bytes_before_cut:
+                    break
+                other.sendall(content)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def freeze(self):
         """It takes no request and answers none, as a machine that hangs."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self):
+        """It goes on."""
         self.process.send_signal(signal.SIGCONT)
 
     def die(self):
+        """For good."""
+        self.shut_door()
         self.process.kill()
         self.process.wait()
 
 
-@pytest.fixture
-def server(monkeypatch):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(port)
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
     for key, value in {
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
@@ -139,7 +185,7 @@ def test_training_reads_from_the_store(server, source, tmp_path):
 
 @pytest.mark.parametrize("how", ["freeze", "refuse"])
 def test_a_server_that_is_away_for_a_while(server, source, tmp_path, how):
-    """Frozen it holds its connections open; behind a closed port they are refused. Both while shards go there."""
+    """Frozen it holds its connections open; shut off, they are cut. Both while shards go there."""
     process = subprocess.Popen(
         command("s3://bucket/corpus", source, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -147,26 +193,27 @@ def test_a_server_that_is_away_for_a_while(server, source, tmp_path, how):
     while not files.glob("bucket/corpus/*.bin"):
         assert process.poll() is None, process.stdout.read().decode()
         time.sleep(0.02)
-    if how == "freeze":
-        server.freeze()
-        time.sleep(8)
-        server.thaw()
-    else:
-        objects = {name: files.cat_file(name) for name in files.find("bucket")}
-        server.die()
-        time.sleep(8)
-        server.start()
-        s3fs.S3FileSystem.clear_instance_cache()
-        files = s3fs.S3FileSystem(use_listings_cache=False)
-        files.mkdir("bucket")
-        for name, content in objects.items():  # a real store keeps what it has
-            files.pipe(name, content)
+    server.freeze() if how == "freeze" else server.shut_door()
+    time.sleep(8)
+    server.thaw() if how == "freeze" else server.open_door()
     said = process.communicate(timeout=200)[0].decode()
     assert process.returncode == 0, said
-    if how == "freeze":
-        assert prepared(tmp_path / "here", source, tmp_path)[0] == 0
-        assert opened(tmp_path).told == opened(tmp_path, str(tmp_path / "here")).told
-        np.testing.assert_array_equal(whole(opened(tmp_path)), whole(opened(tmp_path, str(tmp_path / "here"))))
+    assert prepared(tmp_path / "here", source, tmp_path)[0] == 0
+    assert opened(tmp_path).told == opened(tmp_path, str(tmp_path / "here")).told
+    np.testing.assert_array_equal(whole(opened(tmp_path)), whole(opened(tmp_path, str(tmp_path / "here"))))
+
+
+def test_downloads_that_break_off(server, source, tmp_path, monkeypatch):
+    """Every answer is cut after 20 kB for a while; a shard has 120 kB."""
+    assert prepared("s3://bucket/corpus", source, tmp_path)[0] == 0
+    assert prepared(tmp_path / "here", source, tmp_path)[0] == 0
+    dataset = opened(tmp_path)
+    server.bytes_before_cut = 20_000
+    threading.Timer(4, setattr, (server, "bytes_before_cut", None)).start()
+    np.testing.assert_array_equal(whole(dataset), whole(opened(tmp_path, str(tmp_path / "here"))))
+    for path in (tmp_path / "cache/.shards").iterdir():
+        if not path.name.startswith("."):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
 def test_reading_waits_for_a_server_that_comes_back(server, source, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import pytest
 import runs
 
 from config import compose
-from data.streams import open_corpora, training_stream
+from data.opening import open_corpora
+from data.streams import training_stream
 from training import feed
 
 DONE, MISTAKE, PREEMPTED = 0, 2, 75
@@ -60,7 +61,7 @@ def test_a_mixed_and_packed_run_goes_on_with_the_same_tokens_on_another_mesh(fol
     with watched(undisturbed):
         assert runs.run(overrides(folder, whole, "mesh.data=2", "mesh.context=2", "mesh.tensor=2")) == DONE
     said = capsys.readouterr().out
-    assert "prose 25.00%, code 75.00%" in said
+    assert "code 75.00%, prose 25.00%" in said
     assert "mixture after step 10" in said
     assert "code read to the cap" in said
     with watched(read, stop_at=13):
