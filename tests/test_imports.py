@@ -32,6 +32,7 @@ ALLOWED = {
             "checkpoint.digests",
             "checkpoint.huggingface.opened",
             "data.corpus",
+            "data.prepared",
             "data.tokenizer",
             "inference.config",
             "model.config",
@@ -52,6 +53,7 @@ ALLOWED = {
 ENTRY_POINTS = {
     "train.py",
     "training/parity.py",
+    "data/__main__.py",
     "performance/__main__.py",
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
@@ -61,7 +63,7 @@ ENTRY_POINTS = {
     "tracking/__main__.py",
     "scaling/__main__.py",
 }
-PARTS = "scaling/commands/"  # of the entry point scaling/__main__.py, which looks them up by name
+PARTS = ("scaling/commands/", "data/commands/")  # of the entry points beside, which look them up by name
 MODULES = {"train"}  # that stand beside the folders
 
 ROOMS = {place.partition("/")[0] for place in ALLOWED}
@@ -98,7 +100,9 @@ def test_imports_run_one_way(file):
     modules = imported(file)
     tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
     assert not tops & {"tests", "bench", "experiments"}
-    entries = {entry.removesuffix(".py").replace("/", ".") for entry in [*ENTRY_POINTS, PARTS.rstrip("/")]}
+    entries = {entry.removesuffix(".py").replace("/", ".") for entry in ENTRY_POINTS} | {
+        part.rstrip("/").replace("/", ".") for part in PARTS
+    }
     assert not modules & entries, "an entry point is imported by nobody"
     if file not in ENTRY_POINTS and not file.startswith(PARTS):
         row = set().union(*(names for place, names in ALLOWED.items() if f"{file}/".startswith(f"{place}/")))
