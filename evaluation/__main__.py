@@ -134,7 +134,8 @@ def tell(options, model: Opened, window: Window, outcomes: dict[str, dict[str, O
         return
     fresh: dict[str, Outcome] = {}
     for argument in options.tasks:
-        name = file_name(argument) + ("" if model.step is None else f"-{model.step}")
+        part = f"-first{options.limit}" if options.limit else ""
+        name = f"{file_name(argument)}{part}" + ("" if model.step is None else f"-{model.step}")
         path, new = keep_result(directory.path / "evaluation" / f"{name}.json", result(outcomes[argument]))
         print(f"results: {path}", file=sys.stderr)
         fresh |= outcomes[argument] if new else {}
