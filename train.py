@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
-from data.shards import prepare
+from data.opening import open_corpora
 from data.tokenizer import Tokenizer
 from evaluation.in_training import Tasks
 from inference.generate import continuations
@@ -94,9 +94,9 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), ExitStack() as loop:
         # -------------------------------------------------------------------------------------------------------- data
-        dataset = prepare(config.data, config.tokenizer, console.preparation)
-        require_same(dataset.told)
-        tokenizer, feed = dataset.tokenizer, Feed(config, dataset, mesh)
+        corpora = open_corpora(config.data, config.tokenizer, console.preparation)
+        require_same(corpora.told)
+        tokenizer, feed = corpora.tokenizer, Feed(config, corpora, mesh)
         if primary:
             tokenizer.save(run.tokenizer)
         # at this point we have the batch of any step, the same on every mesh, and the held-out batches
@@ -110,7 +110,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
-        ours = {"identity": identity(config), "data": dataset.digest}
+        ours = {"identity": identity(config), "data": corpora.digest}
         restored = restore(config, store, job, ours)
         with room.told():
             state, first, progress = beginning(job, config, restored)
@@ -135,10 +135,11 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         room.check(memory)
 
-        facts = {"data": f"{config.data.source}, {human(len(dataset.train))} tokens of {config.tokenizer.kind}"}
+        facts = {"data": f"{config.data.source}, {human(corpora.training_tokens)} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
+        facts |= feed.told
         reporter = introduce(
-            config, run, job, console, facts, feed.stream.epoch, peak, memory, compile_s, began, restored
+            config, run, job, console, facts, feed.stream.metrics, peak, memory, compile_s, began, restored
         )
         meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)
@@ -172,9 +173,9 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                 with meter.pause():
                     loss, best = None, False
                     if evaluating:
-                        loss, bits_per_byte = held_out.losses(state.params)
-                        best = progress.take(loss)
-                        reporter.evaluated(number, loss, bits_per_byte, best)
+                        found = held_out.losses(state.params)
+                        loss, best = found.loss, progress.take(found.loss)
+                        reporter.evaluated(number, found, best)
                     if answering:
                         reporter.answered(number, tasks.metrics(state.params))
                     keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0

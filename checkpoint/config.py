@@ -1,6 +1,18 @@
 """What a run may set of its checkpoints and first weights. No JAX here: a mistake is told before slow imports."""
 
+import argparse
 from dataclasses import dataclass
+
+NEWEST, BEST = "last", "best"  # choices of --step besides a number
+
+
+def step(text: str) -> str | int:
+    """The value of --step, which names a checkpoint: a number, or one of the two words."""
+    if text in (NEWEST, BEST):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither best nor last nor the number of a step")
+    return int(text)
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,16 @@ def _typed(value, hint, name: str):
             return value
         if choice in (bool, str, dict) and isinstance(value, choice):
             return value
+        if typing.get_origin(choice) is dict and isinstance(value, dict):  # groups of keys by names that the user gives
+            (_, group) = typing.get_args(choice)
+            return {str(key): build(group, item, f"{name}.{key}.") for key, item in value.items()}
         if choice is str and isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)  # a name that reads like a number
         if typing.get_origin(choice) is tuple and isinstance(value, list | tuple):
             return tuple(_typed(item, typing.get_args(choice)[0], f"{name}[{i}]") for i, item in enumerate(value))
         if typing.get_origin(choice) is tuple and isinstance(value, str | int | float):
             return (_typed(value, typing.get_args(choice)[0], name),)  # a list of one
-    words = {type(None): "null", tuple: "a list, as in [a,b]"}
+    words = {type(None): "null", tuple: "a list, as in [a,b]", dict: "a mapping, as in {name: {key: value}}"}
     spelled = " or ".join(words.get(typing.get_origin(c) or c) or getattr(c, "__name__", str(c)) for c in choices)
     raise ValueError(f"{name}={value!r} is {type(value).__name__}, but should be {spelled}")
 
@@ -50,6 +53,8 @@ def plain(value):
     """The nested dict of a dataclass, of what YAML and JSON can hold."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -61,6 +66,17 @@ def keys(cls, prefix: str = "") -> list[str]:
         for f in fields(cls)
         for key in (keys(hints[f.name], f"{prefix}{f.name}.") if is_dataclass(hints[f.name]) else [f"{prefix}{f.name}"])
     ]
+
+
+def mappings(cls, prefix: str = "") -> list[str]:
+    """The keys, dotted, that hold groups of keys by names that the user gives, such as data.mixture."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            found += mappings(hint, f"{prefix}{name}.")
+        elif any(typing.get_origin(choice) is dict for choice in typing.get_args(hint)):
+            found.append(f"{prefix}{name}")
+    return found
 
 
 def unknown(key: str, near: list[str], valid: list[str] | None = None) -> str:

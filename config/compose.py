@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from config.build import build, keys, one_line, plain, unknown
+from config.build import build, keys, mappings, one_line, plain, unknown
 from config.pretrained import FROM, beginning_of, with_weights
 from config.schema import Config, finish
 from model.config import one_of
@@ -105,7 +105,7 @@ def is_group(key: str) -> bool:
 
 
 def _check_keys(overrides: list[str]) -> None:
-    valid = keys(Config)
+    valid, mappings_of_groups = keys(Config), tuple(f"{key}." for key in mappings(Config))
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.lstrip("+~")
@@ -115,6 +115,8 @@ def _check_keys(overrides: list[str]) -> None:
             presets = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             if value not in presets:
                 raise ValueError(unknown(f"{key}={value}", [f"{key}={preset}" for preset in presets]))
+        elif key.startswith(mappings_of_groups):
+            continue  # the names are the user's; `build` checks what stands under them
         elif key not in valid and not any(name.startswith(f"{key}.") for name in valid):
             group = key.rpartition(".")[0]
             raise ValueError(unknown(key, [k for k in valid if k.startswith(f"{group}.")] or valid, valid))

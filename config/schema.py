@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoint.config import CheckpointConfig, WeightsConfig
 from data.corpus import DataConfig
+from data.prepared import tokenizer_of
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from evaluation.config import EvaluationConfig
 from inference.config import SampleConfig
@@ -63,7 +64,7 @@ NOT_IDENTITY = {
         *("log_every", "eval_every", "eval_batches", "patience", "profile"),
     ),
     "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
-    "data": ("cache",),
+    "data": ("cache", "cache_gb", "replicas"),
     "weights": ("path",),
 }
 
@@ -71,7 +72,7 @@ NOT_IDENTITY = {
 # What each process of a run may be given for itself: its place, local folders, and what process 0 alone looks at.
 OWN = {
     "runtime": ("process_id", "coordinator", "processes", "compile_cache"),
-    "data": ("cache",),
+    "data": ("cache", "cache_gb", "replicas"),
     "run": ("id",),
     "weights": ("path",),
     "wandb": tuple(one.name for one in fields(WandbConfig)),
@@ -94,7 +95,11 @@ def identity(config: Config | dict) -> dict:
 
     def part(name: str):
         value, ignored = values.get(name), NOT_IDENTITY.get(name, ())
-        return {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+        kept = {k: v for k, v in value.items() if k not in ignored} if isinstance(value, dict) else value
+        if name == "data" and kept.get("mixture"):  # of each source, too
+            sources = kept["mixture"].items()
+            kept["mixture"] = {key: {k: v for k, v in one.items() if k not in ignored} for key, one in sources}
+        return kept
 
     if values["train"].get("compute_dtype") == "auto":  # the same run, and directory, on every machine
         values = values | {"train": values["train"] | {"compute_dtype": "float32"}}
@@ -117,6 +122,8 @@ def finish(config: Config) -> Config:
     """Fills in what follows from other fields and checks what spans several."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
+    for prepared in config.data.prepared:
+        config = dataclasses.replace(config, tokenizer=tokenizer_of(prepared, config.tokenizer))
     vocabulary = vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))

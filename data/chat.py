@@ -8,39 +8,39 @@ says stays text, even where it spells one: no message can end its turn or begin 
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.tokenizer import JsonTokenizer, TokenizerConfig, load_tokenizer
-from data.tokenizers.files import files_of, read_settings, read_text
+from data.tokenizers.files import SETTINGS, files_of, read_settings, read_text
 from data.tokenizers.gguf import read_metadata
 from runtime.files import replace_text
 
-TEMPLATE = "chat_template.jinja"
-SETTINGS = "tokenizer_config.json"
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no standard gives a meaning
-# Under which a template knows the special tokens, and a GGUF file their ids.
-NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator"}
+# What a template calls special tokens -> how a GGUF file calls their ids.
+NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+STRUCTURE = ("role", "type")  # keys of messages whose values are words of the program
+ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message: an answer is over after any of them
 
 
 class ChatTemplate:
     """The chat template of a tokenizer.
 
     source: the Jinja program. names: what it calls special tokens (`bos_token`, ...) -> how these are spelled.
+    stops: further tokens that end an answer. Attribute `stop_ids`: all tokens after which an answer is over.
     """
 
-    def __init__(self, source: str, tokenizer: JsonTokenizer, names: Mapping[str, str]):
+    def __init__(self, source: str, tokenizer: JsonTokenizer, names: Mapping[str, str], stops: Iterable[int] = ()):
         self._source, self._tokenizer, self._names = source, tokenizer, dict(names)
         self._template = _compile(source)
         longest = sorted(filter(None, tokenizer.specials), key=len, reverse=True)
         self._special = "|".join(map(re.escape, longest))
-        end = self._names.get("eos_token")
-        ends = {tokenizer.eos_id, tokenizer.specials.get(end, tokenizer.eos_id)}
-        self.stop_ids = tuple(sorted(ends))
-        """Tokens after which an answer is over."""
+        end = tokenizer.specials.get(self._names.get("eos_token"), tokenizer.eos_id)
+        self.stop_ids = tuple(sorted({tokenizer.eos_id, end, *stops}))
 
     def text(self, messages: list[dict], *, generation_prompt: bool = False, **variables: Any) -> str:
         """The text of messages, special tokens as published files spell them.
@@ -62,20 +62,23 @@ class ChatTemplate:
         return self._tokenizer.encode_parts([*parts, rendered[at:].replace(mark, "")])
 
     def save(self, folder: Path) -> None:
-        """Writes the template and what it calls special tokens beside a tokenizer.json, as `transformers` reads them."""
+        """Writes the template and its names of special tokens beside a tokenizer.json, as `transformers` reads them."""
         replace_text(folder / TEMPLATE, self._source)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._names}
-        replace_text(folder / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._names}
+        for name, content in ((SETTINGS, settings), (GENERATION, {"eos_token_id": list(self.stop_ids)})):
+            replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def _render(self, messages: list[dict], generation_prompt: bool, variables: dict) -> tuple[str, str]:
-        """The text, and the mark that stands in it before all that a message says and a special token could begin with."""
+        """The text, with a mark before all in it that a special token could begin with but is a message's; the mark."""
         import jinja2
 
         if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
             raise ValueError("a chat is a list of messages, at least one, each an object with role and content")
         given = {"messages": [{k: v for k, v in message.items() if v is not None} for message in messages], **variables}
         mark = _unused(json.dumps(given, ensure_ascii=False, default=str) + self._source)
-        marked = _marked(given, mark, re.compile(f"(?={self._special})"), _Edges(self._tokenizer.specials))
+        marker = _Marker(mark, self._tokenizer.specials)
+        # a word that the program gives (reasoning_effort="low") is like a role
+        marked = {key: marker.given(value, "role" if isinstance(value, str) else key) for key, value in given.items()}
         for name in ("tools", "documents"):
             marked.setdefault(name, None)
         try:
@@ -95,78 +98,73 @@ def open_chat(path: Path | str, tokenizer: JsonTokenizer | None = None) -> ChatT
     """
     path = Path(path).expanduser()
     tokenizer = tokenizer or load_tokenizer(TokenizerConfig("file", path=str(path)))
-    source, names = find_template(path)
-    if source is None:
-        raise ValueError(f"{path} has no chat template: looked for {TEMPLATE} and chat_template in {SETTINGS}")
-    return ChatTemplate(source, tokenizer, names)
-
-
-def find_template(path: Path) -> tuple[str | None, dict[str, str]]:
-    """The template that belongs to the tokenizer of a path, or None, and the special tokens that it may name."""
     file = files_of(path)[0]
-    if file.suffix == ".gguf":
-        return _of_gguf(read_metadata(file))
-    settings = read_settings(file.parent)
+    source, names, stops = _of_gguf(read_metadata(file)) if file.suffix == ".gguf" else _of_folder(file.parent)
+    if not isinstance(source, str):
+        raise ValueError(f"{path} has no chat template: looked for {TEMPLATE} and chat_template in {SETTINGS}")
+    return ChatTemplate(source, tokenizer, names, stops)
+
+
+def _of_folder(folder: Path) -> tuple[str | None, dict[str, str], list[int]]:
+    settings, generation = read_settings(folder / SETTINGS), read_settings(folder / GENERATION)
     names = {name: settings[name] for name in NAMES if settings.get(name)}
     names = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
-    if (file.parent / TEMPLATE).exists():
-        return read_text(file.parent / TEMPLATE), names
+    stops = generation.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if (folder / TEMPLATE).exists():
+        return read_text(folder / TEMPLATE), names, stops
     source = settings.get("chat_template")
     if isinstance(source, list):  # several, by name
         named = {template.get("name"): template.get("template") for template in source if isinstance(template, dict)}
         source = named.get("default")
-    return source, names
+    return source, names, stops
 
 
-def _of_gguf(metadata: dict) -> tuple[str | None, dict[str, str]]:
+def _of_gguf(metadata: dict) -> tuple[str | None, dict[str, str], list[int]]:
     tokens = metadata.get("tokenizer.ggml.tokens") or []
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in NAMES.items()}
-    names = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    return metadata.get("tokenizer.chat_template"), names
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in {*NAMES.values(), *ENDS}}
+    ids = {name: i for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+    names = {name: tokens[ids[key]] for name, key in NAMES.items() if key in ids}
+    return metadata.get("tokenizer.chat_template"), names, [ids[end] for end in ENDS if end in ids]
 
 
 # ---- what messages say stays text --------------------------------------------------------------------------------
 
 
-class _Edges:
-    """Whether the beginning or the end of a text could be part of a special token that goes on outside of it."""
+class _Marker:
+    """Puts a mark wherever a text could begin a special token, or join what stands around it to one."""
 
-    def __init__(self, specials: Mapping[str, int]):
-        self._specials = [special for special in specials if len(special) > 1]
+    def __init__(self, mark: str, specials: Mapping[str, int]):
+        self._mark = mark
+        self._whole = re.compile(f"(?={'|'.join(map(re.escape, specials))})")
+        self._heads = {special[:end] for special in specials for end in range(1, len(special))}
+        self._tails = {special[start:] for special in specials for start in range(1, len(special))}
 
-    def begins(self, text: str) -> bool:
-        """Whether a special token could have begun before the text and reach into it."""
-        tails = (special[at:] for special in self._specials for at in range(1, len(special)))
-        return any(text.startswith(tail) or tail.startswith(text) for tail in tails)
+    def given(self, value: Any, key: str) -> Any:
+        """What a template is given under this key, marked.
 
-    def end(self, text: str) -> int | None:
-        """Where in the text a special token could begin that goes on behind it; None if nowhere."""
-        heads = (special[:length] for special in self._specials for length in range(1, len(special)))
-        lengths = [len(head) for head in heads if text.endswith(head)]
-        return len(text) - max(lengths) if lengths else None
+        A role, like a type or the name of a field, is what the program says; a template compares it with words of its
+        own, or makes a special token of it (`<|` + role + `|>`): only whole special tokens are marked in it.
+        """
+        if isinstance(value, Mapping):
+            return {self.given(k, "type"): self.given(v, k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.given(item, key) for item in value]
+        if not isinstance(value, str):
+            return value
+        return self._whole.sub(self._mark, value if key in STRUCTURE else self._with_edges(value))
 
-
-def _marked(value: Any, mark: str, special: re.Pattern, edges: _Edges, key: str | None = None) -> Any:
-    """What is given to a template, with a mark wherever a text in it could begin or join a special token.
-
-    A role is part of what the program says, and a template may make a special token of it (`<|` + role + `|>`): its
-    edges are free, and only whole special tokens are marked in it.
-    """
-    if isinstance(value, Mapping):
-        return {special.sub(mark, k) if isinstance(k, str) else k: _marked(v, mark, special, edges, k) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_marked(item, mark, special, edges, key) for item in value]
-    if not isinstance(value, str):
-        return value
-    text = value
-    if key != "role":
+    def _with_edges(self, text: str) -> str:
         body = text.strip()  # templates take space away
         start = text.find(body)
-        if body and (at := edges.end(body)) is not None:
-            text = f"{text[: start + at]}{mark}{text[start + at :]}"
-        if body and edges.begins(body):
-            text = f"{text[:start]}{mark}{text[start:]}"
-    return special.sub(mark, text)
+        # where a special token could begin that goes on behind the text
+        places = [start + len(body) - len(head) for head in self._heads if body.endswith(head)]
+        # one that began before the text could reach into it, or through it
+        if body and any(body.startswith(tail) or tail.startswith(body) for tail in self._tails):
+            places.append(start)
+        for place in sorted(places, reverse=True):
+            text = f"{text[:place]}{self._mark}{text[place:]}"
+        return text
 
 
 def _unused(text: str) -> str:
@@ -185,12 +183,12 @@ def _compile(source: str):
         import jinja2.sandbox
         from jinja2.ext import Extension, loopcontrols
     except ImportError:
-        raise ValueError("a chat template is run by the package jinja2: pip install jinja2") from None
+        raise ValueError("a chat template needs the package jinja2: make setup EXTRAS=tokenizers") from None
 
     class Generation(Extension):
         """{% generation %}...{% endgeneration %}, which some templates put around what the assistant said."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             next(parser.stream)

@@ -8,84 +8,124 @@ from typing import Protocol
 
 import numpy as np
 
+from data.packing import Batch, Rows, rows_of
+from data.token_files import Tokens
+
 ROUNDS = 8  # of the index cipher; 4 are enough in theory (Luby and Rackoff 1988) with ideal round functions
 SMALLEST_BITS = 6  # with fewer the orders of a tiny stream are not equally likely
 
 
 class Stream(Protocol):
-    """Where the batches of a run come from: one corpus (`Loader`), or whatever gives each step its batch."""
+    """Where the batches of a run come from: one corpus (`Loader`), several (`data.streams.Mixture`), or whatever gives
+    each step its batch."""
 
-    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step, or some rows of it: a pure function of the run's seed and the step."""
 
     def epoch(self, step: int) -> float:
         """How often the data has been read before this step."""
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """What is logged of the data read before this step, by the names of docs/metrics.md."""
+
+    def told(self, steps: int) -> dict[str, str]:
+        """What a run of so many steps says of its data before it begins."""
+
 
 class Loader:
-    """Windows [i T, i T + T + 1) of a token stream, shuffled without replacement in each epoch, each epoch anew.
+    """The rows of a corpus, shuffled without replacement in each epoch, each epoch anew.
 
-    tokens: 1-D integers, may be memory-mapped. eos_id: given where attention has to stay inside documents; batches then
-    carry segments. Raises ValueError if the stream is shorter than one window.
+    eos_id: given where attention has to stay inside documents; batches then carry segments. packing: how documents
+    become rows, see data/packing.py. Raises ValueError if the corpus is shorter than one row.
     """
 
-    def __init__(self, tokens: np.ndarray, *, seq_len: int, batch_size: int, seed: int, eos_id: int | None = None):
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        eos_id: int | None = None,
+        packing: str = "concatenate",
+    ):
         _check_sizes(seq_len, batch_size)
         if seed < 0:
             raise ValueError(f"seed={seed}: must not be negative")
-        self._windows = _windows(tokens, seq_len, "training", "give more text or set train.seq_len lower")
+        advice = "give more text or set train.seq_len lower"
+        self.rows = _rows(tokens, seq_len, eos_id, packing, "training", advice)
+        self.packing, self.tokens = packing, tokens
         self._batch_size = batch_size
         self._seed = seed
-        self._eos_id = eos_id
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Windows in the stream, each read once an epoch."""
-        return len(self._windows)
+        """Rows of the corpus, each read once an epoch."""
+        return len(self.rows)
 
     def epoch(self, step: int) -> float:
         """Epochs completed before this step."""
         return step * self._batch_size / self.sequences_per_epoch
 
-    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+    def metrics(self, step: int) -> dict[str, float]:
+        """What is logged of the data read before this step."""
+        return {"epoch": self.epoch(step)}
+
+    def told(self, steps: int) -> dict[str, str]:
+        """How full packed rows are."""
+        if self.packing == "concatenate":
+            return {}
+        return {"packing": f"{self.packing}, {len(self.rows):,} rows, {self.rows.fill:.1%} of their places hold tokens"}
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
         """The batch of a step, or some rows of it: tokens_BT, targets_BT int32, mask_BT float32, segments_BT int32.
 
         mask_BT is 1 where a target counts. There only if eos_id was given: segments_BT numbers the documents of a row
-        from 1, and the first token of a document is then not a target; places_BT int32 counts the tokens of a document
-        in a row from 0, for positions that begin anew with each.
+        from 1 (0: nothing), and the first token of a document is then not a target; places_BT int32 counts the tokens
+        of a document in a row from 0, for positions that begin anew with each.
         """
-        samples = step * self._batch_size + np.arange(self._batch_size)[rows or slice(None)]
-        epochs, indices = np.divmod(samples, self.sequences_per_epoch)
-        return _batch(self._windows[shuffled(indices, self.sequences_per_epoch, self._seed, epochs)], self._eos_id)
+        return self.samples(step * self._batch_size + np.arange(self._batch_size)[rows or slice(None)])
+
+    def samples(self, numbers: np.ndarray) -> Batch:
+        """As `batch`, of the sequences that are these in the order of a run that reads this corpus alone."""
+        epochs, indices = np.divmod(numbers, self.sequences_per_epoch)
+        return self.rows.read(shuffled(indices, self.sequences_per_epoch, self._seed, epochs))
 
 
-def heldout_batches(
-    tokens: np.ndarray,
-    seq_len: int,
-    batch_size: int,
-    limit: int | None = None,
-    rows: slice | None = None,
-    eos_id: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The same batches at every call: at most `limit` windows (None: all), spread evenly over the held-out stream.
+class HeldoutBatches:
+    """The same batches at every iteration: at most `limit` rows (None: all), spread evenly over the held-out corpus.
 
-    The last batch is filled up with rows whose mask is 0. rows, eos_id and the keys: as of `Loader`.
-    Raises ValueError if the stream is shorter than one window.
+    The last batch is filled up with rows whose mask is 0. eos_id, packing and the keys: as of `Loader`. rows: those of
+    each batch that are wanted. Raises ValueError if the corpus is shorter than one row.
     """
-    _check_sizes(seq_len, batch_size)
-    windows = _windows(tokens, seq_len, "held-out", "set data.heldout higher or train.seq_len lower")
-    count = len(windows) if limit is None else min(limit, len(windows))
-    if count < 1:
-        raise ValueError(f"evaluation on {limit} sequences: needs at least 1")
-    chosen = np.arange(count) * len(windows) // count
 
-    def batch(first: int) -> dict[str, np.ndarray]:
-        places = np.arange(first, first + batch_size)[rows or slice(None)]
-        result = _batch(windows[chosen[np.minimum(places, count - 1)]], eos_id)
-        result["mask_BT"] *= (places < count)[:, None]
-        return result
+    def __init__(
+        self,
+        tokens: Tokens,
+        seq_len: int,
+        batch_size: int,
+        limit: int | None = None,
+        rows: slice | None = None,
+        eos_id: int | None = None,
+        packing: str = "concatenate",
+    ):
+        _check_sizes(seq_len, batch_size)
+        advice = "set data.heldout higher or train.seq_len lower"
+        self.rows = _rows(tokens, seq_len, eos_id, packing, "held-out", advice)
+        count = len(self.rows) if limit is None else min(limit, len(self.rows))
+        if count < 1:
+            raise ValueError(f"evaluation on {limit} sequences: needs at least 1")
+        self._chosen = np.arange(count) * len(self.rows) // count
+        self._places = np.arange(batch_size)[rows or slice(None)]
+        self._batch_size = batch_size
 
-    return (batch(first) for first in range(0, count, batch_size))
+    def __iter__(self) -> Iterator[Batch]:
+        count = len(self._chosen)
+        for first in range(0, count, self._batch_size):
+            places = first + self._places
+            batch = self.rows.read(self._chosen[np.minimum(places, count - 1)])
+            batch["mask_BT"] *= (places < count)[:, None]
+            yield batch
 
 
 def _check_sizes(seq_len: int, batch_size: int) -> None:
@@ -93,31 +133,14 @@ def _check_sizes(seq_len: int, batch_size: int) -> None:
         raise ValueError(f"train.seq_len={seq_len}, train.batch_size={batch_size}: both must be at least 1")
 
 
-def _windows(tokens: np.ndarray, seq_len: int, split: str, advice: str) -> np.ndarray:
-    """Every window as a row of T + 1 tokens, without a copy; neighbours share one, first a target and then an input."""
-    if len(tokens) < seq_len + 1:
+def _rows(tokens: Tokens, seq_len: int, eos_id: int | None, packing: str, split: str, advice: str) -> Rows:
+    rows = rows_of(tokens, seq_len, eos_id, packing)
+    if not len(rows):
         raise ValueError(
             f"the {split} stream has {len(tokens):,} tokens and one window needs train.seq_len + 1 = {seq_len + 1:,}: "
             f"{advice}"
         )
-    return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens), seq_len + 1)[::seq_len]
-
-
-def _batch(windows: np.ndarray, eos_id: int | None) -> dict[str, np.ndarray]:
-    windows = windows.astype(np.int32)
-    tokens, targets = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
-    if eos_id is None:
-        return {"tokens_BT": tokens, "targets_BT": targets, "mask_BT": np.ones(tokens.shape, np.float32)}
-    ends = tokens == eos_id
-    at_T = np.arange(tokens.shape[1], dtype=np.int32)
-    begins_BT = np.where(np.roll(ends, 1, axis=1), at_T, 0)  # 0, too, where a document goes on; and at 0 all begin
-    return {
-        "tokens_BT": tokens,
-        "targets_BT": targets,
-        "mask_BT": (~ends).astype(np.float32),
-        "segments_BT": 1 + np.cumsum(ends, axis=1, dtype=np.int32) - ends,  # an end belongs to what it ends
-        "places_BT": at_T - np.maximum.accumulate(begins_BT, axis=1),
-    }
+    return rows
 
 
 def shuffled(indices: np.ndarray, n: int, seed: int, epochs: np.ndarray) -> np.ndarray:

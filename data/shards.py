@@ -1,7 +1,9 @@
-"""Tokens prepared once: one memory-mapped stream per split, in a cache keyed by the source's content and the settings.
+"""The dataset of a run: tokens prepared once into a cache, or a corpus that was prepared before.
 
-    <cache>/<digest>/   train.bin heldout.bin (little-endian uint16 or uint32)  tokenizer.json  meta.json
+    <cache>/<digest>/   a prepared corpus (data.prepared) under the digest of its source's content and the settings
     <cache>/sources/    what each set of files held when last looked at, so that an unchanged source is not read again
+    <cache>/.verified/  which files were compared with their digests
+    <cache>/.shards/    copies of shards that lie in a store
 
 An entry is written beside its place and renamed into it, whole or not at all; a lock lets one process at a time do so.
 """
@@ -13,34 +15,35 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from data.corpus import DataConfig, Document, kind, source_files, split
-from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train
+from data.corpus import DataConfig, source_files
+from data.objects import RemotePath, is_url, join, read_bytes
+from data.prepared import INDEX, TOKENIZER, Progress, open_folder, parse_index, read_index, remember, roots_of, verify
+from data.shard_cache import ShardCache, open_store
+from data.sources.files import kind, stamp
+from data.token_files import Tokens
+from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, TokenizerConfig, load_tokenizer
+from data.writer import Job, write_corpus
 from runtime import leave
 from runtime.locks import Locked, locked
 
-FORMAT = 1  # raise it when the same source and settings would give other files
-SPLITS = ("train", "heldout")
-CHUNK = 1 << 22  # characters of text that are tokenized at a time
+FORMAT = 1  # of the key: raise it when the same source and settings would give other tokens
 SETTLED_S = 2.0  # a file touched more recently may change again within the resolution of its timestamp
-
-Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Token streams of the two splits, every document ended by `tokenizer.eos_id`; memory-mapped, read-only."""
 
-    train: np.ndarray
-    heldout: np.ndarray
+    train: Tokens
+    heldout: Tokens
     tokenizer: Tokenizer
-    digest: str  # of the source's content and the settings; the same on every machine
-    directory: Path
+    digest: str  # of the source's content and the settings, or of a prepared corpus; the same on every machine
+    tokens_digest: str  # of the corpus: every shard by its digest
+    directory: str  # or address
 
     @property
     def told(self) -> dict[str, str | int]:
@@ -48,28 +51,31 @@ class Dataset:
         return {
             "tokenizer (digest)": self.tokenizer.digest[:12],
             "data (digest of the text)": self.digest[:12],
+            "data (digest of the tokens)": self.tokens_digest[:12],
             "data (training tokens)": len(self.train),
             "data (held-out tokens)": len(self.heldout),
         }
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
-    """The dataset of a source, from the cache or else prepared into it.
+    """The dataset of a source: a prepared corpus, or from the cache, or else prepared into it.
 
     progress: called as (what, bytes done, bytes in all). Safe for several processes at once and against being killed.
     Raises ValueError for a source, a tokenizer or a cache that cannot be used.
     """
     progress = progress or (lambda what, done, total: None)
     cache = Path(data.cache).expanduser()
+    if data.source == "prepared":
+        return open_prepared(data, cache, progress)
     ready = None if tokenizer.is_trained else load_tokenizer(tokenizer)
     try:
         _make_private(cache / "sources")
-        before = _stat(data)
-        entry = cache / _digest(cache, data, tokenizer, ready, before, progress)
-        dataset = _open(entry, tokenizer, ready)
+        before = stamps(data)
+        entry = cache / digest_of_source(cache, data, tokenizer, ready, before, progress)
+        dataset = _open(entry, tokenizer, ready, progress)
         if dataset is None:
             with _lock(cache, entry.name, progress):
-                dataset = _open(entry, tokenizer, ready)
+                dataset = _open(entry, tokenizer, ready, progress)
                 dataset = dataset or _build(entry, data, tokenizer, ready, before, progress)
     except OSError as error:  # the source's own are ValueErrors already
         raise ValueError(
@@ -78,24 +84,71 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | N
     return dataset
 
 
+# ---- a corpus that was prepared before ---------------------------------------------------------------------------
+
+
+def open_prepared(data: DataConfig, cache: Path, progress: Progress) -> Dataset:
+    """A prepared corpus: the first of data.path and data.replicas that is whole. Raises ValueError if none is.
+
+    A local folder is compared with its digests once, and mapped as it lies. Of a store each shard is fetched when it is
+    first read, from whichever place gives it.
+    """
+    roots = roots_of(data)
+    index, _ = read_index(roots)
+    streams, root = _open_first(roots, index, data, cache, progress)
+    return Dataset(**streams, tokenizer=_tokenizer_of(roots, index), digest=index["digest"],
+                   tokens_digest=index["digest"], directory=root)  # fmt: skip
+
+
+def _open_first(
+    roots: list[str], index: dict, data: DataConfig, cache: Path, progress: Progress
+) -> tuple[dict[str, Tokens], str]:
+    reasons = []
+    for number, root in enumerate(roots):
+        try:
+            if is_url(root):
+                store = ShardCache(cache / ".shards", int(data.cache_gb * 1e9), roots[number:], index["dtype"])
+                return open_store(index, store), root
+            if parse_index(read_bytes(join(root, INDEX)), join(root, INDEX))["digest"] != index["digest"]:
+                raise ValueError(f"{root} holds another corpus than {roots[0]}")
+            streams = open_folder(Path(root), index)
+            verify(Path(root), index, cache / ".verified", progress)
+            return streams, root
+        except (ValueError, OSError) as error:
+            reasons.append(str(error))
+    raise ValueError("; ".join(reasons))
+
+
+def _tokenizer_of(roots: list[str], index: dict) -> Tokenizer:
+    """The tokenizer of a corpus, from the first place that has the right one."""
+    if index["tokenizer"] == "bytes":
+        return ByteTokenizer()
+    reasons = []
+    for root in roots:
+        name = join(root, TOKENIZER)
+        try:
+            spec = read_bytes(name).decode()
+        except (OSError, ValueError) as error:
+            reasons.append(f"{name}: {getattr(error, 'strerror', None) or error}")
+            continue
+        if hashlib.sha256(spec.encode()).hexdigest() == index["tokenizer_digest"]:
+            return JsonTokenizer(spec, name, index["vocab_size"])
+        reasons.append(f"{name} is not the tokenizer that made the tokens: its digest differs from that in {INDEX}")
+    raise ValueError("; ".join(reasons))
+
+
 # ---- the key -----------------------------------------------------------------------------------------------------
 
 
-def _stat(data: DataConfig) -> list[tuple[str, int, int, int]]:
-    """Name, bytes and times of the files of a source: cheap to look at, and another when any of them changes."""
-    stats = []
-    for path in source_files(data):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from error
-        stats.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return stats
+def stamps(data: DataConfig) -> list[tuple]:
+    """Name, bytes and marks of the files of a source: cheap to look at, and another when any of them changes."""
+    return [stamp(path) for path in source_files(data)]
 
 
-def _digest(
+def digest_of_source(
     cache: Path, data: DataConfig, tokenizer: TokenizerConfig, ready: Tokenizer | None, stats: list, progress: Progress
 ) -> str:
+    """The digest of what a source holds and of the settings that decide its tokens."""
     settings = {
         "format": FORMAT,
         "content": _content(cache, stats, progress),
@@ -113,14 +166,10 @@ def _content(cache: Path, stats: list, progress: Progress) -> str:
         if len(content) == 64:  # else it was cut short
             return content
     total, done, digest = sum(stat[1] for stat in stats), 0, hashlib.sha256()
-    newest = max(max(stat[2:]) for stat in stats)
+    newest = max((max(stat[2:]) for stat in stats if not is_url(stat[0])), default=0)
     settled = time.time() - newest / 1e9 > SETTLED_S
-    for name, size, *_ in stats:
-        try:
-            with open(name, "rb") as file:
-                digest.update(kind(Path(name)).encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ValueError(f"{name}: {error.strerror}") from error
+    for name, size, mark, _ in stats:
+        digest.update(kind(Path(name)).encode() + b"\0" + _content_of(name, mark))
         done += size
         progress("looking at the files", done, total)
     if settled:
@@ -128,109 +177,62 @@ def _content(cache: Path, stats: list, progress: Progress) -> str:
     return digest.hexdigest()
 
 
+def _content_of(name: str, mark: str | int) -> bytes:
+    """A digest of a file's content. A store knows one, under which it is not read twice."""
+    if is_url(name) and mark:
+        return hashlib.sha256(str(mark).encode()).digest()
+    try:
+        with (RemotePath(name) if is_url(name) else Path(name)).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from error
+
+
 # ---- an entry ----------------------------------------------------------------------------------------------------
 
 
-def _open(entry: Path, config: TokenizerConfig, ready: Tokenizer | None) -> Dataset | None:
+def _open(entry: Path, config: TokenizerConfig, ready: Tokenizer | None, progress: Progress) -> Dataset | None:
     """The dataset of a whole entry; None where there is none or it is damaged. ready: the tokenizer, unless trained."""
     try:
-        meta = json.loads((entry / "meta.json").read_text())
-        tokenizer = ready or load_tokenizer(config, entry / "tokenizer.json")
-        streams = [entry / f"{name}.bin" for name in SPLITS]
-        dtype = np.dtype(meta["dtype"])
-        whole = all(
-            path.stat().st_size == meta[name]["tokens"] * dtype.itemsize
-            for name, path in zip(SPLITS, streams, strict=True)
-        )
-        if not whole or tokenizer.digest != meta["tokenizer_digest"]:
+        index = parse_index((entry / INDEX).read_bytes(), str(entry / INDEX))
+        tokenizer = ready or load_tokenizer(config, entry / TOKENIZER)
+        if tokenizer.digest != index["tokenizer_digest"]:
             return None
-        train, heldout = (np.memmap(path, dtype, mode="r") for path in streams)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        streams = open_folder(entry, index)
+        verify(entry, index, entry.parent / ".verified", progress)
+    except (FileNotFoundError, ValueError):
         return None
-    return Dataset(train, heldout, tokenizer, entry.name, entry)
+    return Dataset(**streams, tokenizer=tokenizer, digest=entry.name, tokens_digest=index["digest"],
+                   directory=str(entry))  # fmt: skip
 
 
 def _build(
     entry: Path, data: DataConfig, config: TokenizerConfig, ready: Tokenizer | None, before: list, progress: Progress
 ) -> Dataset:
     """Prepares an entry beside its place and publishes it. Must hold its lock."""
-    total = sum(stat[1] for stat in before)
     folder = Path(tempfile.mkdtemp(prefix=f".tmp-{entry.name}-", dir=entry.parent))
     with leave.on_leaving(lambda: _discard(folder)), contextlib.ExitStack() as stack:
         stack.callback(_discard, folder)
-        tokenizer = ready
-        if tokenizer is None:
-            texts = _reported(data, "training the tokenizer", total, progress)
-            tokenizer = train(config, (document.text for document, heldout in texts if not heldout))
-        dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        counts = _write_streams(folder, data, tokenizer, dtype, _reported(data, "tokenizing", total, progress))
-        if _stat(data) != before:
-            raise ValueError(f"the files of data.source={data.source} changed while they were read: start again")
-        tokenizer.save(folder / "tokenizer.json")
-        meta = {
-            "format": FORMAT,
-            "source": data.source,
-            "heldout_share": data.heldout,
-            "tokenizer": config.kind,
-            "tokenizer_digest": tokenizer.digest,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": dtype,
-            **counts,
-        }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        job = Job(entry.name, sum(stat[1] for stat in before))
+        index = write_corpus(folder, data, config, ready, job, progress)
+        require_unchanged(data, before)
         _publish(folder, entry)
-    dataset = _open(entry, config, ready)
+        remember(entry, index, entry.parent / ".verified")
+    dataset = _open(entry, config, ready, progress)
     assert dataset is not None, f"{entry} was published but cannot be opened"
     return dataset
+
+
+def require_unchanged(data: DataConfig, before: list) -> None:
+    """Raises ValueError where the files of a source are not what they were."""
+    if stamps(data) != before:
+        raise ValueError(f"the files of data.source={data.source} changed while they were read: start again")
 
 
 def _discard(folder: Path) -> None:
     """Removes a temporary folder, perhaps while another thread still writes there: by another name it finds no way."""
     with contextlib.suppress(FileNotFoundError):  # published
         shutil.rmtree(folder.rename(f"{folder}-discarded"), ignore_errors=True)
-
-
-def _reported(data: DataConfig, what: str, total: int, progress: Progress) -> Iterator[tuple[Document, bool]]:
-    progress(what, 0, total)
-    shown = 0
-    for document, heldout in split(data):
-        yield document, heldout
-        if document.read - shown >= total // 200:  # a bar needs no more, and a call may cost more than a document
-            shown = document.read
-            progress(what, shown, total)
-    progress(what, total, total)
-
-
-def _write_streams(
-    folder: Path, data: DataConfig, tokenizer: Tokenizer, dtype: str, texts: Iterator[tuple[Document, bool]]
-) -> dict:
-    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in SPLITS}
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in SPLITS}
-        for chunk in _chunks(texts):
-            tokens = tokenizer.encode_batch([document.text for document, _ in chunk])
-            for (_, heldout), ids in zip(chunk, tokens, strict=True):
-                name = "heldout" if heldout else "train"
-                files[name].write(np.append(ids, tokenizer.eos_id).astype(dtype).tobytes())
-                counts[name]["documents"] += 1
-                counts[name]["tokens"] += len(ids) + 1
-                counts[name]["bytes"] += int(tokenizer.token_bytes[ids].sum())
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    return counts
-
-
-def _chunks(texts: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
-    chunk, size = [], 0
-    for document, heldout in texts:
-        chunk.append((document, heldout))
-        size += len(document.text)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _publish(folder: Path, entry: Path) -> None:

@@ -49,25 +49,32 @@ class Held:
         return self.held_ends
 
 
-@dataclass(frozen=True)
 class Mapped:
     """A part in two files: NAME.bin with the tokens, NAME.ends.npy with the ends of its documents."""
 
-    path: Path  # of NAME.bin
-    dtype: str
-    tokens: int
-    documents: int
-    bytes: int | None = None
+    def __init__(self, path: Path, dtype: str, tokens: int, documents: int, bytes: int | None = None):
+        self.path, self.dtype, self.tokens, self.documents, self.bytes = path, dtype, tokens, documents, bytes
+        self._array: np.ndarray | None = None
 
     def array(self) -> np.ndarray:
         """Its tokens, memory-mapped. Raises OSError or ValueError where the file is gone or shorter than it was."""
-        if self.tokens == 0:
-            return np.empty(0, self.dtype)  # an empty file cannot be mapped
-        return np.memmap(self.path, self.dtype, mode="r", shape=(self.tokens,))
+        if self._array is None:
+            self._array = mapped(self.path, self.dtype, self.tokens)
+        return self._array
 
     def ends(self) -> np.ndarray:
         """Where its documents end."""
         return np.load(ends_file(self.path))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_array": None}  # a copy maps the file anew
+
+
+def mapped(path: Path, dtype: str, tokens: int) -> np.ndarray:
+    """The tokens of a file, as a plain read-only array over the mapped memory: indexing a memmap itself is slow."""
+    if tokens == 0:
+        return np.empty(0, dtype)  # an empty file cannot be mapped
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(tokens,)))
 
 
 def ends_file(path: Path) -> Path:
@@ -85,7 +92,6 @@ class Tokens:
         self.parts = [part for part in parts if part.tokens]
         self.dtype = np.dtype(dtype)
         self._borders = np.cumsum([0, *(part.tokens for part in self.parts)], dtype=np.int64)
-        self._open: dict[int, np.ndarray] = {}
 
     @staticmethod
     def of(arrays: list[np.ndarray], ends: list[np.ndarray] | None = None) -> "Tokens":
@@ -134,7 +140,7 @@ class Tokens:
         inside = starts + count <= self._borders[first + 1]
         for number in np.unique(first[inside]):
             rows = np.flatnonzero(inside & (first == number))
-            windows = np.lib.stride_tricks.sliding_window_view(self._array(int(number)), count)
+            windows = np.lib.stride_tricks.sliding_window_view(self.parts[number].array(), count)
             result[rows] = windows[starts[rows] - self._borders[number]]
         for row in np.flatnonzero(~inside):
             result[row] = self._across(int(starts[row]), int(starts[row]) + count, int(first[row]))
@@ -148,18 +154,6 @@ class Tokens:
         pieces = []
         while start < stop:
             border, after = int(self._borders[number]), int(self._borders[number + 1])
-            pieces.append(self._array(number)[start - border : min(stop, after) - border])
+            pieces.append(self.parts[number].array()[start - border : min(stop, after) - border])
             start, number = min(stop, after), number + 1
         return np.concatenate(pieces)
-
-    def _array(self, number: int) -> np.ndarray:
-        """The tokens of a part, as a plain array over the same memory: indexing a memmap itself is slow."""
-        if number not in self._open:
-            self._open[number] = np.asarray(self.parts[number].array())
-        return self._open[number]
-
-    def __getstate__(self) -> dict:
-        return {"parts": self.parts, "dtype": self.dtype, "_borders": self._borders}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state | {"_open": {}}

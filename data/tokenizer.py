@@ -1,7 +1,7 @@
 """Tokenizers: plain bytes, byte-level BPE or unigram trained on the corpus, or one from published files.
 
 All have the same face: `vocab_size`, `eos_id`, `encode`, `encode_batch`, `decode`, `bytes_of`, `joins_bytes`,
-`token_bytes`, `digest`, `save`. What to print of new tokens, `inference.detokenizer` tells.
+`token_bytes`, `begin_ids`, `digest`, `save`. What to print of new tokens, `inference.detokenizer` tells.
 No special token ever comes out of a text, whatever the text spells: the end of a document can be trusted as its border,
 and only a chat template (`data.chat`) writes the marks of its turns.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizers.files import read_spec
+from data.words import WordEncoder
 from runtime.files import replace_text
 
 TRAINED = ("bpe", "unigram")
@@ -84,6 +85,7 @@ class ByteTokenizer:
     eos_id = 0
     digest = hashlib.sha256(b"bytes").hexdigest()
     joins_bytes = False
+    begin_ids = ()
 
     def __init__(self):
         self.token_bytes = np.ones(self.vocab_size, np.int32)
@@ -97,6 +99,9 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of every text."""
         return [self.encode(text) for text in texts]
+
+    def by_words(self) -> None:
+        """There is no faster way."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
@@ -127,6 +132,7 @@ class JsonTokenizer:
 
     `token_bytes` is exact for byte-level tokenizers without normalisation (GPT-2, Llama 3, those trained here). One
     that rewrites its text (a prefixed space, NFC, lower case) is counted by the text that its tokens spell.
+    `begin_ids` are the special tokens that its models want in front of a sequence; `encode` does not give them.
     Special tokens have names of their own while in use, which no text can spell: `encode` makes ordinary tokens of
     everything, and only `encode_parts` gives special ones, where it is told to.
     """
@@ -155,8 +161,13 @@ class JsonTokenizer:
         self.digest = hashlib.sha256(spec.encode()).hexdigest()
         self.vocab_size = max(used, vocab_size or 0)
         decoder = json.dumps(parsed.get("decoder"))
-        self._byte_level, self.joins_bytes = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+        self.is_byte_level, self.joins_bytes = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
         self.token_bytes = self._count_bytes(vocab)
+        around = self._tokenizer.encode("a", add_special_tokens=True).ids
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        self.begin_ids = next(
+            (tuple(around[:i]) for i in range(len(around)) if around[i : i + len(plain)] == plain), ()
+        )
 
     def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
         byte_level = '"ByteLevel"' in self._spec
@@ -191,6 +202,10 @@ class JsonTokenizer:
         text = "".join(part if isinstance(part, str) else self._names[part] for part in parts)
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def by_words(self) -> WordEncoder | None:
+        """Another `encode_batch` with the same results, on one core and faster there; None where there is none."""
+        return WordEncoder(self._tokenizer, self.eos_id) if WordEncoder.fits(self._spec) else None
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, special tokens and foreign ids as nothing."""
         known = _known(ids, self.vocab_size).tolist()
@@ -214,7 +229,7 @@ class JsonTokenizer:
         spelled = self._tokenizer.id_to_token(token)
         if spelled is None:
             return b""
-        if self._byte_level:
+        if self.is_byte_level:
             try:
                 return bytes(BYTE_OF[character] for character in spelled)
             except KeyError:  # an added token, which stands as it is
@@ -224,6 +239,11 @@ class JsonTokenizer:
     def as_json(self) -> str:
         """The tokenizer.json."""
         return self._spec
+
+    def vocab(self) -> dict[str, int]:
+        """The id of every token but special ones, as the vocabulary spells it."""
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        return {token: i for token, i in vocab.items() if i not in self._names}
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer.json."""
@@ -290,7 +310,7 @@ def load_tokenizer(config: TokenizerConfig, saved: Path | None = None) -> Tokeni
     if config.is_trained:
         assert saved is not None, "it is trained by data.shards.prepare, which saves it"
         return JsonTokenizer(read_spec(saved), str(saved), config.vocab_size)
-    path = saved if saved is not None and Path(saved).exists() else Path(config.path).expanduser()
+    path = saved if saved is not None and Path(saved).exists() else config.path
     return JsonTokenizer(read_spec(path), str(path))
 
 
@@ -300,7 +320,7 @@ def vocab_size_of(config: TokenizerConfig) -> int:
         return ByteTokenizer.vocab_size
     if config.is_trained:
         return config.vocab_size
-    return _parse(read_spec(Path(config.path).expanduser()), config.path)[1]
+    return _parse(read_spec(config.path), config.path)[1]
 
 
 # ---- what a tokenizer.json says ----------------------------------------------------------------------------------
@@ -340,10 +360,11 @@ def _renamed(parsed: dict, names: dict[str, str]) -> dict:
         model["merges"] = [merge for merge in merges if joined(merge) not in names]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    added = [token | {"content": names.get(token["content"], token["content"])} for token in parsed.get("added_tokens") or []]
+    added = parsed.get("added_tokens") or []
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for token in names.keys() - {token["content"] for token in parsed.get("added_tokens") or []}:  # a word like any other
-        added.insert(0, {"id": 0, "content": names[token], "special": True, **flags})
+    words = names.keys() - {token["content"] for token in added}  # that the vocabulary holds like any other
+    new = [{"id": 0, "content": names[token], "special": True, **flags} for token in words]
+    added = [*new, *(token | {"content": names.get(token["content"], token["content"])} for token in added)]
     return parsed | {"model": model, "added_tokens": added}
 
 

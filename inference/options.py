@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from checkpoint.config import NEWEST, step
 from runtime.arguments import Parser
 
-NEWEST, BEST = "last", "best"  # choices of --step besides a number
 GROUPS = ("sample", "mesh", "runtime")  # of a run's settings, those that may be set anew for generation
 LIKE_A_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 SETTING = re.compile(rf"({'|'.join(GROUPS)})\.\w+=")
@@ -61,15 +61,6 @@ def model(text: str) -> Path:
     path = Path(text)
     if path.is_dir() and not any((path / name).is_file() for name in ("config.yaml", "config.json")):
         raise argparse.ArgumentTypeError(
-            f"{text} is no run directory, which has a config.yaml, and no Hugging Face folder, which has a config.json"
+            f"{text} is no run directory: it has no config.yaml; and no Hugging Face folder: it has no config.json"
         )
     return path
-
-
-def step(text: str) -> str | int:
-    """The value of --step: a number, or one of the two words."""
-    if text in (NEWEST, BEST):
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is neither best nor last nor the number of a step")
-    return int(text)

@@ -61,9 +61,9 @@ def rope_angles(config: ModelConfig, positions_BT: jax.Array, *, local: bool = F
 
     def turns(*, long: bool):
         """The radians of a token, the part of a turn that a block of tokens makes in units of 2^-32, and the factor."""
-        pairs = np.arange(config.rotary_dims // 2)
-        frequency, factor = rope_frequencies(jnp.asarray(pairs, jnp.float32), *rope, long=long)
-        exact, _ = rope_frequencies(pairs.astype(np.float64), *rope, long=long)
+        pairs = config.rotary_dims // 2
+        frequency, factor = rope_frequencies(jnp.arange(pairs, dtype=jnp.float32), *rope, long=long)
+        exact, _ = rope_frequencies(np.arange(pairs, dtype=np.float64), *rope, long=long)
         a_block = np.rint(exact * ROPE_BLOCK / (2 * np.pi) % 1 * 2**32).astype(np.uint64).astype(np.uint32)
         return frequency, a_block, factor
 

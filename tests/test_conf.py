@@ -1,32 +1,47 @@
 """The YAML in conf/ gives values to documented keys, and all of it composes."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 import yaml
 
 from config import build, compose, help, schema
+from data.prepared import digest_of
+from data.tokenizer import ByteTokenizer
 
 CONF = compose.CONF
 PRESETS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
-NEEDED = {"data/text": ["data.path=notes.txt"], "tokenizer/file": ["tokenizer.path=tokenizer.json"]}
+NEEDED = {
+    "data/text": ["data.path=notes.txt"],
+    "data/prepared": ["data.path=corpus"],
+    "tokenizer/file": ["tokenizer.path=tokenizer.json"],
+}
+CORPUS = {"format": 2, "dtype": "<u2", "vocab_size": 256, "eos_id": 0, "tokenizer": "bytes", "shards": []}
+CORPUS |= {"tokenizer_digest": ByteTokenizer.digest}
 TOKENIZER = '{"model": {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 1}, "merges": []}}'
+
+
+def assert_holds(section: dict, values: dict) -> None:
+    """All of these values, nested, are in the section; null stands for what follows from others."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            assert_holds(section[key], value)
+        elif value is not None:
+            assert section[key] == value
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/index.json").write_text(json.dumps(CORPUS | {"digest": digest_of(CORPUS)}))
     group, name = preset.split("/")
     composed = compose.load([f"{group}={name}", *NEEDED.get(preset, [])])
     values = yaml.safe_load((CONF / f"{preset}.yaml").read_text())
-    section = dataclasses.asdict(getattr(composed, group))
-    for key, value in values.items():
-        if isinstance(value, dict):
-            assert section[key].items() >= value.items()
-        elif value is not None:
-            assert section[key] == value
+    assert_holds(dataclasses.asdict(getattr(composed, group)), values)
 
 
 def test_defaults_are_those_of_the_main_job():

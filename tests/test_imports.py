@@ -17,17 +17,27 @@ ALLOWED = {
     "training": {"performance", "model", "parallel", "runtime", "data"},
     "checkpoint": {"model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
-    "inference": {"data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
+    "inference": {"checkpoint.config", "data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # a run's model for the programs that use it: it reads what training wrote
     "inference/opening.py": {
         *("checkpoint", "config", "data.tokenizer", "model", "parallel", "runtime"),
-        *("tracking.run_directory", "training.state"),
+        *("data.chat", "tracking.run_directory", "training.job", "training.state"),
     },
     # measures models of runs and of training jobs with text, tasks and programs
     "evaluation": {"config.schema", "data", "inference", "model", "parallel", "runtime", "tracking", "training"},
     # nests the settings of every room, each from a module without JAX
     "config": {
-        *("checkpoint.config", "data.corpus", "data.tokenizer", "inference.config", "model.config", "runtime"),
+        *(
+            "checkpoint.config",
+            "checkpoint.digests",
+            "checkpoint.huggingface.opened",
+            "data.corpus",
+            "data.prepared",
+            "data.tokenizer",
+            "inference.config",
+            "model.config",
+            "runtime",
+        ),
         *("evaluation.config", "model.counts"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
@@ -43,15 +53,17 @@ ALLOWED = {
 ENTRY_POINTS = {
     "train.py",
     "training/parity.py",
+    "data/__main__.py",
     "performance/__main__.py",
     "performance/memory.py",
     "parallel/pipeline/__main__.py",
     "inference/__main__.py",
+    "checkpoint/huggingface/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",
     "scaling/__main__.py",
 }
-PARTS = "scaling/commands/"  # of the entry point scaling/__main__.py, which looks them up by name
+PARTS = ("scaling/commands/", "data/commands/")  # of the entry points beside, which look them up by name
 MODULES = {"train"}  # that stand beside the folders
 
 ROOMS = {place.partition("/")[0] for place in ALLOWED}
@@ -88,7 +100,9 @@ def test_imports_run_one_way(file):
     modules = imported(file)
     tops = {module.partition(".")[0] for module in modules} & (ROOMS | MODULES | NOT_OURS)
     assert not tops & {"tests", "bench", "experiments"}
-    entries = {entry.removesuffix(".py").replace("/", ".") for entry in [*ENTRY_POINTS, PARTS.rstrip("/")]}
+    entries = {entry.removesuffix(".py").replace("/", ".") for entry in ENTRY_POINTS} | {
+        part.rstrip("/").replace("/", ".") for part in PARTS
+    }
     assert not modules & entries, "an entry point is imported by nobody"
     if file not in ENTRY_POINTS and not file.startswith(PARTS):
         row = set().union(*(names for place, names in ALLOWED.items() if f"{file}/".startswith(f"{place}/")))

@@ -56,15 +56,15 @@ def copy(run: Path, to: Path, last: int) -> Path:
 
 
 def during_step(step: int, number: signal.Signals):
-    """Within it the signal comes while that step's batch is read."""
-    batch = Loader.batch
+    """Within it the signal comes while the loop asks for that step's batch."""
+    batch = feed.Feed.batch
 
-    def interrupted(self, cursor, rows=None):
+    def interrupted(self, cursor):
         if cursor == step - 1:
             signal.raise_signal(number)
-        return batch(self, cursor, rows)
+        return batch(self, cursor)
 
-    return mock.patch.object(Loader, "batch", interrupted)
+    return mock.patch.object(feed.Feed, "batch", interrupted)
 
 
 def assert_equal_runs(ours: Path, theirs: Path) -> None:
@@ -153,21 +153,21 @@ def assert_honest_goodput(lines: list[dict], walls: list[float]) -> None:
 def watched():
     """Within it: the arrays that runs restore, {step: arrays by path}, and the tokens that they feed, in order."""
     arrays, tokens = {}, []
-    restore, put_batch = train.restore, feed.put_batch
+    restore, feed_batch = train.restore, feed.Feed.batch
 
     def watched_restore(*arguments):
         found = restore(*arguments)
         arrays[found.step] = {path: np.asarray(array) for path, array in by_path(found.state).items()}
         return found
 
-    def watched_put_batch(*arguments):
-        batch = put_batch(*arguments)
+    def watched_batch(*arguments):
+        batch = feed_batch(*arguments)
         tokens.append(np.asarray(batch["tokens_BT"]))
         return batch
 
     with (
         mock.patch.object(train, "restore", watched_restore),
-        mock.patch.object(feed, "put_batch", watched_put_batch),
+        mock.patch.object(feed.Feed, "batch", watched_batch),
     ):
         yield arrays, tokens
 

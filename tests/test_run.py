@@ -196,14 +196,14 @@ def named(make, name: str):
 
 
 def test_everything_compiles_once_and_nothing_is_transferred_behind_the_back(text, finished, tmp_path, caplog):
-    seen, batch = {}, Loader.batch
+    seen, batch = {}, feed.Feed.batch
 
-    def watched(self, cursor, rows=None):
+    def watched(self, cursor):
         seen[cursor] = len(caplog.records)
-        return batch(self, cursor, rows)
+        return batch(self, cursor)
 
     with (
-        mock.patch.object(Loader, "batch", watched),
+        mock.patch.object(feed.Feed, "batch", watched),
         mock.patch.object(job, "make_train_step", named(job.make_train_step, "the_step")),
         mock.patch.object(job, "make_eval_step", named(job.make_eval_step, "the_evaluation")),
         caplog.at_level(logging.WARNING),

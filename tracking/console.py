@@ -273,15 +273,25 @@ class Console:
             self._live = Live(get_renderable=self._bar, console=self._rich, refresh_per_second=6)
             self._live.start()
 
-    def evaluation(self, step: int, loss: float, bits_per_byte: float | None = None, best: bool = False) -> None:
-        """One line for an evaluation; `best` marks the lowest loss so far. bits_per_byte: None where no bytes count."""
+    def evaluation(
+        self,
+        step: int,
+        loss: float,
+        bits_per_byte: float | None = None,
+        best: bool = False,
+        by_source: dict[str, float] | None = None,
+    ) -> None:
+        """One line for an evaluation; `best` marks the lowest loss so far. bits_per_byte: None where no bytes count.
+        by_source: the losses of the sources of a mixture."""
+        sources = ", ".join(f"{name} {each:.4f}" for name, each in (by_source or {}).items())
         bits = "" if bits_per_byte is None else f"{bits_per_byte:.4f} bits/byte"
-        plain = [f"eval {step}/{self.total_steps}", f"loss {loss:.4f}", bits, "best" if best else ""]
+        plain = [f"eval {step}/{self.total_steps}", f"loss {loss:.4f}", bits, sources, "best" if best else ""]
         text = Text.assemble(
             ("✓ ", "green"),
             (f"eval at {step:<{len(str(self.total_steps))}}  ", ""),
             (f"loss {loss:.4f}", "bold"),
             (f"  {bits}" if bits else "", ""),
+            (f"  {sources}" if sources else "", "dim"),
             ("  ★ best so far" if best else "", "yellow"),
         )
         self._say(" | ".join(filter(None, plain)), text)

@@ -76,9 +76,9 @@ def _scalars(values: dict[str, jax.Array]) -> Iterator[tuple[str, float]]:
 class Reporter:
     """Tells of the steps of one run."""
 
-    def __init__(self, config: TrainConfig, first: int, meter: Throughput, sinks: Sinks, console: Console, epoch):
+    def __init__(self, config: TrainConfig, first: int, meter: Throughput, sinks: Sinks, console: Console, read):
         self.config, self.first, self.meter, self.sinks, self.console = config, first, meter, sinks, console
-        self.epoch = epoch  # step -> epochs of data read
+        self.read = read  # step -> metrics of the data read before it
         self.tokens_a_step = config.batch_size * config.seq_len
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -118,16 +118,17 @@ class Reporter:
     def _tell(self, step: int, metrics: dict[str, float]) -> None:
         tokens = step * self.tokens_a_step
         speed = self.meter.report(step, tokens)
-        self.sinks.log(step, {"tokens": tokens, "epoch": self.epoch(step), **metrics, **speed})
+        self.sinks.log(step, {"tokens": tokens, **self.read(step), **metrics, **speed})
         rate = speed.get("perf/tokens_per_s", math.nan)
         eta = (self.config.steps - step) * self.tokens_a_step / rate if rate > 0 else None
         self.console.progress(step, metrics["train/loss"], rate, speed.get("perf/mfu"), eta)
 
-    def evaluated(self, step: int, loss: float, bits_per_byte: float, best: bool) -> None:
-        """Tells of an evaluation."""
-        values = {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte}
+    def evaluated(self, step: int, found, best: bool) -> None:
+        """Tells of an evaluation; `found` is its training.heldout.Evaluation."""
+        values = {"eval/loss": found.loss, "eval/bits_per_byte": found.bits_per_byte}
+        values |= {f"eval/loss/{name}": loss for name, loss in found.by_source.items()}
         self.sinks.log(step, {"tokens": step * self.tokens_a_step, **values})
-        self.console.evaluation(step, loss, bits_per_byte, best)
+        self.console.evaluation(step, found.loss, found.bits_per_byte, best, found.by_source)
 
     def answered(self, step: int, values: dict[str, float]) -> None:
         """Tells how a model did in the tasks of an evaluation, by the keys that are logged."""
@@ -142,7 +143,7 @@ def introduce(
     job,
     console: Console,
     facts: dict[str, str],
-    epoch: Callable[[int], float],
+    read: Callable[[int], dict[str, float]],
     peak: Peak,
     memory,
     compile_s: float,
@@ -151,8 +152,9 @@ def introduce(
 ) -> Reporter:
     """Says what is about to be trained, and opens all that its metrics go to.
 
-    `config` is the whole of a run's, `job` its training.job.Job, `facts` what else the header says, `memory` the
-    compiled step's, `restored` the checkpoint that it goes on from or None, `began` the clock when the process began.
+    `config` is the whole of a run's, `job` its training.job.Job, `facts` what else the header says, `read` gives the
+    metrics of the data before a step, `memory` is the compiled step's, `restored` the checkpoint that it goes on from
+    or None, `began` the clock when the process began.
     Raises OSError where metrics.jsonl cannot be cut to the step that the run goes on from.
     """
     t, mesh, primary = config.train, job.mesh, jax.process_index() == 0
@@ -170,7 +172,7 @@ def introduce(
     elif primary and run.set_metrics_aside():
         console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
     meter = Throughput(flops, peak, mesh.size, job.schedule, began, compile_s, earlier)
-    return Reporter(t, first, meter, open_sinks(config, run, peak, first, primary=primary), console, epoch)
+    return Reporter(t, first, meter, open_sinks(config, run, peak, first, primary=primary), console, read)
 
 
 def open_sinks(config, run: RunDirectory, peak: Peak, first: int, *, primary: bool) -> Sinks:

@@ -1,35 +1,50 @@
 """The batches of a run as arrays on its mesh: each process reads the rows that its devices need."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 from jax.sharding import Mesh
 
-from data.loader import Loader, Stream, heldout_batches
-from data.shards import Dataset
+from data.opening import Corpora
+from data.streams import heldout_batches, training_stream
 from parallel.sharding import local_rows, put_batch
+
+Arrays = dict[str, jax.Array]
 
 
 class Feed:
-    """The batch of any step, the same on every mesh, and the held-out ones. Raises ValueError for texts too short."""
+    """The batch of any step, the same on every mesh, and the held-out ones. Raises ValueError for texts too short.
 
-    def __init__(self, config, dataset: Dataset, mesh: Mesh):
+    A thread of its own makes the batch of the next step while the device has this one's.
+    """
+
+    def __init__(self, config, corpora: Corpora, mesh: Mesh):
         """`config` is the whole of a run's."""
         t, self.mesh = config.train, mesh
-        self.batch_size, self.rows = t.batch_size, local_rows(mesh, t.batch_size)
+        self.batch_size, self.steps, self.rows = t.batch_size, t.steps, local_rows(mesh, t.batch_size)
         shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
-        shape["eos_id"] = dataset.tokenizer.eos_id if config.data.segments else None
-        self.stream: Stream = Loader(dataset.train, seed=config.seed, **shape)
-        self._heldout = lambda: heldout_batches(
-            dataset.heldout, limit=t.eval_batches * t.batch_size, rows=self.rows, **shape
-        )
-        if t.eval_every:
-            self._heldout()  # a held-out text that is too short is told now
+        self.stream = training_stream(config.data, corpora, seed=config.seed, **shape)
+        self.told = self.stream.told(t.steps)  # what is told of the data before the run begins
+        self._heldout = {}
+        if t.eval_every:  # a held-out text that is too short is told now
+            shape |= {"batches": t.eval_batches, "rows": self.rows}
+            self._heldout = heldout_batches(config.data, corpora, **shape)
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._ahead: dict[int, Future[Arrays]] = {}
 
-    def batch(self, step: int) -> dict[str, jax.Array]:
+    def batch(self, step: int) -> Arrays:
         """The global (B, T) arrays of a step."""
+        made = self._ahead.pop(step, None) or self._thread.submit(self._make, step)
+        if step + 1 < self.steps and step + 1 not in self._ahead:
+            self._ahead = {step + 1: self._thread.submit(self._make, step + 1)}
+        return made.result()
+
+    def _make(self, step: int) -> Arrays:
         return put_batch(self.mesh, self.stream.batch(step, self.rows), self.batch_size)
 
-    def heldout(self) -> Iterator[dict[str, jax.Array]]:
-        """The held-out batches, the same at every call."""
-        return (put_batch(self.mesh, batch, self.batch_size) for batch in self._heldout())
+    def heldout(self) -> Iterator[tuple[str, Arrays]]:
+        """The held-out batches, each with the name of its source; the same at every call."""
+        for name, batches in self._heldout.items():
+            for batch in batches:
+                yield name, put_batch(self.mesh, batch, self.batch_size)

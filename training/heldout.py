@@ -8,18 +8,36 @@ import jax
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    loss: float  # nats a token, of all sources together
+    bits_per_byte: float  # of text
+    by_source: dict[str, float]  # nats a token of each source of a mixture; empty where there is one
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Evaluates parameters on the same batches each time."""
 
     step: Callable  # (params, batch, token_bytes_V) -> sums, as training.step.make_eval_step makes it
-    batches: Callable[[], Iterable[Mapping[str, jax.Array]]]
+    batches: Callable[[], Iterable[tuple[str, Mapping[str, jax.Array]]]]  # each with the name of its source
     token_bytes_V: jax.Array
 
-    def losses(self, params: dict) -> tuple[float, float]:
-        """Nats a token, and bits a byte of text."""
-        sums = [self.step(params, batch, self.token_bytes_V) for batch in self.batches()]
-        nats, tokens, size = (sum(float(one[name]) for one in sums) for name in ("nats", "tokens", "bytes"))
-        return nats / tokens, nats / math.log(2) / size
+    def losses(self, params: dict) -> Evaluation:
+        """The losses on all batches."""
+        sums: dict[str, list] = {}
+        for name, batch in self.batches():
+            sums.setdefault(name, []).append(self.step(params, batch, self.token_bytes_V))
+        totals = {name: _added(parts) for name, parts in sums.items()}
+        whole = _added(totals.values())
+        by_source = {name: one["nats"] / one["tokens"] for name, one in totals.items()} if len(totals) > 1 else {}
+        return Evaluation(whole["nats"] / whole["tokens"], whole["nats"] / math.log(2) / whole["bytes"], by_source)
+
+
+def _added(sums: Iterable[Mapping]) -> dict[str, float]:
+    sums = list(sums)
+    return {name: sum(float(one[name]) for one in sums) for name in ("nats", "tokens", "bytes")}
 
 
 @dataclass

@@ -1,17 +1,16 @@
 """The command line of `python -m checkpoint.huggingface`. No JAX here: a mistake is told before slow imports."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint.config import NEWEST, step
 from checkpoint.huggingface.families import BY_TYPE
-from inference.options import NEWEST, step
 from runtime.arguments import Parser
 
 SETTINGS = "key=value sets mesh.*, runtime.* and the like as for train.py: mesh.tensor=2 runtime.cpu_devices=2."
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; help ends the process with 0, a mistake with one line on stderr and 2."""
     parser = Parser("python -m checkpoint.huggingface", description="Published weights in and out.", epilog=SETTINGS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
@@ -27,4 +26,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     two.add_argument("--family", choices=sorted(BY_TYPE), help="model_type to write (the first that can say the model)")
     for command in (one, two):
         command.add_argument("overrides", metavar="key=value", nargs="*", help="settings")
-    return parser.parse_args(list(arguments))
+    return parser.parse_args(arguments)

@@ -8,13 +8,18 @@ import functools
 import json
 from pathlib import Path
 
+from data.objects import is_url, read_bytes
 from data.tokenizers.gguf import gguf_spec
 from data.tokenizers.gpt2 import MERGES, VOCABULARIES, gpt2_spec
 
+SETTINGS = "tokenizer_config.json"
 
-def read_spec(path: Path) -> str:
-    """The tokenizer.json of a path. Raises ValueError that names the file which is not there or damaged."""
-    path = Path(path)
+
+def read_spec(path: Path | str) -> str:
+    """The tokenizer.json of a path, or of an address in a store. Raises ValueError that names the file which fails."""
+    if is_url(path):
+        return read_text(str(path))
+    path = Path(path).expanduser()
     try:
         stats = [(file, file.stat()) for file in files_of(path)]
     except OSError as error:
@@ -44,25 +49,24 @@ def _spec(*stats: tuple[Path, int, int]) -> str:
     files = [file for file, *_ in stats]
     if len(files) == 2:
         folder = files[0].parent
-        return gpt2_spec(*(read_text(file) for file in files), read_settings(folder), folder)
+        return gpt2_spec(*(read_text(file) for file in files), read_settings(folder / SETTINGS), folder)
     if files[0].suffix == ".gguf":
         return gguf_spec(files[0])
     return read_text(files[0])
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path | str) -> str:
     """Raises ValueError naming a file that cannot be read as UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(str(path)).decode()
     except OSError as error:
         raise ValueError(f"tokenizer file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"tokenizer file {path}: not UTF-8 at byte {error.start}") from error
 
 
-def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json of a folder, where there is one."""
-    path = folder / "tokenizer_config.json"
+def read_settings(path: Path) -> dict:
+    """A JSON object of settings beside a tokenizer; an empty one where the file is not there."""
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""GPT-2's own format: a vocabulary of spelled bytes (encoder.json or vocab.json) and its merges (vocab.bpe, merges.txt).
+"""GPT-2's own format: a vocabulary of spelled bytes (encoder.json, vocab.json) and its merges (vocab.bpe, merges.txt).
 
 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".)
 """

@@ -9,6 +9,7 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35 = QWEN2.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
@@ -30,17 +31,17 @@ class Words:
     whole: bool = False
 
 
-DIGITS = Words((r"\p{N}", GPT2))  # every digit a token of its own
-# tokenizer.ggml.pre of a GGUF file -> how words are cut
-WORDS = (
-    dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "roberta-bpe", "jina-v2-code", "gigachat"), Words((GPT2,)))
-    | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), DIGITS)
-    | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), Words((LLAMA3,), whole=True))
-    | dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Words((LLAMA3,)))
-    | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), Words((QWEN2,)))
-    | {"tekken": Words((TEKKEN,), whole=True)}
-    | dict.fromkeys(("gpt-4o", "llama4"), Words((GPT4O,)))
-)
+NAMES = {  # how words are cut -> tokenizer.ggml.pre of the GGUF files where it is so
+    Words((GPT2,)): "gpt-2 phi-2 mpt olmo jais roberta-bpe jina-v2-code gigachat",
+    Words((r"\p{N}", GPT2)): "smollm starcoder refact command-r codeshell exaone minerva-7b",
+    Words((LLAMA3,), whole=True): "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2 midm-2.0 jina-v5-nano",
+    Words((LLAMA3,)): "dbrx smaug-bpe chatglm-bpe",
+    Words((QWEN2,)): "qwen2 deepseek-r1-qwen stablelm2 megrez kormo f2llmv2",
+    Words((QWEN35,)): "qwen35",
+    Words((TEKKEN,), whole=True): "tekken",
+    Words((GPT4O,)): "gpt-4o llama4 kanana2 talkie minimax-m2",
+}
+WORDS = {name: words for words, names in NAMES.items() for name in names.split()}
 
 
 def byte_level_spec(
@@ -51,17 +52,25 @@ def byte_level_spec(
     vocab: token, spelled by GPT-2's characters for bytes -> id. merges: the earlier first. added: see `added_token`.
     begin: the special token that begins a sequence.
     """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    *before, last = words.patterns
+    if last != GPT2:  # which `ByteLevel` has by itself
+        before, byte_level = words.patterns, byte_level | {"use_regex": False}
     split = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in words.patterns
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in before
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cut = {"type": "Sequence", "pretokenizers": [*split, byte_level]} if split else byte_level
     model = {"type": "BPE", "ignore_merges": words.whole, "vocab": vocab, "merges": [list(merge) for merge in merges]}
-    return spec(model, added, byte_level, {"type": "Sequence", "pretokenizers": [*split, byte_level]}, None, begin)
+    return spec(model, added, byte_level, cut, None, begin)
 
 
 def spec(
-    model: dict, added: list[dict], decoder: dict, pre_tokenizer: dict | None, normalizer: dict | None, begin: str | None
+    model: dict,
+    added: list[dict],
+    decoder: dict,
+    pre_tokenizer: dict | None,
+    normalizer: dict | None,
+    begin: str | None,
 ) -> str:
     """The text of a tokenizer.json; `begin` is the special token that begins a sequence."""
     processor = None

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from config import compose, schema
-from data.loader import Loader, heldout_batches
+from data.loader import HeldoutBatches, Loader
 from data.shards import prepare
 from parallel.mesh import AXES, make_mesh
 from runtime.start import start
@@ -44,7 +44,7 @@ class Evaluate:
         dataset = prepare(cfg.data, cfg.tokenizer)
         shape = {"seq_len": t.seq_len, "batch_size": t.batch_size, "eos_id": None}
         loader = Loader(dataset.train, seed=cfg.seed, **shape)
-        heldout = heldout_batches(dataset.heldout, limit=t.eval_batches * t.batch_size, rows=slice(0, None), **shape)
+        heldout = HeldoutBatches(dataset.heldout, limit=t.eval_batches * t.batch_size, rows=slice(0, None), **shape)
         stack = lambda batches: {k: np.stack([batch[k] for batch in batches]) for k in batches[0]}
         self.train, self.heldout = stack([loader.batch(step) for step in range(t.steps)]), stack([*heldout])
         self.programs = {}

@@ -106,7 +106,7 @@ def test_field(tmp_path):
         ("a.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "a.txt.gz: Compressed file ended"),
         ("a.txt.zst", b"plain", "a.txt.zst: damaged zstd data"),
         ("a.txt.zst", zstandard.compress(b"hello" * 100_000)[:-3], "a.txt.zst: compressed file ended"),
-        ("a.csv", b"x", r"a.csv: can read .txt .md .jsonl, each also with .gz or .zst"),
+        ("a.doc", b"x", r"a.doc: can read .txt .md .jsonl .csv .tsv, each also with .gz or .zst, .parquet"),
     ],
 )
 def test_faulty_files(tmp_path, name, content, message):

@@ -7,12 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import Loader, heldout_batches, shuffled
+from data.loader import HeldoutBatches, Loader, shuffled
+from data.token_files import Tokens
+
+
+def stream(array):
+    """One document."""
+    return Tokens.of([np.asarray(array)])
 
 
 def loader(windows=10, seq_len=4, batch_size=3, seed=0, spare=0, **options):
     return Loader(
-        np.arange(windows * seq_len + 1 + spare, dtype=np.uint16),
+        stream(np.arange(windows * seq_len + 1 + spare, dtype=np.uint16)),
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
@@ -139,14 +145,14 @@ def test_memory_mapped_tokens(tmp_path):
     tokens = np.arange(41, dtype=np.uint32)
     tokens.tofile(tmp_path / "tokens")
     mapped = np.memmap(tmp_path / "tokens", np.uint32, mode="r")
-    same(*(Loader(t, seq_len=4, batch_size=3, seed=0).batch(2) for t in (tokens, mapped)))
+    same(*(Loader(stream(t), seq_len=4, batch_size=3, seed=0).batch(2) for t in (tokens, mapped)))
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 99), step=st.integers(0, 50))
 def test_places_begin_anew_with_each_document(seed, step):
     tokens = np.random.default_rng(seed).integers(0, 4, 300)
-    batch = Loader(tokens, seq_len=20, batch_size=3, seed=seed, eos_id=0).batch(step)
+    batch = Loader(stream(tokens), seq_len=20, batch_size=3, seed=seed, eos_id=0).batch(step)
     for tokens_T, places_T in zip(batch["tokens_BT"], batch["places_BT"], strict=True):
         place = 0
         for token, found in zip(tokens_T, places_T, strict=True):
@@ -157,7 +163,7 @@ def test_places_begin_anew_with_each_document(seed, step):
 
 def test_segments_number_documents_and_mask_what_follows_an_end():
     tokens = np.array([5, 6, 0, 7, 0, 0, 8, 9, 3])
-    batch = Loader(tokens, seq_len=8, batch_size=1, seed=0, eos_id=0).batch(0)
+    batch = Loader(stream(tokens), seq_len=8, batch_size=1, seed=0, eos_id=0).batch(0)
     assert batch["tokens_BT"].tolist() == [[5, 6, 0, 7, 0, 0, 8, 9]]
     assert batch["segments_BT"].tolist() == [[1, 1, 1, 2, 2, 3, 4, 4]]
     assert batch["mask_BT"].tolist() == [[1, 1, 0, 1, 0, 0, 1, 1]]
@@ -166,26 +172,26 @@ def test_segments_number_documents_and_mask_what_follows_an_end():
 
 def test_heldout_is_spread_and_padded():
     tokens = np.arange(10 * 4 + 3)
-    batches = list(heldout_batches(tokens, 4, 3, limit=5))
+    batches = list(HeldoutBatches(stream(tokens), 4, 3, limit=5))
     assert np.concatenate([b["tokens_BT"][:, 0] for b in batches])[:5].tolist() == [0, 8, 16, 24, 32]
     assert [b["mask_BT"].sum() for b in batches] == [12, 8]
     assert batches[1]["mask_BT"].tolist() == [[1] * 4, [1] * 4, [0] * 4]
-    everything = list(heldout_batches(tokens, 4, 4))
+    everything = list(HeldoutBatches(stream(tokens), 4, 4))
     assert len(everything) == 3
     counted = np.concatenate([b["targets_BT"][b["mask_BT"] == 1] for b in everything])
     np.testing.assert_array_equal(counted, np.arange(1, 41))
-    assert len(list(heldout_batches(tokens, 4, 4, limit=99))) == 3
+    assert len(list(HeldoutBatches(stream(tokens), 4, 4, limit=99))) == 3
 
 
 def test_heldout_is_the_same_on_any_hosts_and_at_every_batch_size():
     tokens = np.random.default_rng(0).integers(0, 5, 100)
-    whole = list(heldout_batches(tokens, 6, 4, limit=7, eos_id=0))
-    halves = [list(heldout_batches(tokens, 6, 4, 7, rows, eos_id=0)) for rows in (slice(0, 2), slice(2, 4))]
+    whole = list(HeldoutBatches(stream(tokens), 6, 4, limit=7, eos_id=0))
+    halves = [list(HeldoutBatches(stream(tokens), 6, 4, 7, rows, eos_id=0)) for rows in (slice(0, 2), slice(2, 4))]
     for batch, first, second in zip(whole, *halves, strict=True):
         same(batch, {key: np.concatenate([first[key], second[key]]) for key in batch})
 
     def counted(batch_size):
-        batches = list(heldout_batches(tokens, 6, batch_size, 7, eos_id=0))
+        batches = list(HeldoutBatches(stream(tokens), 6, batch_size, 7, eos_id=0))
         return np.concatenate([b["targets_BT"][b["mask_BT"] == 1] for b in batches])
 
     for batch_size in (1, 2, 7, 8):
@@ -195,12 +201,12 @@ def test_heldout_is_the_same_on_any_hosts_and_at_every_batch_size():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Loader(np.zeros(4), seq_len=4, batch_size=1, seed=0), r"4 tokens .* train.seq_len \+ 1 = 5"),
+        (lambda: Loader(stream(np.zeros(4)), seq_len=4, batch_size=1, seed=0), r"4 tokens .* train.seq_len \+ 1 = 5"),
         (lambda: loader(seed=-1), "seed=-1"),
         (lambda: loader(batch_size=0), "train.batch_size=0"),
-        (lambda: Loader(np.zeros(4), seq_len=0, batch_size=1, seed=0), "train.seq_len=0"),
-        (lambda: heldout_batches(np.zeros(4), 4, 1), "held-out stream has 4 tokens .* data.heldout"),
-        (lambda: heldout_batches(np.zeros(5), 4, 1, 0), "at least 1"),
+        (lambda: Loader(stream(np.zeros(4)), seq_len=0, batch_size=1, seed=0), "train.seq_len=0"),
+        (lambda: HeldoutBatches(stream(np.zeros(4)), 4, 1), "held-out stream has 4 tokens .* data.heldout"),
+        (lambda: HeldoutBatches(stream(np.zeros(5)), 4, 1, 0), "at least 1"),
     ],
 )
 def test_mistakes_are_said_at_once(make, message):

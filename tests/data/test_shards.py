@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from data.corpus import DataConfig, documents, is_heldout
+from config.build import build
+from data.corpus import DataConfig, is_heldout, items
 from data.shards import prepare
 from data.tokenizer import TokenizerConfig
 
@@ -36,9 +37,14 @@ def data(source, tmp_path):
 
 
 def split(stream, tokenizer):
+    stream = stream.slice(0, len(stream))
     ends = np.flatnonzero(stream == tokenizer.eos_id)
     assert ends[-1] == len(stream) - 1
     return [tokenizer.decode(part) for part in np.split(np.asarray(stream), ends + 1)[:-1]]
+
+
+def whole(stream):
+    return stream.slice(0, len(stream))
 
 
 def entries(cache):
@@ -51,7 +57,8 @@ def temporary(cache):
 
 def start(code, data, tokenizer=BPE):
     """A process of its own with `data` and `tokenizer` in scope."""
-    names = f"import data.shards as shards\nfrom data.shards import *\ndata, tokenizer = {data!r}, {tokenizer!r}\n"
+    names = "import data.shards as shards, data.writer as writer\nfrom data.shards import *\n"
+    names += f"data, tokenizer = {data!r}, {tokenizer!r}\n"
     return subprocess.Popen([sys.executable, "-c", names + code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -61,12 +68,13 @@ def test_streams_hold_the_documents_of_their_split(data, tokenizer):
     assert split(dataset.train, dataset.tokenizer) == [text for text in TEXTS if not is_heldout(text, 0.2)]
     assert split(dataset.heldout, dataset.tokenizer) == [text for text in TEXTS if is_heldout(text, 0.2)]
     assert dataset.train.dtype == np.uint16
-    assert isinstance(dataset.train, np.memmap)
-    assert not dataset.train.flags.writeable
-    meta = json.loads((dataset.directory / "meta.json").read_text())
-    assert meta["train"]["tokens"] == len(dataset.train)
+    array = dataset.train.parts[0].array()
+    assert isinstance(array.base, np.memmap)
+    assert not array.flags.writeable
+    splits = json.loads(Path(dataset.directory, "index.json").read_text())["splits"]
+    assert splits["train"]["tokens"] == len(dataset.train)
     size = sum(len(text.encode()) for text in TEXTS)
-    assert meta["train"]["bytes"] + meta["heldout"]["bytes"] == size
+    assert splits["train"]["bytes"] + splits["heldout"]["bytes"] == size == dataset.train.bytes + dataset.heldout.bytes
 
 
 def test_a_large_vocabulary_takes_four_bytes(data):
@@ -86,11 +94,11 @@ def test_bpe_learns_from_training_documents_only(tmp_path):
 
 def test_second_start_reads_the_cache(data, monkeypatch):
     first = prepare(data, BPE)
-    monkeypatch.setattr("data.corpus.documents", lambda config: pytest.fail("the source was read again"))
+    monkeypatch.setattr("data.corpus.items", lambda *_: pytest.fail("the source was read again"))
     second = prepare(data, BPE)
     assert second.digest == first.digest
     assert second.tokenizer.digest == first.tokenizer.digest
-    np.testing.assert_array_equal(first.train, second.train)
+    np.testing.assert_array_equal(whole(first.train), whole(second.train))
 
 
 def test_second_start_on_the_standard_library_is_quick(tmp_path, monkeypatch):
@@ -145,28 +153,30 @@ def test_a_tokenizer_file_is_part_of_the_key(data, tmp_path):
     config = TokenizerConfig("file", path=str(tmp_path / "tokenizer.json"))
     trained.tokenizer.save(Path(config.path))
     first = prepare(data, config)
-    np.testing.assert_array_equal(first.train, trained.train)
+    np.testing.assert_array_equal(whole(first.train), whole(trained.train))
     Path(config.path).write_text(Path(config.path).read_text().replace("<|endoftext|>", "</s>"))
     assert prepare(data, config).digest != first.digest
 
 
-@pytest.mark.parametrize("name", ["train.bin", "heldout.bin", "meta.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "heldout-00000.bin", "train-00000.ends.npy", "index.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_entry_is_made_again(data, name, damage):
     first = prepare(data, BPE)
-    expected = np.array(first.train), np.array(first.heldout)
-    path = first.directory / name
+    expected = whole(first.train), whole(first.heldout)
+    path = Path(first.directory, name)
     path.unlink() if damage == "gone" else os.truncate(path, path.stat().st_size - 2)
     again = prepare(data, BPE)
-    np.testing.assert_array_equal(again.train, expected[0])
-    np.testing.assert_array_equal(again.heldout, expected[1])
+    np.testing.assert_array_equal(whole(again.train), expected[0])
+    np.testing.assert_array_equal(whole(again.heldout), expected[1])
     assert entries(data.cache) == [first.digest]
     assert not temporary(data.cache)
 
 
 def test_two_processes_at_once_agree(data):
     code = "d = prepare(data, tokenizer, lambda what, *_: print(what))\n"
-    code += "print(d.digest, d.tokenizer.digest, d.train.sum(), d.heldout.sum())"
+    code += "print(d.digest, d.tokenizer.digest, d.tokens_digest, len(d.train), len(d.heldout))"
     processes = [start(code, data) for _ in range(3)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -179,9 +189,9 @@ def test_two_processes_at_once_agree(data):
 # Where a process is stopped for the kill, by the step of the preparation that it is about to take.
 STOP = "import time\ndef stop(*args, **kw):\n    print('there', flush=True); time.sleep(60)\n"
 PLACES = {
-    "training": "shards.train_bpe = stop",
-    "writing": "shards._chunks = stop",
-    "meta": "shards._publish = stop",
+    "training": "writer.train = stop",
+    "writing": "writer._chunks = stop",
+    "index": "shards._publish = stop",
     "before the rename": "os.rename = stop",
 }
 
@@ -224,11 +234,11 @@ def test_an_error_leaves_nothing(data, source):
 
 
 def test_a_source_that_changes_under_the_reader(data, source, monkeypatch):
-    def changing(config):
-        yield from documents(config)
+    def changing(*arguments):
+        yield from items(*arguments)
         source.write_text(json.dumps({"text": "new"}))
 
-    monkeypatch.setattr("data.corpus.documents", changing)
+    monkeypatch.setattr("data.corpus.items", changing)
     with pytest.raises(ValueError, match="changed while"):
         prepare(data, TokenizerConfig())
     assert entries(data.cache) == []
@@ -295,13 +305,13 @@ def test_progress_counts_up_to_all_of_the_bytes(data, source):
 
 
 def test_presets_name_only_fields_that_exist():
-    needed = {"text": {"path": "x.txt"}, "file": {"path": "tokenizer.json"}}
+    needed = {"text": {"path": "x.txt"}, "file": {"path": "tokenizer.json"}, "prepared": {"path": "corpus"}}
     for group, config in (("data", DataConfig), ("tokenizer", TokenizerConfig)):
         presets = list((ROOT / "conf" / group).glob("*.yaml"))
-        assert len(presets) == 3
+        assert len(presets) >= 3
         for preset in presets:
             values = yaml.safe_load(preset.read_text())
-            made = config(**{**values, **needed.get(preset.stem, {})})
+            made = build(config, {**values, **needed.get(preset.stem, {})})
             assert preset.stem in (getattr(made, "source", None), getattr(made, "kind", None))
 
 

@@ -88,7 +88,7 @@ def test_no_run_directory_and_no_prompt(run, tmp_path, capsys):
 
 def test_a_prompt_that_looks_like_an_option(run, capsys):
     for arguments in (["-x"], ["a prompt", "-x"]):
-        assert 'behind --, as in RUN_DIR -- "-x"' in refused(capsys, run[0], *arguments)
+        assert 'behind --, as in MODEL -- "-x"' in refused(capsys, run[0], *arguments)
     assert options.parse([str(run[0]), "sample.tokens=9", "--", "-x", "--y"]).prompts == ["-x", "--y"]
 
 

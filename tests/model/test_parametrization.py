@@ -112,7 +112,7 @@ def test_the_mesh_changes_nothing(model, axis, rule):
 
 
 def test_complete_p_needs_a_stream_that_no_norm_rescales():
-    with pytest.raises(ValueError, match="set model.norm_position=pre or both"):
+    with pytest.raises(ValueError, match="set model.norm_position=pre, both or output"):
         compose.load(["model.parametrization=complete_p", "model.norm_position=post"])
     with pytest.raises(ValueError, match="model.base_width=0 must be 1 or more"):
         compose.load(["model.base_width=0"])
