@@ -59,8 +59,12 @@ def run(options: argparse.Namespace) -> None:
     named = [task for task in options.tasks if task not in sources and task != CODE]
     tasks = {name: harness().load_tasks([name]) for name in named}
     programs = problems(options) if CODE in options.tasks else []
+    named_by = {task: [source.name] for task, source in sources.items()} | {CODE: [CODE]} | tasks
+    names = [name for argument in options.tasks for name in named_by[argument]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two of the tasks are called {twice}: measure them one after the other")
     if options.json:
-        require_room(options.json, [name for argument in options.tasks for name in tasks.get(argument, [argument])])
+        require_room(options.json, names)
 
     model = found.open(options.step)
     told = model.path if model.step is None else f"{model.path}: step {model.step}"
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             outcomes[CODE] = {CODE: solve(lm, programs, progressing.named("programs"))}
         for task, source in sources.items():
             progress = progressing.named(source.name)
-            outcomes[task] = {task: measured(scorer, source, window, found, options, progress)}
+            outcomes[task] = {source.name: measured(scorer, source, window, found, options, progress)}
     tell(options, model, window, outcomes, time.perf_counter() - began)
 
 
@@ -130,7 +134,8 @@ def tell(options, model: Opened, window: Window, outcomes: dict[str, dict[str, O
         return
     fresh: dict[str, Outcome] = {}
     for argument in options.tasks:
-        name = file_name(argument) + ("" if model.step is None else f"-{model.step}")
+        part = f"-first{options.limit}" if options.limit else ""
+        name = f"{file_name(argument)}{part}" + ("" if model.step is None else f"-{model.step}")
         path, new = keep_result(directory.path / "evaluation" / f"{name}.json", result(outcomes[argument]))
         print(f"results: {path}", file=sys.stderr)
         fresh |= outcomes[argument] if new else {}

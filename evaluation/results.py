@@ -89,7 +89,7 @@ class Result:
         return {"model": named, "settings": self.settings, "tasks": {n: t.digest for n, t in self.tasks.items()}}
 
     def text(self) -> str:
-        """The file: JSON."""
+        """The file: JSON, with a line for each part, and within a task for its metrics and its items."""
         tasks = {
             name: {
                 "digest": task.digest,
@@ -99,8 +99,11 @@ class Result:
             }
             for name, task in self.tasks.items()
         }
-        body = asdict(self) | {"tasks": tasks}
-        return json.dumps({"format": FORMAT, **body}, indent=1, allow_nan=True) + "\n"
+        lines = lambda parts: "{\n" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items()) + "\n}"
+        whole = {"format": FORMAT, **asdict(self)}
+        plain = {name: json.dumps(value) for name, value in whole.items() if name != "tasks"}
+        parts = {name: lines({key: json.dumps(part) for key, part in task.items()}) for name, task in tasks.items()}
+        return lines(plain | {"tasks": lines(parts)}) + "\n"
 
 
 def read_result(path: Path) -> Result:

@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.loss import token_losses
 from training.step import hidden, in_context_order, in_float32_matmuls
 
-BATCH_TOKENS = {"cpu": 2048}  # of a batch on one device
+BATCH_TOKENS = {"cpu": 1024}  # of a batch on one device
 ACCELERATOR_BATCH_TOKENS = 32768
 LOGITS = 1 << 26  # of a device that exist at once
 # what decides whether another shape is worth its compilation; only a guess is needed

@@ -20,7 +20,7 @@ CHUNK = 1 << 22  # characters of text that are tokenised at a time
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of one name, and a digest of what they hold."""
+    """Documents, what they are called wherever they lie, and a digest of what they hold."""
 
     name: str
     stream: Stream
@@ -32,7 +32,7 @@ def open_source(task: str, config: Config, tokenizer: Tokenizer, *, split: str, 
     place = task.removeprefix(PERPLEXITY)
     if place == HELDOUT:
         dataset = prepare(config.data, config.tokenizer)
-        return Source(HELDOUT, _as_stream(dataset.heldout, tokenizer.eos_id), dataset.digest)
+        return Source(task, _as_stream(dataset.heldout, tokenizer.eos_id), dataset.digest)
     path = Path(place).expanduser()
     if (path / "index.json").is_file():
         return _prepared(path, tokenizer, split)
@@ -63,7 +63,7 @@ def _prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Source:
         )
     if not parts:
         raise ValueError(f"{folder} has no shard of the split {split}; choose another --split")
-    return Source(folder.name, Tokens(parts, index["dtype"]), f"{digest} {split}")
+    return Source(f"{PERPLEXITY}{folder.name}", Tokens(parts, index["dtype"]), f"{digest} {split}")
 
 
 def _text(place: str, tokenizer: Tokenizer, limit: int | None) -> Source:
@@ -81,4 +81,4 @@ def _text(place: str, tokenizer: Tokenizer, limit: int | None) -> Source:
     if not found:
         raise ValueError(f"{place} has no text")
     name = Path(place).name if Path(place).is_file() else place.strip("/").replace("/", "_").replace("*", "x")
-    return Source(name, Texts(found, tokenizer.eos_id), digest.hexdigest())
+    return Source(f"{PERPLEXITY}{name}", Texts(found, tokenizer.eos_id), digest.hexdigest())

@@ -10,6 +10,7 @@ import performance.__main__ as performance
 import scaling.__main__ as scaling
 import tracking.__main__ as tracking
 from config import command_line, compose, layout
+from evaluation import options as evaluation
 from inference.options import parse
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +38,12 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
     words = words[1:]
     if words[:2] == ["-m", "runtime.launch"]:
         words = words[words.index("train.py") :]
-    if words[:2] == ["-m", "inference"]:
+    if words[:2] in (["-m", "inference"], ["-m", "evaluation"]):
         run = tmp_path / words[2]
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(compose.to_yaml(compose.load([])))
         monkeypatch.chdir(tmp_path)
-        parse(words[2:])
+        (parse if words[1] == "inference" else evaluation.parse)(words[2:])
         return
     if words[:2] == ["-m", "scaling"]:
         scaling.parser(words[2]).parse_intermixed_args(words[3:])
