@@ -14,6 +14,8 @@ from runtime.exit_codes import MISTAKE
 # Command -> (module in data/commands, what it does)
 COMMANDS = {
     "prepare": ("prepare", "tokenise a corpus once, into shards with digests, an index and a card"),
+    "clean": ("clean", "remove duplicates, what is too short or of another language, and what an evaluation holds"),
+    "tokenizer": ("tokenizer", "train a tokenizer, show one, or convert one to a tokenizer.json"),
     "show": ("show", "print or draw a batch as the model sees it: tokens, documents, masks, sources"),
 }
 

@@ -18,7 +18,7 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 
 def category(reason: str) -> str:
     """Under which words a reason is counted: without numbers, and without what a parser says beside."""
-    return re.sub(r"\d[\d,]*", "N", re.split(r"[:;(]| at ", reason)[0]).strip()[:60]
+    return re.sub(r"(?<![\w-])\d[\d,]*", "N", re.split(r"[:;(]| at ", reason)[0]).strip()[:60]
 
 
 def write_card(folder: Path, index: dict, lines: list[dict], data: DataConfig) -> None:

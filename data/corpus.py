@@ -143,6 +143,10 @@ class Skipped:
         return self.reason != EMPTY
 
 
+class BadItem(ValueError):
+    """A line, a row or a file that is no document and may be left out."""
+
+
 EMPTY = "empty"
 Item = Document | Skipped
 
@@ -186,7 +190,7 @@ def _sided(
     for item in items(config, tokenizer, first):
         if isinstance(item, Skipped):
             if item.bad and not skip_bad:
-                raise ValueError(f"{item.name}: {item.reason}")
+                raise BadItem(f"{item.name}: {item.reason}")
             yield item, False
         elif border is None:
             yield from _cut(item, config)
@@ -246,7 +250,7 @@ def documents(
         if isinstance(item, Document):
             yield item
         elif item.bad and not skip_bad:
-            raise ValueError(f"{item.name}: {item.reason}")
+            raise BadItem(f"{item.name}: {item.reason}")
 
 
 def items(config: DataConfig, tokenizer: "Tokenizer | None" = None, first: int = 0) -> Iterator[Item]:

@@ -25,13 +25,10 @@ DEFAULT_PATIENCE_S = 180.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
 BLOCK = 8 << 20  # bytes that one request reads
 # What no repetition mends, by the class's name: the packages that define them may be absent.
-FINAL = {"FileNotFoundError", "PermissionError", "IsADirectoryError", "NoCredentialsError", "PartialCredentialsError"}
-FINAL |= {
-    "NoSuchBucket",
-    "RepositoryNotFoundError",
-    "GatedRepoError",
-    "OfflineModeIsEnabled",
-    "DefaultCredentialsError",
+FINAL = {
+    *("FileNotFoundError", "PermissionError", "IsADirectoryError", "ValueError", "TypeError", "NotImplementedError"),
+    *("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "NoSuchBucket"),
+    *("RepositoryNotFoundError", "GatedRepoError", "OfflineModeIsEnabled"),
 }
 OPTIONS = {  # the repeating is done here, where the user is told of it
     "s3": {

@@ -67,7 +67,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, progress: Progress | N
     cache = Path(data.cache).expanduser()
     if data.source == "prepared":
         return open_prepared(data, cache, progress)
-    ready = None if tokenizer.kind == "bpe" else load_tokenizer(tokenizer)
+    ready = None if tokenizer.is_trained else load_tokenizer(tokenizer)
     try:
         _make_private(cache / "sources")
         before = stamps(data)
@@ -153,7 +153,7 @@ def digest_of_source(
         "format": FORMAT,
         "content": _content(cache, stats, progress),
         "data": [data.source, data.field, data.heldout],
-        "tokenizer": ready.digest if ready else ["bpe", tokenizer.vocab_size],
+        "tokenizer": ready.digest if ready else [tokenizer.kind, tokenizer.vocab_size],
     }
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 

@@ -8,9 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,11 @@ import numpy as np
 
 from data.card import LENGTHS, SAMPLES, category, write_card
 from data.corpus import DataConfig, Document, Item, split
-from data.encoding import Encoded, encoders
+from data.encoding import MANY_CORES, Encoded, chunk_encoder
 from data.prepared import FORMAT, INDEX, SPLITS, TOKENIZER, Progress, bin_file, digest_of, totals
+from data.processes import in_order
 from data.token_files import ends_file
-from data.tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train_bpe
+from data.tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, load_tokenizer, train
 from runtime.files import naming, replace_text
 
 CHUNK = 1 << 20  # characters of text that are tokenised at a time
@@ -36,7 +36,7 @@ class Job:
     settings: str  # digest of the source's content and of what decides the tokens
     total: int  # bytes of the source's files
     shard_tokens: int = SHARD_TOKENS  # a shard ends with the chunk that reaches so many
-    workers: int = 0  # processes that tokenise; 0: this one
+    workers: int = 1  # processes that tokenise; 1: this one
     skip_bad: bool = False
 
 
@@ -71,13 +71,14 @@ def write_corpus(
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     texts = _from(journal.place, data, tokenizer, job)
     writing = Shards(folder, dtype, len(journal.lines), journal.place)
-    with encoders(job.workers, tokenizer, config, folder / TOKENIZER, dtype) as pool:
-        progress("tokenizing", journal.read, job.total)
-        for chunk, encoded in _encoded(_chunks(texts, min(CHUNK, job.shard_tokens)), pool):
-            writing.add(chunk, encoded)
-            progress("tokenizing", writing.read, job.total)
-            if writing.tokens >= job.shard_tokens:
-                shards += journal.commit(writing, on_shard)
+    chunks = _chunks(texts, min(CHUNK, job.shard_tokens))
+    alone = job.workers > 1 or (os.cpu_count() or 1) < MANY_CORES
+    progress("tokenizing", journal.read, job.total)
+    for chunk, encoded in in_order(chunks, job.workers, chunk_encoder, config, folder / TOKENIZER, dtype, alone):
+        writing.add(chunk, encoded)
+        progress("tokenizing", writing.read, job.total)
+        if writing.tokens >= job.shard_tokens:
+            shards += journal.commit(writing, on_shard)
     if writing.place != journal.place:
         shards += journal.commit(writing, on_shard)
     progress("tokenizing", job.total, job.total)
@@ -108,8 +109,7 @@ def _tokenizer(
         return load_tokenizer(config, folder / TOKENIZER)  # trained before the job was interrupted
     if ready is None:
         texts = _reported(split(data, None, skip_bad=job.skip_bad), "training the tokenizer", job.total, progress)
-        train = (item.text for item, heldout in texts if isinstance(item, Document) and not heldout)
-        ready = train_bpe(train, config.vocab_size)
+        ready = train(config, (item.text for item, heldout in texts if isinstance(item, Document) and not heldout))
     ready.save(folder / TOKENIZER)
     return ready
 
@@ -142,25 +142,6 @@ def _chunks(texts: Iterator[tuple[Item, bool]], limit: int) -> Iterator[list[tup
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _encoded(chunks: Iterator[list], pool) -> Iterator[tuple[list[tuple[Item, bool]], Encoded]]:
-    """Each chunk with its tokens, in order, while the next ones are under way."""
-    waiting = deque()
-    try:
-        for chunk in chunks:
-            texts = [item.text for item, _ in chunk if isinstance(item, Document)]
-            waiting.append((chunk, pool.submit(texts)))
-            while len(waiting) >= pool.depth:
-                chunk, future = waiting.popleft()
-                yield chunk, future.result()
-        for chunk, future in waiting:
-            yield chunk, future.result()
-    except BrokenExecutor as error:
-        raise ValueError(
-            "a process that tokenises was killed, perhaps for want of memory: fewer --workers need less, "
-            "and the same command goes on after the last whole shard"
-        ) from error
 
 
 # ---- shards ------------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from config.compose import load
 from data.card import card_text
-from data.corpus import DataConfig
+from data.commands.progress import bars
+from data.corpus import BadItem, DataConfig
 from data.objects import exists, is_url, join, read_bytes, upload
-from data.prepared import INDEX, TOKENIZER, Progress, bin_file, checks_of, parse_index
+from data.prepared import INDEX, TOKENIZER, bin_file, checks_of, parse_index
 from data.shards import digest_of_source, require_unchanged, stamps
 from data.tokenizer import TokenizerConfig, load_tokenizer
 from data.writer import SHARD_TOKENS, Job, write_corpus
@@ -35,12 +36,9 @@ def add_prepare(parser: Parser) -> None:
     """The options of the command."""
     parser.add_argument("out", metavar="OUT", help="the new folder, or an address such as s3://bucket/corpus")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.*, tokenizer.*, as of train.py")
-    parser.add_argument(
-        "--shard-tokens", type=_positive, default=SHARD_TOKENS, metavar="N", help="tokens of a shard, about"
-    )
-    parser.add_argument(
-        "--workers", type=_positive, default=os.cpu_count(), metavar="N", help="processes that tokenise"
-    )
+    words = {"shards": "tokens of a shard, about", "workers": "processes that tokenise (default: the cores)"}
+    parser.add_argument("--shard-tokens", type=_positive, default=SHARD_TOKENS, metavar="N", help=words["shards"])
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), metavar="N", help=words["workers"])
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count what cannot be read")
     parser.set_defaults(command=run)
 
@@ -58,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
     cache = Path(data.cache).expanduser()
     (cache / "sources").mkdir(mode=0o700, parents=True, exist_ok=True)
     out = options.out if is_url(options.out) else str(Path(options.out).expanduser())
-    with _bar() as progress:
-        ready = None if tokenizer.kind == "bpe" else load_tokenizer(tokenizer)
+    with bars() as progress:
+        ready = None if tokenizer.is_trained else load_tokenizer(tokenizer)
         before = stamps(data)
         settings = digest_of_source(cache, data, tokenizer, ready, before, progress)
         if _is_there(out, settings):
@@ -70,7 +68,10 @@ def run(options: argparse.Namespace) -> int:
         folder = _staging(out, cache)
         with _held(folder, out):
             store = _Store(out, folder) if is_url(out) else _Folder(out, folder)
-            index = write_corpus(folder, data, tokenizer, ready, job, progress, store.take)
+            try:
+                index = write_corpus(folder, data, tokenizer, ready, job, progress, store.take)
+            except BadItem as error:
+                raise ValueError(f"{error}; --skip-bad leaves such out and counts them") from error
             require_unchanged(data, before)
             card = json.loads((folder / "card.json").read_text())
             store.publish(index)
@@ -175,27 +176,3 @@ class _Store:
                 upload(self._folder / name, join(self._out, name))
         self._pool.shutdown()
         shutil.rmtree(self._folder)
-
-
-# ---- what a person sees ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar on a terminal; elsewhere a line for each thing that begins."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        tasks = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-                if not console.is_terminal:
-                    console.print(f"{what} ...")
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield progress

@@ -189,7 +189,7 @@ def test_two_processes_at_once_agree(data):
 # Where a process is stopped for the kill, by the step of the preparation that it is about to take.
 STOP = "import time\ndef stop(*args, **kw):\n    print('there', flush=True); time.sleep(60)\n"
 PLACES = {
-    "training": "writer.train_bpe = stop",
+    "training": "writer.train = stop",
     "writing": "writer._chunks = stop",
     "index": "shards._publish = stop",
     "before the rename": "os.rename = stop",

@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from hostile import EXAMPLES, SPECIALS, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers_of_all_kinds import byte_fallback, byte_level, metaspace, word_ends, word_piece
 
 from data.tokenizer import (
     EOS_NAMES,
@@ -13,7 +16,9 @@ from data.tokenizer import (
     JsonTokenizer,
     TokenizerConfig,
     load_tokenizer,
+    train,
     train_bpe,
+    train_unigram,
     vocab_size_of,
 )
 
@@ -28,6 +33,11 @@ HARD = "a\0b <|endoftext|> </s> 😀👩‍👩‍👧 猫が好き \r\n\t  naï
 @pytest.fixture(scope="module")
 def bpe():
     return train_bpe(CORPUS, 300)
+
+
+@pytest.fixture(scope="module")
+def unigram():
+    return train_unigram(CORPUS, 262)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +57,9 @@ def from_file(tmp_path_factory):
     return load_tokenizer(TokenizerConfig("file", path=str(path)))
 
 
-@pytest.fixture(params=["bytes", "bpe", "file"])
-def tokenizer(request, bpe, from_file):
-    return {"bytes": ByteTokenizer(), "bpe": bpe, "file": from_file}[request.param]
+@pytest.fixture(params=["bytes", "bpe", "unigram", "file"])
+def tokenizer(request, bpe, unigram, from_file):
+    return {"bytes": ByteTokenizer(), "bpe": bpe, "unigram": unigram, "file": from_file}[request.param]
 
 
 def kept(tokenizer, text):
@@ -66,15 +76,93 @@ def check_text(tokenizer, text):
 
 
 def test_hard_text(tokenizer):
-    check_text(tokenizer, HARD)
-    check_text(tokenizer, "")
+    for text in (HARD, "", *EXAMPLES):
+        check_text(tokenizer, text)
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_any_text(bpe, from_file, text):
-    for tokenizer in (ByteTokenizer(), bpe, from_file):
+@given(text=texts)
+def test_any_text(bpe, unigram, from_file, text):
+    for tokenizer in (ByteTokenizer(), bpe, unigram, from_file):
         check_text(tokenizer, text)
+
+
+# ---------------------------------------------------------------------------------- special tokens and what spells them
+
+
+KINDS_OF_FILES = (metaspace, word_piece, word_ends, byte_fallback, byte_level)
+
+
+def with_specials(tokenizer):
+    """The same with more special tokens, among them some that its vocabulary holds as words."""
+    spec = json.loads(tokenizer._spec)
+    known = {token["content"] for token in spec["added_tokens"]}
+    flags = {key: value for key, value in spec["added_tokens"][0].items() if key not in ("id", "content")}
+    vocab, more = spec["model"]["vocab"], [name for name in SPECIALS if name not in known]
+    for token in spec["added_tokens"] if isinstance(vocab, dict) else ():
+        vocab.setdefault(token["content"], token["id"])
+    for name in more:
+        if isinstance(vocab, list):
+            vocab.append([name, 0.0])  # likelier than what it is made of
+        elif name not in vocab:
+            vocab[name] = max(vocab.values(), default=-1) + 1
+    at = {name: i for i, (name, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    spec["added_tokens"] = sorted(
+        [*({**token, "id": at.get(token["content"], token["id"])} for token in spec["added_tokens"]),
+         *({"id": at[name], "content": name, **flags, "special": True} for name in more)],
+        key=lambda token: token["id"],
+    )  # fmt: skip
+    return JsonTokenizer(json.dumps(spec), "with specials")
+
+
+@pytest.fixture(scope="module", params=KINDS_OF_FILES, ids=lambda kind: kind.__name__)
+def special_kind(request):
+    return with_specials(request.param())
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_other_names_of_special_tokens_change_no_other_token(special_kind, text):
+    """The ids are those of the library on the file as it is, looking for no special tokens."""
+    plain = Tokenizer.from_str(special_kind._spec)
+    plain.encode_special_tokens = True
+    while spelled := [name for name in special_kind.specials if name in text]:
+        text = text.replace(spelled[0], "")
+    ids = plain.encode(text, add_special_tokens=False).ids
+    assert special_kind.encode(text).tolist() == [i for i in ids if i != special_kind.eos_id]
+    assert special_kind.decode(ids) == plain.decode(ids)
+
+
+def forged(tokenizer, text):
+    """The special tokens among a text's, but for that of what is unknown."""
+    unknown = {tokenizer.specials.get(name) for name in ("<unk>", "[UNK]")}
+    return set(tokenizer.encode(text).tolist()) & set(tokenizer.specials.values()) - unknown
+
+
+def test_no_text_forges_a_special_token(special_kind):
+    assert len(special_kind.specials) >= len(SPECIALS) - 1
+    for text in (*EXAMPLES, *(f"a{name}b {name} c" for name in special_kind.specials)):
+        assert not forged(special_kind, text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=texts)
+def test_no_text_forges_a_special_token_whatever_it_says(special_kind, text):
+    assert not forged(special_kind, text)
+
+
+def test_parts_give_special_tokens_where_they_are_told_to(special_kind):
+    for name, i in special_kind.specials.items():
+        if name not in ("<unk>", "[UNK]"):
+            ids = special_kind.encode_parts(["the cat ", i, f"the {name} cat", i]).tolist()
+            assert [at for at in ids if at in special_kind.specials.values() and at == i] == [i, i]
+            assert "cat" in special_kind.decode(ids)
+
+
+def test_a_word_that_is_the_end_of_a_document_is_not_lost():
+    """T5 has `</s>` as a word of its vocabulary, which the likeliest cut of the text `</s>` would take."""
+    tokenizer = metaspace()
+    assert tokenizer.decode(tokenizer.encode("the </s> cat")).count("s") >= 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -110,6 +198,34 @@ def test_bpe_is_deterministic_and_has_the_size_asked_for(bpe, tmp_path):
     np.testing.assert_array_equal(loaded.encode(HARD), bpe.encode(HARD))
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_training_sees_texts_not_their_order(kind):
+    """So that two hosts which prepare the same corpus agree."""
+    config = TokenizerConfig(kind, vocab_size=262)
+    tokenizer = train(config, CORPUS)
+    assert train(config, reversed(CORPUS)).digest == tokenizer.digest
+    assert tokenizer.vocab_size == vocab_size_of(config) == 262
+
+
+def test_unigram_cuts_words_into_the_likeliest_tokens():
+    """The likeliest of all cuts, by brute force."""
+    tokenizer = train_unigram(["abab abc cab ababab bcabc " * 20], 262)
+    scores = dict(json.loads(tokenizer._spec)["model"]["vocab"])
+
+    def best(word):
+        return max(
+            (
+                scores[word[:at]] + (best(word[at:]) if word[at:] else 0.0)
+                for at in range(1, len(word) + 1)
+                if word[:at] in scores
+            ),
+        )
+
+    for word in ("ababab", "abc", "cabab", "bbcac"):
+        cut = [tokenizer.decode([i]) for i in tokenizer.encode(word).tolist()]
+        assert sum(scores[piece] for piece in cut) == pytest.approx(best(word))
+
+
 def test_a_small_corpus_leaves_ids_unused():
     small = train_bpe(["ab ab"], 1000)
     assert small.vocab_size == len(small.token_bytes) == 1000
@@ -127,8 +243,14 @@ def test_file_counts_holes_and_is_kept(from_file, tmp_path):
     assert load_tokenizer(gone, tmp_path / "saved.json").digest == from_file.digest
 
 
+def test_what_begins_a_sequence_is_known_and_not_encoded(bpe, from_file):
+    assert ByteTokenizer().begin_ids == bpe.begin_ids == ()
+    assert from_file.begin_ids == (0,)  # its template puts </s> in front
+    assert 0 not in from_file.encode("the cat")
+
+
 def test_sentencepiece_tokens_are_counted_by_their_text():
-    from tokenizers import Tokenizer, models
+    from tokenizers import models
 
     vocab = [("<unk>", 0.0), ("</s>", 0.0), ("▁the", -1.0), ("猫", -2.0), ("<0xE7>", -3.0)]
     tokenizer = JsonTokenizer(Tokenizer(models.Unigram(vocab, 0, True)).to_str(), "sentencepiece")
@@ -147,8 +269,9 @@ def test_bytes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "word"}, "bytes, bpe, file"),
+        ({"kind": "word"}, "bytes, bpe, unigram, file"),
         ({"kind": "bpe", "vocab_size": 256}, "at least 257"),
+        ({"kind": "unigram", "vocab_size": 256}, "kind=unigram needs at least 257"),
         ({"kind": "file"}, "tokenizer.path"),
     ],
 )

@@ -61,7 +61,9 @@ def test_bytes_are_shown_as_an_incremental_decoder_shows_them(name, data):
     new = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
     expected = codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(map(tokenizer.bytes_of, new)))
     assert "".join(streamed(tokenizer, [], new, [])) == expected
-    assert tokenizer.decode(new) in (expected, expected + "\ufffd")  # the half character at the end
+    half = tokenizer.decode(new).removeprefix(expected)  # of a character, at the end
+    assert tokenizer.decode(new).startswith(expected)
+    assert set(half) <= {"\ufffd"}
 
 
 @EVERY
