@@ -122,9 +122,11 @@ def finish(config: Config) -> Config:
     """Fills in what follows from other fields and checks what spans several."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
+    vocabulary = None
     for prepared in config.data.prepared:
-        config = dataclasses.replace(config, tokenizer=tokenizer_of(prepared, config.tokenizer))
-    vocabulary = vocab_size_of(config.tokenizer)
+        tokenizer, vocabulary = tokenizer_of(prepared, config.tokenizer)
+        config = dataclasses.replace(config, tokenizer=tokenizer)
+    vocabulary = vocabulary or vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))
     model, train = config.model, config.train

@@ -93,9 +93,11 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ImportError:
         raise ValueError(f"{url} needs the package fsspec: make setup EXTRAS=data") from None
     try:
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # repeats and tells by itself
         return fsspec.core.url_to_fs(url, **OPTIONS.get(protocol(url), {}))
     except ImportError as error:
-        raise ValueError(f"{url}: {_reason(error)}; make setup EXTRAS=data installs s3fs, gcsfs is for gs://") from None
+        needed = "s3:// and hf:// need make setup EXTRAS=data, gs:// the package gcsfs"
+        raise ValueError(f"{url}: {_reason(error)}; {needed}") from None
     except ValueError as error:
         raise ValueError(f"{url}: {_reason(error)}") from None
 

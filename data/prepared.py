@@ -17,6 +17,7 @@ local file.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from data.objects import Final, download, is_url, join, read_bytes, repeated
 from data.token_files import Mapped, Tokens, ends_file
 from data.tokenizer import TokenizerConfig, load_tokenizer
 from runtime.files import replace_text
+
+log = logging.getLogger("isomesh.data")
 
 FORMAT = 2
 SPLITS = ("train", "heldout")
@@ -88,25 +91,26 @@ def read_index(roots: list[str]) -> tuple[dict, str]:
     raise ValueError("; ".join(reasons))
 
 
-def tokenizer_of(data: DataConfig, asked: TokenizerConfig) -> TokenizerConfig:
-    """The settings of the tokenizer that a prepared corpus brings along. asked: what the user set.
+def tokenizer_of(data: DataConfig, asked: TokenizerConfig) -> tuple[TokenizerConfig, int]:
+    """The settings of the tokenizer that a prepared corpus brings along, and its vocabulary. asked: what the user set.
 
     Raises ValueError where that is another one, or there is no corpus.
     """
-    index, root = read_index(roots_of(data))
-    if asked.kind == "bpe":
+    index, _ = read_index(roots_of(data))
+    if asked.is_trained:
         raise ValueError(
-            f"tokenizer=bpe is trained on texts, and data.path={data.path} has tokens: leave it out, the corpus brings "
-            "its own tokenizer"
+            f"tokenizer={asked.kind} is trained on texts, and data.path={data.path} has tokens: leave it out, the "
+            "corpus brings its own tokenizer"
         )
     if asked.kind == "file" and load_tokenizer(asked).digest != index["tokenizer_digest"]:
         raise ValueError(
             f"tokenizer.path={asked.path} is not the tokenizer of data.path={data.path}: leave it out, the corpus "
             "brings its own"
         )
-    if index["tokenizer"] == "bytes":
-        return TokenizerConfig("bytes")
-    return asked if asked.kind == "file" else TokenizerConfig("file", path=join(root, TOKENIZER))
+    own = TokenizerConfig("bytes") if index["tokenizer"] == "bytes" else asked
+    if own.kind == "bytes" and index["tokenizer"] != "bytes":
+        own = TokenizerConfig("file", path=join(data.path, TOKENIZER))  # as it is spelled: alike on all hosts
+    return own, index["vocab_size"]
 
 
 def roots_of(data: DataConfig) -> list[str]:
@@ -212,6 +216,8 @@ def fetch(roots: list[str], name: str, digest: str, target: Path) -> None:
                 reasons.append(f"{root}: {' '.join(str(error).split())[:200] or type(error).__name__}")
                 continue
             if found == digest:
+                for reason in reasons:
+                    log.warning("%s: %s; taken from %s", name, reason, root)
                 return
             damaged += 1
             reasons.append(f"{root}: damaged, sha256 {found[:12]} where {INDEX} says {digest[:12]}")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ def in_order(items: Iterable[Any], workers: int, make: Callable[..., Callable], 
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
+    # a process that leaves at once, as on Ctrl-C, has its semaphores removed by a helper, which need not tell it
+    sys.warnoptions.append("ignore:resource_tracker")
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(make, arguments)
     )

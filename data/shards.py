@@ -11,6 +11,7 @@ An entry is written beside its place and renamed into it, whole or not at all; a
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -29,6 +30,8 @@ from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, TokenizerCon
 from data.writer import Job, write_corpus
 from runtime import leave
 from runtime.locks import Locked, locked
+
+log = logging.getLogger("isomesh.data")
 
 FORMAT = 1  # of the key: raise it when the same source and settings would give other tokens
 SETTLED_S = 2.0  # a file touched more recently may change again within the resolution of its timestamp
@@ -116,6 +119,8 @@ def _open_first(
             return streams, root
         except (ValueError, OSError) as error:
             reasons.append(str(error))
+            if root != roots[-1]:
+                log.warning("%s; taken from %s", error, roots[number + 1])
     raise ValueError("; ".join(reasons))
 
 

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> list[str]:
     config, tokenizer, sample = found.config, found.tokenizer, found.config.sample
     chat = chat_of(found.path) if options.chat else None
     if chat is None:
-        prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in options.prompts]
+        begun = [[*found.begin, *tokenizer.encode(prompt).tolist()] for prompt in options.prompts]
+        prompts = [ids or [tokenizer.eos_id] for ids in begun]
     else:
         messages = [[{"role": "user", "content": prompt}] for prompt in options.prompts]
         prompts = [chat.encode(message, generation_prompt=True).tolist() for message in messages]

@@ -1,5 +1,6 @@
 """A trained model as programs use it: found by its path, its parameters on a mesh, its tokenizer beside them."""
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from checkpoint.config import BEST, NEWEST
 from checkpoint.digests import MANIFEST
 from checkpoint.huggingface.load import load as load_pretrained
 from checkpoint.huggingface.opened import SMALL_FILES, open_pretrained
@@ -20,10 +22,10 @@ from config.compose import load, load_run, overridden
 from config.layout import model_requirements
 from config.pretrained import FROM
 from config.schema import Config
-from data.chat import ChatTemplate, find_template, open_chat
+from data.chat import ChatTemplate, open_chat
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from inference.generate import trained_reach
-from inference.options import BEST, GROUPS, NEWEST
+from inference.options import GROUPS
 from model.specs import Specs
 from model.transformer import Description, describe
 from parallel.mesh import MeshConfig, make_mesh, resolve
@@ -101,8 +103,8 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
     alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model
     config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), list(overrides), groups)
     tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
-    begin = () if directory.config.exists() else getattr(tokenizer, "begin", ())  # runs are trained without
-    return Found(directory.path, config, tokenizer, begin)
+    trained_here = directory.config.exists() and not directory.imported.exists()  # runs are trained without
+    return Found(directory.path, config, tokenizer, () if trained_here else tuple(tokenizer.begin_ids))
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:
@@ -156,7 +158,7 @@ def keep_pretrained(path: Path, run: RunDirectory) -> None:
     if source.is_file():  # a .gguf file has all in itself
         tokenizer = load_tokenizer(TokenizerConfig("file", path=str(source)))
         tokenizer.save(kept / "tokenizer.json")
-        if find_template(source)[0] is not None:
+        with contextlib.suppress(ValueError):  # it has no chat template
             open_chat(source, tokenizer).save(kept)
 
 

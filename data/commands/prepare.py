@@ -28,6 +28,7 @@ from data.writer import SHARD_TOKENS, Job, write_corpus
 from runtime.arguments import Parser
 from runtime.exit_codes import DONE
 from runtime.locks import Locked, locked
+from runtime.overrides import pasted
 
 UPLOADS = 2  # at once
 
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - began
     print(card_text(card))
     print(f"{out}: {card['bytes'] / 1e6:,.1f} MB of text in {seconds:.1f} s, {card['bytes'] / 1e6 / seconds:.1f} MB/s")
-    print(f"train on it: python train.py data=prepared data.path={out}")
+    print(f"train on it: python train.py data=prepared {pasted('data.path', options.out)}")
     return DONE
 
 

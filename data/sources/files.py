@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def _hub_dataset(address: str) -> list[File]:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"{address} needs the package datasets: make setup EXTRAS=data") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it says of its retries is said below
     try:
         found = load_dataset(name, split="train", revision=revision or None)
     except Exception as error:  # of several libraries

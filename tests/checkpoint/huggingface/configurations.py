@@ -106,8 +106,8 @@ def _without_groups(family: str, draw: random.Random) -> dict[str, Any]:
     if family == "gpt2":
         return {
             "vocab_size": VOCABULARY, "n_embd": heads * size, "n_layer": layers, "n_head": heads,
-            "n_positions": LONGEST, "n_inner": draw.choice([None, 20]), "activation_function": act, "tie_word_embeddings": tied,
-            "scale_attn_weights": draw.choice([True, False]),
+            "n_positions": LONGEST, "n_inner": draw.choice([None, 20]), "activation_function": act,
+            "tie_word_embeddings": tied, "scale_attn_weights": draw.choice([True, False]),
         }  # fmt: skip
     if family == "distilbert":
         return {
