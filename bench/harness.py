@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 VOCABULARY = 4096
+OURS = {"ours": (), "ours, compiling": ("runtime.compile_cache=null",)}  # with the compile cache, and without
 LIKELY, WRITTEN = "loglikelihood", "generate_until"
 
 
@@ -104,7 +105,7 @@ def _as_ours(weights: dict[str, np.ndarray], c) -> dict:
     }
 
 
-def ours(run: Path) -> dict:
+def ours(run: Path, *overrides: str) -> dict:
     """The tasks through our adapter, in this process."""
     import jax
 
@@ -113,7 +114,7 @@ def ours(run: Path) -> dict:
     from inference.opening import find_model
 
     suite = harness()
-    found = find_model(run)
+    found = find_model(run, overrides)
     tasks, model = suite.load_tasks(["offline"]), found.open()
     with jax.set_mesh(model.mesh):
         scorer = Scorer(model.description, model.params, model.mesh, model.dtype)
@@ -193,28 +194,30 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         who, folder = options.one
-        print(json.dumps(ours(Path(folder)) if who == "ours" else theirs(Path(folder), options.batch)))
+        made = theirs(Path(folder), options.batch) if who == "theirs" else ours(Path(folder), *OURS[who])
+        print(json.dumps(made))
         return
     names = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn")
     with tempfile.TemporaryDirectory() as folder:
         run, other = twins(Path(folder), {name: getattr(options, name) for name in names})
         found: dict[str, list[dict]] = {}
         for _ in range(options.rounds):
-            kinds = [("ours", run, 1), *(("theirs", other, int(b)) for b in options.batches.split(","))]
+            kinds = [*((who, run, 1) for who in OURS), *(("theirs", other, int(b)) for b in options.batches.split(","))]
             for who, place, batch in kinds:
                 one = alone("--one", who, str(place), "--batch", str(batch))
-                label = who if who == "ours" else f"theirs, batch {batch}"
+                label = who if who in OURS else f"theirs, batch {batch}"
                 found.setdefault(label, []).append(one)
                 seconds = {key: round(one[key], 2) for key in ("requests_s", "process_s")}
                 print(json.dumps({"who": label} | seconds), flush=True)
     middle = lambda label, key: statistics.median(one[key] for one in found[label])
-    best = min((label for label in found if label != "ours"), key=lambda label: middle(label, "requests_s"))
+    best = min((label for label in found if label not in OURS), key=lambda label: middle(label, "requests_s"))
     mine, other = found["ours"][0]["answers"], found[best][0]["answers"]
     ratio = lambda key: round(middle(best, key) / middle("ours", key), 2)
     summary = {
         "best of theirs": best,
         "theirs / ours, requests": ratio("requests_s"),
         "theirs / ours, process": ratio("process_s"),
+        "theirs / ours, compiling": round(middle(best, "requests_s") / middle("ours, compiling", "requests_s"), 2),
         "largest difference of log-likelihoods": largest_difference(mine, other),
         "greedy flags that differ": differing([flag for _, flag in mine[LIKELY]], [flag for _, flag in other[LIKELY]]),
         "texts that differ": differing(mine[WRITTEN], other[WRITTEN]),

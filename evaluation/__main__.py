@@ -27,7 +27,7 @@ from evaluation.needs import harness
 from evaluation.perplexity import Window, perplexity
 from evaluation.results import Outcome, Result, digest_of, keep_result, require_room
 from evaluation.scoring import Scorer
-from evaluation.sources import Source, open_source
+from evaluation.sources import Source, open_sources
 from evaluation.tell import tell_run
 from evaluation.versions import versions
 from inference.opening import Found, Opened, find_model
@@ -53,13 +53,12 @@ def run(options: argparse.Namespace) -> None:
     window = Window(length, options.stride or max(1, length // 2))
     # all that can be wrong about the tasks is told before a parameter is read
     texts = [task for task in options.tasks if task.startswith(PERPLEXITY)]
-    config, tokenizer = found.config, found.tokenizer
     asked = {"split": options.split, "limit": options.limit}
-    sources = {task: open_source(task, config, tokenizer, **asked) for task in texts}
+    sources = {task: open_sources(task, found, **asked) for task in texts}
     named = [task for task in options.tasks if task not in sources and task != CODE]
     tasks = {name: harness().load_tasks([name]) for name in named}
     programs = problems(options) if CODE in options.tasks else []
-    named_by = {task: [source.name] for task, source in sources.items()} | {CODE: [CODE]} | tasks
+    named_by = {task: [one.name for one in these] for task, these in sources.items()} | {CODE: [CODE]} | tasks
     names = [name for argument in options.tasks for name in named_by[argument]]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two of the tasks are called {twice}: measure them one after the other")
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
     with jax.set_mesh(model.mesh), Progressing() as progressing:
         scorer = Scorer(model.description, model.params, model.mesh, model.dtype)
         if named or programs:
-            lm = harness().MeshModel(scorer, tokenizer, length, found.begin, progressing.named)
+            lm = harness().MeshModel(scorer, found.tokenizer, length, found.begin, progressing.named)
         if named:
             every = {name: task for these in tasks.values() for name, task in these.items()}
             scored = harness().run_tasks(lm, every, options.limit)
@@ -82,9 +81,9 @@ def run(options: argparse.Namespace) -> None:
             from evaluation.humaneval import solve
 
             outcomes[CODE] = {CODE: solve(lm, programs, progressing.named("programs"))}
-        for task, source in sources.items():
-            progress = progressing.named(source.name)
-            outcomes[task] = {source.name: measured(scorer, source, window, found, options, progress)}
+        for task, these in sources.items():
+            measure = lambda one: measured(scorer, one, window, found, options, progressing.named(one.name))
+            outcomes[task] = {one.name: measure(one) for one in these}
     tell(options, model, window, outcomes, time.perf_counter() - began)
 
 

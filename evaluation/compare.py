@@ -183,5 +183,5 @@ def draw(sides: Sequence[Side], rows: Sequence[tuple[str, str]], png: Path) -> N
         panel.grid(axis="x", alpha=0.3)
     panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(sides)), frameon=False)
     temporary = png.with_name(f"{png.name}.tmp")
-    figure.savefig(temporary, format=png.suffix.lstrip(".") or "png", dpi=150)
+    figure.savefig(temporary, format=png.suffix.lstrip(".") or "png", dpi=100)
     temporary.replace(png)

@@ -1,19 +1,21 @@
 """The documents that perplexity is taken of, as tokens: a run's held-out ones, a prepared corpus, text files."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from config.schema import Config
 from data.corpus import DataConfig, documents
+from data.objects import exists, is_url, join
+from data.opening import open_corpora
+from data.prepared import INDEX
 from data.shards import prepare
-from data.token_files import Mapped, Tokens
 from data.tokenizer import Tokenizer
 from evaluation.options import HELDOUT, PERPLEXITY
 from evaluation.perplexity import Stream, Texts
+from inference.opening import Found
+from tracking.run_directory import RunDirectory
 
 CHUNK = 1 << 22  # characters of text that are tokenised at a time
 
@@ -27,48 +29,53 @@ class Source:
     digest: str
 
 
-def open_source(task: str, config: Config, tokenizer: Tokenizer, *, split: str, limit: int | None) -> Source:
-    """The source of a `perplexity:` task. Raises ValueError for one that is not there, or of other tokens."""
+def open_sources(task: str, found: Found, *, split: str, limit: int | None) -> list[Source]:
+    """The documents of a `perplexity:` task: one source, or each of the mixture that a run was trained on.
+
+    Raises ValueError where there are none, or where they have other tokens than the model.
+    """
     place = task.removeprefix(PERPLEXITY)
     if place == HELDOUT:
-        dataset = prepare(config.data, config.tokenizer)
-        return Source(task, _as_stream(dataset.heldout, tokenizer.eos_id), dataset.digest)
-    path = Path(place).expanduser()
-    if (path / "index.json").is_file():
-        return _prepared(path, tokenizer, split)
-    return _text(place, tokenizer, limit)
+        return _heldout(task, found)
+    folder = place if is_url(place) else str(Path(place).expanduser())
+    if exists(join(folder, INDEX)) if is_url(place) else Path(folder, INDEX).is_file():
+        return [_prepared(folder, found, split)]
+    return [_text(place, found.tokenizer, limit)]
 
 
-def _as_stream(tokens, eos_id: int) -> Tokens:
-    if isinstance(tokens, Tokens):
-        return tokens
-    return Tokens.of([tokens], [np.flatnonzero(np.asarray(tokens) == eos_id) + 1])
+def _heldout(task: str, found: Found) -> list[Source]:
+    if not RunDirectory(found.path).config.exists():
+        raise ValueError(f"{task}: {found.path} is no run, and has no held-out documents; give perplexity:PATH")
+    corpora = open_corpora(found.config.data, found.config.tokenizer)
+    _require_same_tokens(f"the text of data.source={found.config.data.source}", corpora.tokenizer, found.tokenizer)
+    several = len(corpora.by_name) > 1
+    return [
+        Source(f"{task}/{name}" if several else task, dataset.heldout, dataset.digest)
+        for name, dataset in corpora.by_name.items()
+    ]
 
 
-def _prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Source:
-    try:
-        index = json.loads((folder / "index.json").read_text())
-        shards = [shard for shard in index["shards"] if shard["split"] == split]
-        parts = [
-            Mapped(folder / f"{shard['name']}.bin", index["dtype"], shard["tokens"], shard["documents"], shard["bytes"])
-            for shard in shards
-        ]
-        tokenizer_digest, digest = index["tokenizer_digest"], index["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'index.json'} is damaged: {type(error).__name__} {error}") from error
-    if tokenizer_digest != tokenizer.digest:
+def _prepared(folder: str, found: Found, split: str) -> Source:
+    dataset = prepare(DataConfig(source="prepared", path=folder, cache=found.config.data.cache), found.config.tokenizer)
+    _require_same_tokens(folder, dataset.tokenizer, found.tokenizer)
+    stream = dataset.train if split == "train" else dataset.heldout
+    if not len(stream):
+        raise ValueError(f"{folder} has no document of the split {split}; choose another --split")
+    return Source(f"{PERPLEXITY}{folder.rstrip('/').rpartition('/')[2]}", stream, f"{dataset.digest} {split}")
+
+
+def _require_same_tokens(what: str, theirs: Tokenizer, ours: Tokenizer) -> None:
+    if theirs.digest != ours.digest:
         raise ValueError(
-            f"{folder} was prepared with another tokenizer ({tokenizer_digest[:12]}) than the model's "
-            f"({tokenizer.digest[:12]}): give its text, or prepare it with the model's tokenizer"
+            f"{what} has tokens of another tokenizer ({theirs.digest[:12]}) than the model's ({ours.digest[:12]}): "
+            "give its text, or prepare it with the model's tokenizer"
         )
-    if not parts:
-        raise ValueError(f"{folder} has no shard of the split {split}; choose another --split")
-    return Source(f"{PERPLEXITY}{folder.name}", Tokens(parts, index["dtype"]), f"{digest} {split}")
 
 
 def _text(place: str, tokenizer: Tokenizer, limit: int | None) -> Source:
-    """Text files; of those with a limit only as many documents are read."""
-    found, chunk, size, digest = [], [], 0, hashlib.sha256()
+    """Text files; with a limit only as many documents are read."""
+    found: list[np.ndarray] = []
+    chunk, size, digest = [], 0, hashlib.sha256()
     for document in documents(DataConfig(source="text", path=place)):
         chunk.append(document.text)
         size += len(document.text)

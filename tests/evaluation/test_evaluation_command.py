@@ -12,7 +12,10 @@ import pytest
 import runs
 import yaml
 
-from data.tokenizer import ByteTokenizer
+from data.__main__ import main as prepare
+from data.corpus import DataConfig
+from data.shards import prepare as opened
+from data.tokenizer import TokenizerConfig
 from evaluation.__main__ import main
 from evaluation.options import parse
 from evaluation.results import read_result
@@ -70,34 +73,26 @@ def test_training_answers_tasks_and_afterwards_the_answers_are_the_same(run, cap
 
 
 def test_texts_and_prepared_corpora_are_alike(run, tmp_path, capsys):
-    """The same documents as files of text and as a prepared corpus."""
-    texts = sorted((run.parent / "texts").glob("*.txt"))[:5]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": file.read_text()}) + "\n" for file in texts))
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    tokens = [np.frombuffer(file.read_bytes() + b"\0", np.uint8).astype("<u2") for file in texts]
-    np.concatenate(tokens).tofile(corpus / "a.bin")
-    np.save(corpus / "a.ends.npy", np.cumsum([len(ids) for ids in tokens]))
-    shard = {
-        "name": "a",
-        "split": "heldout",
-        "documents": 5,
-        "tokens": sum(map(len, tokens)),
-        "bytes": None,
-        "digest": "",
-    }
-    index = {"format": 2, "dtype": "<u2", "vocab_size": 256, "eos_id": 0, "digest": "d", "shards": [shard]}
-    (corpus / "index.json").write_text(json.dumps(index | {"tokenizer_digest": ByteTokenizer.digest}))
+    """The held-out documents of a corpus, and the same as lines of text; those of other tokens are refused."""
+    corpus, words = tmp_path / "corpus", tmp_path / "words"
+    shared = [f"data.path={run.parent / 'texts'}/*.txt", "data.heldout=0.2", f"data.cache={tmp_path / 'cache'}"]
+    assert prepare(["prepare", str(corpus), *shared, "--workers", "1"]) == 0
+    assert (
+        prepare(["prepare", str(words), *shared, "tokenizer.kind=bpe", "tokenizer.vocab_size=300", "--workers", "1"])
+        == 0
+    )
+    tokens = opened(DataConfig("prepared", str(corpus), cache=str(tmp_path / "cache")), TokenizerConfig()).heldout
+    texts = [bytes(text.tolist()).decode() for text in np.split(tokens.slice(0, len(tokens)), tokens.ends_N[:-1])]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": text.rstrip("\0")}) + "\n" for text in texts))
     asked = [f"perplexity:{tmp_path / 'mine.jsonl'}", f"perplexity:{corpus}"]
     code, out, err = command(capsys, run, *asked, "--window", "32", "--stride", "8", "--json", tmp_path / "out.json")
     assert code == 0, err
     one, other = read_result(tmp_path / "out.json").tasks.values()
     np.testing.assert_allclose(one.items["nats"], other.items["nats"], rtol=1e-6)
-    assert one.items["bytes"].tolist() == [len(file.read_bytes()) for file in texts]
-    (corpus / "index.json").write_text(json.dumps(index | {"tokenizer_digest": "another"}))
-    code, _, err = command(capsys, run, f"perplexity:{corpus}")
+    assert one.items["bytes"].tolist() == [len(text) - 1 for text in texts]
+    code, _, err = command(capsys, run, f"perplexity:{words}")
     assert (code, err.count("\n")) == (2, 1)
-    assert "was prepared with another tokenizer" in err
+    assert "has tokens of another tokenizer" in err
 
 
 @pytest.mark.parametrize(
