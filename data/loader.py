@@ -8,11 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+from data.order import Order
 from data.packing import Batch, Rows, rows_of
 from data.token_files import Tokens
-
-ROUNDS = 8  # of the index cipher; 4 are enough in theory (Luby and Rackoff 1988) with ideal round functions
-SMALLEST_BITS = 6  # with fewer the orders of a tiny stream are not equally likely
 
 
 class Stream(Protocol):
@@ -33,7 +31,7 @@ class Stream(Protocol):
 
 
 class Loader:
-    """The rows of a corpus, shuffled without replacement in each epoch, each epoch anew.
+    """The rows of a corpus, shuffled without replacement in each epoch, each epoch anew; see data/order.py.
 
     eos_id: given where attention has to stay inside documents; batches then carry segments. packing: how documents
     become rows, see data/packing.py. Raises ValueError if the corpus is shorter than one row.
@@ -56,7 +54,7 @@ class Loader:
         self.rows = _rows(tokens, seq_len, eos_id, packing, "training", advice)
         self.packing, self.tokens = packing, tokens
         self._batch_size = batch_size
-        self._seed = seed
+        self._order = Order(self.rows.borders, seed)
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -89,7 +87,7 @@ class Loader:
     def samples(self, numbers: np.ndarray) -> Batch:
         """As `batch`, of the sequences that are these in the order of a run that reads this corpus alone."""
         epochs, indices = np.divmod(numbers, self.sequences_per_epoch)
-        return self.rows.read(shuffled(indices, self.sequences_per_epoch, self._seed, epochs))
+        return self.rows.read(self._order.at(indices, epochs))
 
 
 class HeldoutBatches:
@@ -141,40 +139,3 @@ def _rows(tokens: Tokens, seq_len: int, eos_id: int | None, packing: str, split:
             f"{advice}"
         )
     return rows
-
-
-def shuffled(indices: np.ndarray, n: int, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """Where each index of [0, n) goes in the order of its epoch: a bijection, without a table of n entries.
-
-    A Feistel network over the next power of two; what falls outside [0, n) is enciphered again until it falls inside
-    ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
-    """
-    unique, which = np.unique(epochs, return_inverse=True)
-    keys = np.stack([np.random.SeedSequence((seed, int(e))).generate_state(ROUNDS, np.uint64) for e in unique])
-    keys = keys[which].T
-    bits = max(int(n - 1).bit_length(), SMALLEST_BITS)
-    result = _encipher(np.asarray(indices, np.uint64), keys, bits)
-    while (outside := result >= n).any():
-        result[outside] = _encipher(result[outside], keys[:, outside], bits)
-    return result.astype(np.int64)
-
-
-def _encipher(words: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
-    """A bijection of [0, 2^bits): each half in turn is XORed with a hash of the other, which can be undone."""
-    low_bits = np.uint64(bits // 2)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    low, high = words & low_mask, words >> low_bits
-    for number, key in enumerate(keys):
-        if number % 2:
-            low = low ^ (_hash(high ^ key) & low_mask)
-        else:
-            high = high ^ (_hash(low ^ key) & high_mask)
-    return high << low_bits | low
-
-
-def _hash(words: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.corpus import DataConfig, Document, split
 from data.prepared import Progress
 from data.shards import Dataset, digest_of_source, prepare, stamps
-from data.tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, train_bpe
+from data.tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, train
 from runtime.locks import locked
 
 
@@ -42,8 +42,8 @@ def open_corpora(data: DataConfig, tokenizer: TokenizerConfig, progress: Progres
     if not data.mixture:
         dataset = prepare(data, tokenizer, progress)
         return Corpora({data.source: dataset}, dataset.tokenizer, dataset.digest)
-    if tokenizer.kind == "bpe":
-        tokenizer = _trained_on_all(data, tokenizer.vocab_size, progress or (lambda what, done, total: None))
+    if tokenizer.is_trained:
+        tokenizer = _trained_on_all(data, tokenizer, progress or (lambda what, done, total: None))
     datasets = {}
     for name in sorted(data.mixture):
         told = progress and (lambda what, done, total, name=name: progress(f"{name}: {what}", done, total))
@@ -69,9 +69,9 @@ def naming(data: DataConfig, name: str) -> Iterator[None]:
         raise ValueError(f"data.mixture.{name}: {error}" if data.mixture else str(error)) from error
 
 
-def _trained_on_all(data: DataConfig, vocab_size: int, progress: Progress) -> TokenizerConfig:
-    """A BPE of the training documents of all sources of a mixture, one source after the other; trained once and kept in
-    the cache, under the digest of what they hold."""
+def _trained_on_all(data: DataConfig, config: TokenizerConfig, progress: Progress) -> TokenizerConfig:
+    """The tokenizer of the training documents of all sources of a mixture, one source after the other; trained once and
+    kept in the cache, under the digest of what they hold."""
     cache, alone = Path(data.cache).expanduser(), {name: data.of_mixture(name) for name in sorted(data.mixture)}
     (cache / "sources").mkdir(mode=0o700, parents=True, exist_ok=True)
     content = []
@@ -79,12 +79,12 @@ def _trained_on_all(data: DataConfig, vocab_size: int, progress: Progress) -> To
         with naming(data, name):
             stats = stamps(source)
             content.append(digest_of_source(cache, source, TokenizerConfig(), ByteTokenizer(), stats, progress))
-    key = hashlib.sha256(repr((content, vocab_size)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((content, config.kind, config.vocab_size)).encode()).hexdigest()[:32]
     path = cache / f"tokenizer-{key}.json"
     waiting = lambda: progress("waiting for another process to train the tokenizer", 0, 1)
     with locked(cache / f".lock-tokenizer-{key}", on_wait=waiting):
         if not path.exists():
-            train_bpe(_training_texts(data, alone, progress), vocab_size).save(path)
+            train(config, _training_texts(data, alone, progress)).save(path)
     return TokenizerConfig("file", path=str(path))
 
 

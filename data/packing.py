@@ -12,12 +12,18 @@ import numpy as np
 from data.token_files import Tokens
 
 PACKINGS = ("concatenate", "best_fit")
+BLOCK_TOKENS = 1 << 25  # about so many lie together in a block: a shard of a prepared corpus
 
 Batch = dict[str, np.ndarray]
 
 
 class Rows(Protocol):
-    """The rows of a corpus by number."""
+    """The rows of a corpus by number.
+
+    borders: the first row of each block of the corpus, and the number of rows.
+    """
+
+    borders: np.ndarray
 
     @property
     def fill(self) -> float:
@@ -46,9 +52,11 @@ class Concatenated:
 
     def __init__(self, tokens: Tokens, seq_len: int, eos_id: int | None):
         self.tokens, self.seq_len, self.eos_id = tokens, seq_len, eos_id
+        rows = max(0, (len(tokens) - 1) // seq_len)
+        self.borders = np.minimum(-(-blocks_of(tokens) // seq_len), rows)  # a row is of the block that it begins in
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
+        return int(self.borders[-1])
 
     def read(self, numbers: np.ndarray) -> Batch:
         """The rows of these numbers; see `Rows`."""
@@ -71,18 +79,34 @@ class Concatenated:
 class BestFit:
     """Documents packed into as few rows as best-fit decreasing finds; each token of the corpus is in one row, once.
 
-    A document longer than a row is cut into pieces of a row's length and a rest. Segments number the pieces of a row
+    A document longer than a row is cut into pieces of a row's length and a rest. Documents that lie far apart are not
+    packed together, see BLOCK_TOKENS. Segments number the pieces of a row
     from 1; what is left of it is segment 0 and holds `eos_id`, and no target there counts. (Ding et al. 2024, "Fewer
     Truncations Improve Language Modeling", arXiv 2404.10830.)
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, eos_id: int):
         self.tokens, self.size, self.eos_id = tokens, seq_len + 1, eos_id
-        starts, lengths = cut(tokens.ends_N, self.size)
+        ends_N = tokens.ends_N
+        documents = np.unique(np.searchsorted(ends_N, blocks_of(tokens), side="right"))  # before each block
+        begins = np.concatenate([[0], ends_N])[documents]
+        blocks = zip(begins, documents, documents[1:], strict=False)
+        parts = [self._packed(int(begin), ends_N[first:last]) for begin, first, last in blocks]
+        starts, lengths, pieces = zip(*parts, strict=True) if parts else ((), (), ())
+        self._starts, self._lengths = (
+            np.concatenate([[], *starts]).astype(np.int64),
+            np.concatenate([[], *lengths]).astype(np.int32),
+        )
+        self._first = np.cumsum(np.concatenate([[0], *pieces]), dtype=np.int64)  # the first piece of each row
+        self.borders = np.cumsum([0, *map(len, pieces)])
+
+    def _packed(self, begin: int, ends_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A block's pieces, row by row and in a row as in the corpus: where they begin, how long they are, and how many
+        each row has."""
+        starts, lengths = cut(begin, ends_N, self.size)
         row_of_piece, rows = best_fit(lengths, self.size)
-        order = np.argsort(row_of_piece, kind="stable")  # within a row as in the corpus
-        self._starts, self._lengths = starts[order], lengths[order].astype(np.int32)
-        self._first = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=rows))])  # piece of each row
+        order = np.argsort(row_of_piece, kind="stable")
+        return starts[order], lengths[order], np.bincount(row_of_piece, minlength=rows)
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -119,9 +143,24 @@ class BestFit:
         return {name: np.ascontiguousarray(array) for name, array in batch.items()}
 
 
-def cut(ends_N: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pieces of documents begin in the stream, and their lengths: none is longer than `size` tokens."""
-    begins = np.concatenate([[0], ends_N[:-1]]).astype(np.int64)
+def blocks_of(tokens: Tokens) -> np.ndarray:
+    """Where the blocks of a stream begin, and its end: each a part of it, or several that are small, or a piece of one
+    that is large, so that none is far from BLOCK_TOKENS."""
+    borders, end = [0], 0
+    for part in tokens.parts:
+        end += part.tokens
+        begin, size = borders[-1], end - borders[-1]
+        pieces = max(size // BLOCK_TOKENS, int(size >= BLOCK_TOKENS // 2))
+        borders += [begin + size * piece // pieces for piece in range(1, pieces + 1)]
+    return np.array([*(borders[:-1] or [0]), end], np.int64)  # what is left joins the last
+
+
+def cut(begin: int, ends_N: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pieces of documents begin in the stream, and their lengths: none is longer than `size` tokens.
+
+    begin: where the first document does.
+    """
+    begins = np.concatenate([[begin], ends_N[:-1]]).astype(np.int64)
     lengths = ends_N - begins
     pieces = -(-lengths // size)
     document = np.repeat(np.arange(len(ends_N)), pieces)

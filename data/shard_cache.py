@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.order import WINDOW
 from data.prepared import SPLITS, fetch
 from data.token_files import Tokens, mapped
 from runtime.locks import locked
@@ -143,14 +144,17 @@ class Fetched:
 def open_store(index: dict, cache: ShardCache) -> dict[str, Tokens]:
     """The streams of both splits. Where the cache has room for all, they are fetched ahead in the background."""
     parts = {name: [Fetched(s, cache) for s in index["shards"] if s["split"] == name] for name in SPLITS}
-    size = sum(shard["tokens"] for shard in index["shards"]) * np.dtype(index["dtype"]).itemsize
+    width, counts = np.dtype(index["dtype"]).itemsize, [shard["tokens"] for shard in index["shards"]]
+    size = needed = sum(counts) * width
+    if len(counts) >= 2 * WINDOW:  # it is not shuffled as a whole: what is read at a time, and what comes next
+        needed = min(size, 2 * WINDOW * max(counts) * width)
     if size <= cache.limit:
         _fetch_ahead([part for name in reversed(SPLITS) for part in parts[name]])
-    else:
+    elif needed > cache.limit:
         log.warning(
             "%s has %.3g GB of tokens and data.cache_gb=%g holds less: shards are fetched again and again; "
             "set data.cache_gb=%.3g where there is room",
-            *(cache.roots[0], size / 1e9, cache.limit / 1e9, 1.05 * size / 1e9),
+            *(cache.roots[0], size / 1e9, cache.limit / 1e9, 1.05 * needed / 1e9),
         )
     return {name: Tokens(parts[name], index["dtype"]) for name in SPLITS}
 

@@ -1,5 +1,6 @@
 """The batches of a run as arrays on its mesh: each process reads the rows that its devices need."""
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -7,16 +8,19 @@ import jax
 from jax.sharding import Mesh
 
 from data.opening import Corpora
+from data.packing import BLOCK_TOKENS
 from data.streams import heldout_batches, training_stream
 from parallel.sharding import local_rows, put_batch
 
 Arrays = dict[str, jax.Array]
+LOOKS = 8  # ahead, in the time in which a shard is read
 
 
 class Feed:
     """The batch of any step, the same on every mesh, and the held-out ones. Raises ValueError for texts too short.
 
-    A thread of its own makes the batch of the next step while the device has this one's.
+    A thread of its own makes the batch of the next step while the device has this one's. Another looks at a batch far
+    ahead now and then, so that shards of a store are here before they are needed.
     """
 
     def __init__(self, config, corpora: Corpora, mesh: Mesh):
@@ -30,7 +34,9 @@ class Feed:
         if t.eval_every:  # a held-out text that is too short is told now
             shape |= {"batches": t.eval_batches, "rows": self.rows}
             self._heldout = heldout_batches(config.data, corpora, **shape)
-        self._thread = ThreadPoolExecutor(1, "feed")
+        self._thread, self._scout = ThreadPoolExecutor(1, "feed"), ThreadPoolExecutor(1, "scout")
+        self._far = max(1, BLOCK_TOKENS // (t.batch_size * t.seq_len))  # steps in which a shard is read
+        self._looking: Future[None] | None = None
         self._ahead: dict[int, Future[Arrays]] = {}
 
     def batch(self, step: int) -> Arrays:
@@ -38,7 +44,16 @@ class Feed:
         made = self._ahead.pop(step, None) or self._thread.submit(self._make, step)
         if step + 1 < self.steps and step + 1 not in self._ahead:
             self._ahead = {step + 1: self._thread.submit(self._make, step + 1)}
+        if step % max(1, self._far // LOOKS) == 0 and step + self._far < self.steps and self._idle():
+            self._looking = self._scout.submit(self._look, step + self._far)
         return made.result()
+
+    def _idle(self) -> bool:
+        return self._looking is None or self._looking.done()
+
+    def _look(self, step: int) -> None:
+        with contextlib.suppress(Exception):  # it is told when the batch is needed
+            self.stream.batch(step, self.rows)
 
     def _make(self, step: int) -> Arrays:
         return put_batch(self.mesh, self.stream.batch(step, self.rows), self.batch_size)

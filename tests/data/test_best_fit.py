@@ -65,7 +65,7 @@ def test_segments_are_documents_and_targets_follow_their_tokens(lengths, seq_len
 @settings(max_examples=200, deadline=None)
 @given(lengths=lengths_of_documents, size=st.integers(1, 40))
 def test_no_document_is_cut_without_need(lengths, size):
-    starts, pieces = cut(np.cumsum(lengths), size)
+    starts, pieces = cut(0, np.cumsum(lengths), size)
     assert pieces.sum() == sum(lengths)
     assert len(pieces) == sum(-(-length // size) for length in lengths)
     assert set(np.cumsum([0, *lengths[:-1]])) <= set(starts.tolist())
@@ -96,7 +96,7 @@ def test_rows_are_those_of_best_fit_decreasing(lengths, more):
 def test_real_texts_leave_few_places_empty(source):
     lengths = np.array([len(document.text.encode()) + 1 for document in documents(DataConfig(source))])
     for size in (513, 1025, 2049, 8193):
-        _, pieces = cut(np.cumsum(lengths), size)
+        _, pieces = cut(0, np.cumsum(lengths), size)
         _, rows = best_fit(pieces, size)
         assert lengths.sum() / rows / size > 0.97, size
 
@@ -104,7 +104,7 @@ def test_real_texts_leave_few_places_empty(source):
 def test_millions_of_documents_are_packed_in_seconds():
     lengths = np.random.default_rng(0).lognormal(5.5, 1.2, 2_000_000).astype(np.int64) + 1
     began = time.perf_counter()
-    _, pieces = cut(np.cumsum(lengths), 2049)
+    _, pieces = cut(0, np.cumsum(lengths), 2049)
     row_of_piece, rows = best_fit(pieces, 2049)
     assert time.perf_counter() - began < 3
     filled = np.bincount(row_of_piece, pieces)

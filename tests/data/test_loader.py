@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import HeldoutBatches, Loader, shuffled
+from data.loader import HeldoutBatches, Loader
+from data.order import shuffled
 from data.token_files import Tokens
 
 

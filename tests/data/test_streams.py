@@ -191,15 +191,16 @@ def test_a_source_that_is_too_short_is_told_with_its_name(folder):
             make()
 
 
-def test_a_tokenizer_is_trained_on_all_sources_once(folder, monkeypatch):
-    data, bpe = settings_of(folder), TokenizerConfig("bpe", vocab_size=300)
-    corpora = open_corpora(data, bpe)
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_tokenizer_is_trained_on_all_sources_once(kind, folder, monkeypatch):
+    data, config = settings_of(folder), TokenizerConfig(kind, vocab_size=300)
+    corpora = open_corpora(data, config)
     assert {dataset.tokenizer.digest for dataset in corpora.by_name.values()} == {corpora.tokenizer.digest}
     assert corpora.tokenizer.vocab_size <= 300
     for name in SOURCES:  # words of all sources are learned
         assert len(corpora.tokenizer.encode(name)) < len(name)
-    monkeypatch.setattr("data.opening.train_bpe", lambda *_: pytest.fail("trained again"))
-    assert open_corpora(data, bpe).digest == corpora.digest
+    monkeypatch.setattr("data.opening.train", lambda *_: pytest.fail("trained again"))
+    assert open_corpora(data, config).digest == corpora.digest
 
 
 def test_sources_that_were_prepared_with_different_tokenizers_are_not_mixed(folder):

@@ -70,6 +70,32 @@ def test_what_goes_wrong_is_told_at_its_step(made):
         feed.batch(4)
 
 
+def test_batches_far_ahead_are_looked_at_and_no_batch_waits_for_a_look(made, monkeypatch):
+    config, *others = made
+    monkeypatch.setattr("training.feed.BLOCK_TOKENS", 4 * config.train.batch_size * config.train.seq_len)
+    feed, batch, looked, free = Feed(config, *others), Loader.batch, [], threading.Event()
+
+    def watched(self, step, rows=None):
+        if threading.current_thread().name.startswith("scout"):
+            looked.append(step)
+            free.wait(10)
+            raise OSError("the store is away")
+        return batch(self, step, rows)
+
+    with mock.patch.object(Loader, "batch", watched):
+        for step in range(3):
+            np.testing.assert_array_equal(feed.batch(step)["tokens_BT"], batch(feed.stream, step)["tokens_BT"])
+        free.set()
+        deadline = time.monotonic() + 10
+        while not feed._idle() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        for step in range(3, STEPS):
+            feed.batch(step)
+            while not feed._idle() and time.monotonic() < deadline:
+                time.sleep(0.001)
+    assert looked == [4, *range(7, STEPS)]
+
+
 def test_heldout_batches_have_the_name_of_their_source_and_are_the_same_each_time(made):
     feed = Feed(*made)
     first, again = ([(name, np.asarray(b["tokens_BT"])) for name, b in feed.heldout()] for _ in range(2))
