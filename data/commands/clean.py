@@ -29,7 +29,13 @@ from runtime.overrides import pasted
 
 def add_clean(parser: Parser) -> None:
     """The options of the command."""
-    parser.add_argument("words", nargs="+", metavar="IN|data.*=... OUT", help="what is cleaned, and the new folder")
+    parser.usage = "%(prog)s (IN | data.KEY=VALUE ...) OUT [--exact] [--near 0.8] [--language en] [--against FILES] ..."
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="IN OUT",
+        help="files as of data.path, or settings of data as of train.py; the new folder",
+    )
     parser.add_argument("--exact", action="store_true", help="remove documents that are the same but for spaces")
     words = "remove documents whose runs of 5 words are so alike (Jaccard), as in 0.8"
     parser.add_argument("--near", type=float, metavar="SIMILARITY", help=words)

@@ -5,6 +5,9 @@ with a random order), so that two hosts which prepare the same corpus would not 
 fixed number of threads.
 """
 
+import contextlib
+import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +15,12 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
+from data.words import ASCII_WORDS, SEPARATORS
+from runtime import leave
+
 LONGEST = 256  # characters of a word: what is longer is no word, and costs its square
+HIDDEN = [*range(0x21), 0x7F]  # characters of ASCII that GPT-2 spells otherwise, in the order of its others
+SPELLED = {code: chr(256 + number) for number, code in enumerate(HIDDEN)}
 
 
 def unigram_pieces(texts: Iterable[str], size: int) -> list[tuple[str, float]]:
@@ -26,10 +34,14 @@ def unigram_pieces(texts: Iterable[str], size: int) -> list[tuple[str, float]]:
         raise ValueError(
             "tokenizer.kind=unigram needs the package sentencepiece: make setup EXTRAS=tokenizers"
         ) from None
-    words = _count_words(texts)
+    words = count_words(texts)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words.update(alphabet)  # so that each is a token
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp()
+    remove = lambda: shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove)
+        stack.enter_context(leave.on_leaving(remove))
         counts = Path(folder, "words.tsv")
         lines = (f"{word}\t{count}\n" for word, count in sorted(words.items()))
         counts.write_text("".join(lines), encoding="utf-8")
@@ -68,9 +80,15 @@ def _without_the_rarest(pieces: list[tuple[str, float]], count: int) -> list[tup
     return [piece for i, piece in enumerate(pieces) if i not in left_out]
 
 
-def _count_words(texts: Iterable[str]) -> Counter:
-    words = Counter()
+def count_words(texts: Iterable[str]) -> Counter:
+    """How often each word of the texts occurs, spelled by GPT-2's characters for bytes."""
+    plain, counts, find = Counter(), Counter(), re.compile(ASCII_WORDS).findall
     split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     for text in texts:
-        words.update(word for word, _ in split(text) if len(word) <= LONGEST)
-    return words
+        if text.isascii() and not any(separator in text for separator in SEPARATORS):
+            plain.update(find(text))  # five times as fast
+        else:
+            counts.update(word for word, _ in split(text))
+    for word, count in plain.items():
+        counts[word.translate(SPELLED)] += count
+    return Counter({word: count for word, count in counts.items() if len(word) <= LONGEST})

@@ -1,13 +1,14 @@
 """Tokenizers: nothing is lost, every byte is counted once, and no text can end a document."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 from hostile import EXAMPLES, SPECIALS, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers_of_all_kinds import byte_fallback, byte_level, metaspace, word_ends, word_piece
 
 from data.tokenizer import (
@@ -21,6 +22,7 @@ from data.tokenizer import (
     train_unigram,
     vocab_size_of,
 )
+from data.tokenizers.unigram import LONGEST, count_words
 
 CORPUS = [
     "the cat sat on the mat, the hat and the cat",
@@ -205,6 +207,14 @@ def test_training_sees_texts_not_their_order(kind):
     tokenizer = train(config, CORPUS)
     assert train(config, reversed(CORPUS)).digest == tokenizer.digest
     assert tokenizer.vocab_size == vocab_size_of(config) == 262
+
+
+@settings(max_examples=100, deadline=None)
+@given(several=st.lists(texts | st.text(st.characters(max_codepoint=127), max_size=20), max_size=4))
+def test_words_of_ascii_are_counted_as_the_library_counts_them(several):
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    expected = Counter(word for text in several for word, _ in split(text))
+    assert count_words(several) == Counter({word: n for word, n in expected.items() if len(word) <= LONGEST})
 
 
 def test_unigram_cuts_words_into_the_likeliest_tokens():
