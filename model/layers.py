@@ -13,6 +13,7 @@ from model.attention import attention
 from model.attention_rule import TokenInfo
 from model.config import ModelConfig, RopeScaling
 from model.kv_cache import LayerCache
+from model.normalise import normalise
 from model.platforms import choices
 from model.projection import Projection, param
 from model.specs import Specs
@@ -36,17 +37,7 @@ class Norm(nnx.Module):
             cast_and_gather(self.scale, jnp.float32),
             None if self.bias is None else cast_and_gather(self.bias, jnp.float32),
         )
-        return jax.checkpoint(self._normalised, prevent_cse=choices().recompute_apart)(x, scale, bias)
-
-    def _normalised(self, x, scale, bias):
-        y = x.astype(jnp.float32)
-        if self.kind == "layer":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * scale
-        if bias is not None:
-            y = y + bias
-        return y.astype(x.dtype)
+        return normalise(x, scale, bias, self.kind, self.eps)
 
 
 def times(x: jax.Array, multiplier: float) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import parametrization
+from model.attention_kernels import is_kernel
 from model.attention_rule import TokenInfo
 from model.config import ModelConfig
 from model.heads import Embedding, VocabularyRows
@@ -17,15 +18,17 @@ from model.initialise import draw_all
 from model.kv_cache import LayerCache
 from model.layers import Attention, FeedForward, Norm, dropout, rope_angles, times
 from model.moe import MixtureOfExperts, RouterSums
-from model.projection import param
+from model.platforms import choices
+from model.projection import Projection, param
 from model.saved import stackable
 from model.specs import Specs, map_specs, parameter_specs
 from parallel.sharding import cast_and_gather, parameter_sharding, shard, splits
 
+policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": policies.nothing_saveable,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, is_kernel),
+    "attention": policies.save_from_both_policies(policies.save_only_these_names("attention"), is_kernel),
 }
 EMBEDDING_SITE = 2**20  # dropout site of the embedding; a block uses 2 * layer and 2 * layer + 1
 
@@ -124,6 +127,8 @@ class Transformer(nnx.Module):
         """
         c, info = self.config, self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT)
         graphdef, parameters = nnx.split(self.layers)
+        if c.scan_layers and cache is None and choices().cast_before_scan:
+            parameters = in_compute_dtype(graphdef, parameters, dtype)
         block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
         if c.scan_layers and cache is None:
             block = stackable(block)
@@ -178,6 +183,15 @@ class Transformer(nnx.Module):
         if self.positions is not None:
             x_BTD = x_BTD + jnp.take(cast_and_gather(self.positions, dtype), info.places_BT, axis=0)
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
+
+
+def in_compute_dtype(graphdef: nnx.GraphDef, parameters: nnx.State, dtype) -> nnx.State:
+    """A block's parameters with its matrices as a Projection would cast them, before a scan takes layers of them."""
+    block = nnx.merge(graphdef, parameters)
+    for _, module in nnx.iter_modules(block):
+        if isinstance(module, Projection):
+            module.weight.set_value(cast_and_gather(module.weight, dtype))
+    return nnx.state(block)
 
 
 def rows_of(config: ModelConfig, layers: Iterable[int]) -> dict:
