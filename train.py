@@ -188,6 +188,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                 save(number)
         except Exception as error:
             leave.hear_others()
+            if saved == first and room.exhausted(error):  # what it was asked for does not fit
+                raise MemoryError(room.explain(memory)) from None
             log.exception("a fault after step %d", number)
             console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
             code = FAULT
@@ -227,9 +229,7 @@ def end(code, number, config: Config, run: RunDirectory, job: Job, state, tokeni
     return code
 
 
-def samples(
-    job: Job, params: dict, tokenizer: Tokenizer, config: Config, console: Console, ahead: Ahead
-) -> list[tuple[str, str]]:
+def samples(job: Job, params, tokenizer, config: Config, console: Console, ahead: Ahead) -> list[tuple[str, str]]:
     """Prompts with what the model makes of them; nothing but a warning where that fails: the training is done."""
     dtype = jnp.dtype(config.train.compute_dtype)
     try:
