@@ -34,7 +34,6 @@ import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
 from data.shards import prepare
-from data.tokenizer import Tokenizer
 from inference.ahead import Ahead
 from inference.generate import continuations
 from parallel.mesh import make_mesh
