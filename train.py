@@ -121,8 +121,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             return DONE
         if primary:
             run.write_config(to_yaml(config))
-            if config.weights.path:
-                keep_pretrained(Path(config.weights.path), run)
+            keep_pretrained(config.weights.path, run)
         # at this point the state after step `first` lies on the mesh
 
         # ----------------------------------------------------------------------------------------------------- compile
@@ -138,10 +137,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         facts = {"data": f"{config.data.source}, {human(corpora.training_tokens)} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
-        facts |= feed.told
-        reporter = introduce(
-            config, run, job, console, facts, feed.stream.metrics, peak, memory, compile_s, began, restored
-        )
+        told = (facts | feed.told, feed.stream.metrics)
+        reporter = introduce(config, run, job, console, *told, peak, memory, compile_s, began, restored)
         meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)
         # at this point the step is compiled, and all that is told of it has somewhere to go
@@ -214,8 +211,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 def beginning(job: Job, config: Config, restored: Restored | None) -> tuple[TrainState, int, Progress]:
     """The state to go on from, on the mesh; how many steps it has behind it; the best held-out loss so far."""
     if restored is None:
-        state = job.init(config.seed)
-        return with_weights(state, job, config.weights.path) if config.weights.path else state, 0, Progress()
+        return with_weights(job.init(config.seed), job, config.weights.path), 0, Progress()
     return job.from_stored(TrainState(**restored.state)), restored.step, Progress(**restored.record["progress"])
 
 

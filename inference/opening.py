@@ -140,16 +140,21 @@ def read_weights(
     return Weights(params, restored.step, _digest(restored))
 
 
-def with_weights(state: TrainState, job: Job, path: str) -> TrainState:
-    """The first state of a run that begins from the weights at a path. Raises as `read_weights`."""
+def with_weights(state: TrainState, job: Job, path: str | None) -> TrainState:
+    """The first state of a run with the weights that lie at a path, if one is given. Raises as `read_weights`."""
+    if path is None:
+        return state
     dtype = jax.tree.leaves(job.stored.params)[0].dtype
     read = read_weights(Path(path), job.stored_description, job.mesh, dtype)
     return replace(state, params=job.from_stored(read.params))
 
 
-def keep_pretrained(path: Path, run: RunDirectory) -> None:
+def keep_pretrained(path: str | None, run: RunDirectory) -> None:
     """Keeps in a run's directory what goes with the weights at a path: config, tokenizer, chat template."""
-    source = RunDirectory(path).pretrained if RunDirectory(path).config.exists() else path
+    if path is None:
+        return
+    source = RunDirectory(Path(path))
+    source = source.pretrained if source.config.exists() else source.path
     kept = run.pretrained
     kept.mkdir(parents=True, exist_ok=True)
     for name in SMALL_FILES:

@@ -67,7 +67,7 @@ def import_weights(options: argparse.Namespace) -> None:
         params = load(opened, describe(config.model), mesh, dtype)
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.save(run.tokenizer)
-        keep_pretrained(opened.path, run)
+        keep_pretrained(str(opened.path), run)
         store = CheckpointStore(run.path / "checkpoints", replace(config.checkpoint, asynchronous=False))
         record = {"identity": identity(config), "data": None, "progress": {}, "spent": {}}
         saved = store.save(0, {"params": params}, record)
