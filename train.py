@@ -34,8 +34,8 @@ import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
 from data.opening import open_corpora
-from data.tokenizer import Tokenizer
 from evaluation.in_training import Tasks
+from inference.ahead import Ahead
 from inference.generate import continuations
 from inference.opening import keep_pretrained, with_weights
 from parallel.mesh import make_mesh
@@ -134,6 +134,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
             step = job.compile(job.step, batch)
         compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         room.check(memory)
+        ahead = Ahead(mesh, job.description, job.abstract.params, tokenizer, config.sample, t.compute_dtype)
 
         facts = {"data": f"{config.data.source}, {human(corpora.training_tokens)} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
@@ -196,6 +197,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                 save(number)
         except Exception as error:
             leave.hear_others()
+            if saved == first and room.exhausted(error):  # what it was asked for does not fit
+                raise MemoryError(room.explain(memory)) from None
             log.exception("a fault after step %d", number)
             console.warn(f"{type(error).__name__} after step {number}; the run goes on from its last checkpoint")
             code = FAULT
@@ -205,7 +208,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # --------------------------------------------------------------------------------------------------------- end
         step.close()
-        return end(code, number, config, run, job, state, tokenizer, store, reporter)
+        return end(code, number, config, run, job, state, tokenizer, store, reporter, ahead)
 
 
 def beginning(job: Job, config: Config, restored: Restored | None) -> tuple[TrainState, int, Progress]:
@@ -216,14 +219,14 @@ def beginning(job: Job, config: Config, restored: Restored | None) -> tuple[Trai
     return job.from_stored(TrainState(**restored.state)), restored.step, Progress(**restored.record["progress"])
 
 
-def end(code: int, number: int, config: Config, run: RunDirectory, job: Job, state, tokenizer, store, reporter) -> int:
+def end(code, number, config: Config, run: RunDirectory, job: Job, state, tokenizer, store, reporter, ahead) -> int:
     """Waits for the last checkpoint, lets a trained model write, says where all is; returns the exit code."""
     console = reporter.console
     if lost := store.lost():
         code = FAULT
     store.close()
     if code == DONE and config.sample.tokens and config.model.causal:
-        texts = samples(job, state.params, tokenizer, config, console)
+        texts = samples(job, state.params, tokenizer, config, console, ahead)
         reporter.sinks.log_samples(number, texts)
         if jax.process_index() == 0:
             run.write_samples(number, texts)
@@ -236,11 +239,12 @@ def end(code: int, number: int, config: Config, run: RunDirectory, job: Job, sta
     return code
 
 
-def samples(job: Job, params: dict, tokenizer: Tokenizer, config: Config, console: Console) -> list[tuple[str, str]]:
+def samples(job: Job, params, tokenizer, config: Config, console: Console, ahead: Ahead) -> list[tuple[str, str]]:
     """Prompts with what the model makes of them; nothing but a warning where that fails: the training is done."""
+    dtype = jnp.dtype(config.train.compute_dtype)
     try:
         with job.for_inference(params) as (description, params):
-            texts = continuations(description, params, tokenizer, config.sample, jnp.dtype(config.train.compute_dtype))
+            texts = continuations(description, params, tokenizer, config.sample, dtype, ahead.programs())
     except (ValueError, OSError) as error:
         console.warn(f"no samples: {error}")
         return []
@@ -294,4 +298,4 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
 if __name__ == "__main__":
     code = main(JOBS, BEGAN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is saved: a second SIGTERM must not change the exit code
-    sys.exit(code)
+    leave.finish(code)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from config.build import build, keys, mappings, one_line, plain, unknown
-from config.pretrained import FROM, beginning_of, with_weights
+from config.pretrained import FROM, beginning_of, check_shapes, with_weights
 from config.schema import Config, finish
 from model.config import one_of
 from runtime.overrides import pasted
@@ -35,9 +35,12 @@ def load(overrides: list[str]) -> Config:
         values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from None
-    if path is not None:
-        values = with_weights(values, beginning_of(path, load_run), overrides)
-    return finish(build(Config, with_laws(values)))
+    if path is None:
+        return finish(build(Config, with_laws(values)))
+    beginning = beginning_of(path, load_run)
+    config = finish(build(Config, with_laws(with_weights(values, beginning, overrides))))
+    check_shapes(config.model, beginning)
+    return config
 
 
 def overridden(config: Config, overrides: list[str], groups: tuple[str, ...]) -> Config:

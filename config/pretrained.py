@@ -11,6 +11,7 @@ from checkpoint.digests import MANIFEST
 from checkpoint.huggingface.opened import open_pretrained
 from config.build import plain
 from model.config import ModelConfig
+from model.specs import leaves, parameter_specs
 
 FROM = "model.from"
 
@@ -69,3 +70,13 @@ def with_weights(values: dict, beginning: Beginning, overrides: list[str]) -> di
     if "run.name" not in named:
         values["run"] = {**values["run"], "name": beginning.path.stem}
     return values | {"weights": {"path": os.path.abspath(beginning.path), "digest": beginning.digest}}
+
+
+def check_shapes(model: ModelConfig, beginning: Beginning) -> None:
+    """Raises ValueError where settings beside the weights ask for parameters of other shapes, or for others."""
+    shapes = lambda config: {path: spec.shape for path, spec in leaves(parameter_specs(config))}
+    if shapes(model) != shapes(beginning.model):
+        fields = ModelConfig.__dataclass_fields__
+        name = next(name for name in fields if getattr(model, name) != getattr(beginning.model, name))
+        theirs = getattr(beginning.model, name)
+        raise ValueError(f"model.{name}={getattr(model, name)}: the weights of {beginning.path} have {theirs}")

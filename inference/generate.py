@@ -8,8 +8,8 @@ import logging
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -59,60 +59,116 @@ def generate(
     eos_id: int | None = None,
     stop_ids: Sequence[int] = (),
     dtype=jnp.float32,
+    programs: Mapping | None = None,
 ) -> list[list[int]]:
     """Up to `sample.tokens` new tokens for each prompt; a row that draws `eos_id` or one of `stop_ids` ends before it.
 
     `sample.prompts` is not looked at. A row depends on its prompt and the seed alone, not on the rest of the batch; a
     prompt that is given twice is continued in two ways. An empty prompt starts at `eos_id`. All processes of a mesh
-    make the same call and get the same answer.
+    make the same call and get the same answer. `programs` are those of `compiled_for`, if any.
     Raises ValueError where the model cannot generate, or not from these prompts, or not so much.
     """
     prompts = [list(prompt) or ([] if eos_id is None else [eos_id]) for prompt in prompts]
     check(description.config, prompts, sample.tokens)
     if not prompts or sample.tokens == 0:
         return [[] for _ in prompts]
-    stops = np.asarray([*({} if eos_id is None else {eos_id}), *stop_ids] or [-1], np.int32)
-    rows = -(-len(prompts) // splits("batch")) * splits("batch")
-    prompts_BT = np.zeros((rows, _bucket(description.config, max(map(len, prompts)))), np.int32)
-    lengths_B = np.ones(rows, np.int32)
-    for row, prompt in enumerate(prompts):
-        prompts_BT[row, : len(prompt)] = prompt
-        lengths_B[row] = len(prompt)
-    # an accelerator rounds float32 matmuls to fewer bits unless it is told that float32 means float32
-    exact = jax.default_matmul_precision("float32")
-    with exact if jnp.dtype(dtype) == jnp.float32 else contextlib.nullcontext():
-        out_BT, counts_B = _generate(
-            description.bind(params), prompts_BT, lengths_B, np.arange(rows) < len(prompts),
-            _row_seeds(prompts, rows), np.uint32(sample.seed % 2**32), stops,
-            tokens=sample.tokens, dtype=jnp.dtype(dtype),
-            temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p,
-        )  # fmt: skip
+    stops = [*([] if eos_id is None else [eos_id]), *stop_ids]
+    request = _Request.of(description.config, prompts, sample, stops, dtype)
+    out_BT, counts_B = request.answer(description.bind(params), programs or {})
     rows_and_counts = zip(np.asarray(out_BT).tolist(), np.asarray(counts_B).tolist(), strict=True)
     return [row[:count] for row, count in rows_and_counts][: len(prompts)]
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What `_generate` is called with, behind the model."""
+
+    arrays: tuple
+    static: dict
+
+    @classmethod
+    def of(cls, config: ModelConfig, prompts: list[list[int]], sample: SampleConfig, stops: list[int], dtype):
+        """Prompts that are no longer empty, in as many rows as the mesh divides."""
+        rows = -(-len(prompts) // splits("batch")) * splits("batch")
+        prompts_BT = np.zeros((rows, _bucket(config, max(map(len, prompts)))), np.int32)
+        lengths_B = np.ones(rows, np.int32)
+        for row, prompt in enumerate(prompts):
+            prompts_BT[row, : len(prompt)] = prompt
+            lengths_B[row] = len(prompt)
+        seeds_B2, seed = _row_seeds(prompts, rows), np.uint32(sample.seed % 2**32)
+        live_B, end = np.arange(rows) < len(prompts), np.asarray(stops or [-1], np.int32)
+        drawing = {"temperature": sample.temperature, "top_k": sample.top_k, "top_p": sample.top_p}
+        static = {"tokens": sample.tokens, "dtype": jnp.dtype(dtype), **drawing}
+        return cls((prompts_BT, lengths_B, live_B, seeds_B2, seed, end), static)
+
+    @property
+    def program(self) -> tuple:
+        """What tells the program that answers it from others."""
+        return self.arrays[0].shape, self.arrays[-1].shape, *self.static.values()
+
+    def exact(self) -> contextlib.AbstractContextManager:
+        """An accelerator rounds float32 matmuls to fewer bits unless it is told that float32 means float32."""
+        is_float32 = self.static["dtype"] == jnp.float32
+        return jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
+
+    def answer(self, model: Transformer, programs: Mapping) -> tuple[jax.Array, jax.Array]:
+        """New tokens and how many of each row count, by one of the programs or one that is compiled now."""
+        if (compiled := programs.get(self.program)) is not None:
+            return compiled(model, *self.arrays)
+        with self.exact():
+            return _generate(model, *self.arrays, **self.static)
+
+    def compile(self, model: Transformer) -> jax.stages.Compiled:
+        """Its program, for a model of shapes with shardings."""
+        with self.exact():
+            return _generate.lower(model, *self.arrays, **self.static).compile()
+
+
+def _by_reach(config: ModelConfig, tokenizer, sample: SampleConfig) -> tuple[list[list[int]], dict[int, list[int]]]:
+    """The tokens of each of `sample.prompts`, and which rows have room for how many new tokens, if for any: rows that
+    reach equally far are generated together.
+    """
+    ids, rows_by_tokens = (
+        [tokenizer.encode(p).tolist() or [tokenizer.eos_id] for p in sample.prompts],
+        defaultdict(list),
+    )
+    for row, prompt in enumerate(ids):
+        if (room := room_behind(config, prompt)) > 0:
+            rows_by_tokens[min(sample.tokens, room)].append(row)
+    return ids, rows_by_tokens
+
+
+def compiled_for(description: Description, params: dict, tokenizer, sample: SampleConfig, dtype) -> dict:
+    """The programs that `continuations` asks for. `params` may be shapes with shardings. Raises ValueError as that."""
+    ids, rows_by_tokens = _by_reach(description.config, tokenizer, sample)
+    found = {}
+    for tokens, rows in rows_by_tokens.items():
+        prompts = [ids[row] for row in rows]
+        check(description.config, prompts, tokens)
+        request = _Request.of(description.config, prompts, replace(sample, tokens=tokens), [tokenizer.eos_id], dtype)
+        found[request.program] = request.compile(description.bind(params))
+    return found
+
+
 def continuations(
-    description: Description, params: dict, tokenizer, sample: SampleConfig, dtype
+    description: Description, params: dict, tokenizer, sample: SampleConfig, dtype, programs: Mapping | None = None
 ) -> list[tuple[str, str]]:
     """Each of `sample.prompts` with what the model makes of it, as far as its learned positions reach.
 
-    A prompt that leaves no room there is told in a warning and left out. Raises ValueError as `generate`.
+    A prompt that leaves no room there is told in a warning and left out. `programs` are those of `compiled_for`, if
+    any. Raises ValueError as `generate`.
     """
-    ids = [tokenizer.encode(prompt).tolist() or [tokenizer.eos_id] for prompt in sample.prompts]
-    rows_by_tokens = defaultdict(list)  # rows that reach equally far are generated together
-    for row, prompt in enumerate(ids):
-        if (room := room_behind(description.config, prompt)) > 0:
-            rows_by_tokens[min(sample.tokens, room)].append(row)
-            continue
+    ids, rows_by_tokens = _by_reach(description.config, tokenizer, sample)
+    for row in set(range(len(ids))).difference(*rows_by_tokens.values()):
         logger.warning(
             "no sample of the prompt %.40r: its %d tokens leave no room in model.max_positions=%d",
-            sample.prompts[row], len(prompt), description.config.max_positions,
+            sample.prompts[row], len(ids[row]), description.config.max_positions,
         )  # fmt: skip
     new = {}
     for tokens, rows in rows_by_tokens.items():
         request, prompts = replace(sample, tokens=tokens), [ids[row] for row in rows]
-        drawn = generate(description, params, prompts, request, eos_id=tokenizer.eos_id, dtype=dtype)
-        new |= dict(zip(rows, drawn, strict=True))
+        how = {"eos_id": tokenizer.eos_id, "dtype": dtype, "programs": programs}
+        new |= dict(zip(rows, generate(description, params, prompts, request, **how), strict=True))
     asked = [(row, sample.prompts[row]) for row in sorted(new)]
     return [(prompt, after_prompt(tokenizer, prompt, ids[row], new[row])) for row, prompt in asked]
 

@@ -21,6 +21,7 @@ log = logging.getLogger("isomesh.model")
 
 LANES = 128  # of a TPU's vector registers; also the tile of the Triton kernel
 SPLASH_BLOCK = 512  # queries, and keys, of a tile: at most
+CUDNN = "dot_product_attention_fwd_wrapper"  # as a jaxpr has it
 INTERPRET = False  # for tests: Pallas kernels without their hardware
 
 
@@ -70,6 +71,13 @@ def choose(choice: str, case: Case, q_BTNH: jax.Array, k_BSKH: jax.Array, segmen
     if found and T == S and case.in_order:  # else it is generation, which no kernel is made for
         _tell_plain(on, found[0])
     return None if found else partial(_by_window, kernel, case)
+
+
+def is_kernel(primitive, *_, **__) -> bool:
+    """A remat policy that keeps what cuDNN's forward kernel returns: the backward kernel reads its softmax sums, which
+    have no name.
+    """
+    return primitive.name == CUDNN
 
 
 @cache  # once, however often a program is traced

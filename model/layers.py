@@ -11,6 +11,7 @@ from model.attention import attention
 from model.attention_rule import TokenInfo
 from model.config import ModelConfig
 from model.kv_cache import LayerCache
+from model.normalise import normalise
 from model.platforms import choices
 from model.projection import Projection, param
 from model.rotary import angles_of_layer, rotate
@@ -33,17 +34,9 @@ class Norm(nnx.Module):
             cast_and_gather(self.scale, jnp.float32),
             None if self.bias is None else cast_and_gather(self.bias, jnp.float32),
         )
-        return jax.checkpoint(self._normalised, prevent_cse=choices().recompute_apart)(x, scale, bias)
-
-    def _normalised(self, x, scale, bias):
-        y, dims = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
-        if self.kind == "layer":
-            y = y - y.mean(dims, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.eps)
-        y = y * (1 + scale if self.plus_one else scale)
-        if bias is not None:
-            y = y + bias
-        return y.astype(x.dtype)
+        scale = 1 + scale if self.plus_one else scale
+        vectors = x.reshape(*x.shape[: x.ndim - scale.ndim], -1)  # of heads normalised together one vector
+        return normalise(vectors, scale.reshape(-1), bias, self.kind, self.eps).reshape(x.shape)
 
 
 def times(x: jax.Array, multiplier: float) -> jax.Array:

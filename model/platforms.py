@@ -13,9 +13,15 @@ from runtime.platform import platform
 class Choices:
     """The row of a platform."""
 
-    # Norms and activations are computed again in the backward pass from what went in. Unless they are kept apart from
-    # the forward pass, the compiler finds that it has the values already and keeps them, in float32: 4.7 GB of them.
+    # Activations are computed again in the backward pass from what went in. Unless that is kept apart from the forward
+    # pass, the compiler finds that it has the values already and keeps them, in float32: 4.7 GB of them.
     recompute_apart: bool = False
+    # Norms keep each vector's moments for the backward pass. Without them the compiler writes normalised vectors in
+    # float32 for the gradient of the scale, and reads them again: 100 MB of a layer.
+    keep_moments: bool = False
+    # A scan over layers takes matrices that are cast already: else each layer's is cast in every pass over the layers,
+    # and its gradient widened to be stacked.
+    cast_before_scan: bool = False
     # Logits are written in the compute dtype and reduced in float32. They are read three times: 3.3 GB less to keep.
     narrow_logits: bool = False
     # A bias is added in the compute dtype, where the matmul's own kernel can do it; its gradient is summed in float32.
@@ -24,7 +30,9 @@ class Choices:
 
 CHOICES = {
     "cpu": Choices(),  # its compiler widens 16-bit values anyway, and float32 runs are kept bitwise as they were
-    "gpu": Choices(recompute_apart=True, narrow_logits=True, narrow_bias=True),
+    "gpu": Choices(
+        recompute_apart=True, keep_moments=True, cast_before_scan=True, narrow_logits=True, narrow_bias=True
+    ),
     "tpu": Choices(),  # not measured
 }
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import parametrization
+from model.attention_kernels import is_kernel
 from model.attention_rule import TokenInfo
 from model.config import MASKED_LM, ModelConfig
 from model.heads import Embedding, VocabularyRows
@@ -17,16 +18,18 @@ from model.initialise import draw_all
 from model.kv_cache import LayerCache
 from model.layers import Attention, FeedForward, Norm, activate, dropout, times
 from model.moe import MixtureOfExperts, RouterSums
+from model.platforms import choices
 from model.projection import Projection, param
 from model.rotary import rope_angles
 from model.saved import stackable
 from model.specs import Specs, map_specs, parameter_specs
 from parallel.sharding import cast_and_gather, parameter_sharding, shard, splits
 
+policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": policies.nothing_saveable,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, is_kernel),
+    "attention": policies.save_from_both_policies(policies.save_only_these_names("attention"), is_kernel),
 }
 EMBEDDING_SITE = 2**20  # dropout site of the embedding; a block uses 2 * layer and 2 * layer + 1
 
@@ -135,6 +138,8 @@ class Transformer(nnx.Module):
         c = self.config
         info = self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT, types_BT)
         graphdef, parameters = nnx.split(self.layers)
+        if c.scan_layers and cache is None and choices().cast_before_scan:
+            parameters = in_compute_dtype(graphdef, parameters, dtype)
         block = rematerialised(block_of(graphdef), remat, scanned=c.scan_layers)
         if c.scan_layers and cache is None:
             block = stackable(block)
@@ -218,6 +223,15 @@ class Transformer(nnx.Module):
         if self.embedding_norm is not None:
             x_BTD = shard(self.embedding_norm(x_BTD), "batch", "residual", "width")
         return dropout(x_BTD, self.config.dropout, info.dropout_keys_B, EMBEDDING_SITE, info.positions_BT)
+
+
+def in_compute_dtype(graphdef: nnx.GraphDef, parameters: nnx.State, dtype) -> nnx.State:
+    """A block's parameters with its matrices as a Projection would cast them, before a scan takes layers of them."""
+    block = nnx.merge(graphdef, parameters)
+    for _, module in nnx.iter_modules(block):
+        if isinstance(module, Projection):
+            module.weight.set_value(cast_and_gather(module.weight, dtype))
+    return nnx.state(block)
 
 
 def rows_of(config: ModelConfig, layers: Iterable[int]) -> dict:

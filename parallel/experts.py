@@ -24,10 +24,31 @@ from parallel.mesh import AXES
 from parallel.sharding import layout
 from runtime.platform import platform
 
-# A block of rows costs a pass over its expert's weights, about that of so many rows; a longer one has more padding.
-# GPUs: six bytes a weight at 4.3 TB/s against two FLOPs a weight and row at 800 TFLOP/s make 560.
-ROWS_OF_A_PASS = {"cpu": 64, "gpu": 512}
 SMALLEST_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a platform multiplies blocks of rows, each with the matrix of one expert."""
+
+    rows_of_a_pass: int  # what is done once a block, whatever its length, takes the time of so many rows
+    divide: int = 1  # the number of blocks is a multiple of it
+    summed_by_matmul: bool = False  # the gradient of a matrix, in the dtype of the matrix; else by a scatter of float32
+
+
+BLOCKS = {
+    "cpu": Blocks(rows_of_a_pass=64),
+    # For each weight a block writes two bytes, when matrices are gathered, and reads two, when gradients are summed: 4
+    # at 4.3 TB/s against six FLOPs a row at 800 TFLOP/s are 124 rows; what matmuls read passes behind their FLOPs.
+    # A scatter would read and write float32 as large as all blocks' gradients; a matmul over blocks of another number
+    # would be padded, in a copy.
+    "gpu": Blocks(rows_of_a_pass=128, divide=8, summed_by_matmul=True),
+}
+
+
+def _of_platform() -> Blocks:
+    return BLOCKS.get(platform(), BLOCKS["cpu"])
+
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # (rows (..., D), stacked matrices (E, D, F)) -> (..., F)
 
@@ -167,6 +188,7 @@ def _serve(experts: int, ragged: bool, apply, x_nD: jax.Array, experts_nJ: jax.A
         return _collect(out_RD, places.rows_nJ, places.source_R)
     size = block_size(N, experts)
     blocks = (N + experts * (size - 1)) // size  # enough, however the assignments are spread
+    blocks = -(-blocks // _of_platform().divide) * _of_platform().divide
     ends_E = jnp.cumsum(-(-counts_E // size))
     places = place(experts_nJ, size * (ends_E + counts_E // -size), counts_E, blocks * size)
     expert_G = jnp.minimum((ends_E <= jnp.arange(blocks)[:, None]).sum(1), experts - 1)
@@ -177,7 +199,7 @@ def _serve(experts: int, ragged: bool, apply, x_nD: jax.Array, experts_nJ: jax.A
 
 def block_size(assignments: int, experts: int) -> int:
     """Rows of a block, a power of two: the square root of rows of a pass * rows of an expert balances the two costs."""
-    best = (ROWS_OF_A_PASS.get(platform(), 64) * assignments / experts) ** 0.5
+    best = (_of_platform().rows_of_a_pass * assignments / experts) ** 0.5
     return max(SMALLEST_BLOCK, 1 << round(best).bit_length() - 1)
 
 
@@ -190,6 +212,9 @@ def _block_matmul(x_GRD: jax.Array, w_EDF: jax.Array, expert_G: jax.Array) -> ja
 def _block_matmul_backward(residuals, d_GRF):
     x_GRD, w_EDF, expert_G = residuals
     dx_GRD = jnp.einsum("GRF,GDF->GRD", d_GRF, w_EDF[expert_G])
+    if _of_platform().summed_by_matmul:
+        blocks_EG = (jnp.arange(w_EDF.shape[0])[:, None] == expert_G).astype(w_EDF.dtype)
+        return dx_GRD, jnp.einsum("EG,GDF->EDF", blocks_EG, jnp.einsum("GRD,GRF->GDF", x_GRD, d_GRF)), None
     dw_GDF = jnp.einsum("GRD,GRF->GDF", x_GRD, d_GRF, preferred_element_type=jnp.float32)
     dw_EDF = jax.ops.segment_sum(dw_GDF, expert_G, w_EDF.shape[0], indices_are_sorted=True)
     return dx_GRD, dw_EDF.astype(w_EDF.dtype), None

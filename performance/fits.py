@@ -76,9 +76,14 @@ class Room:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            if OUT_OF_MEMORY not in str(error):
+            if not self.exhausted(error):
                 raise
             raise MemoryError(self.explain()) from None
+
+    @staticmethod
+    def exhausted(error: Exception) -> bool:
+        """Whether an error is that of an allocator."""
+        return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error)
 
     def explain(self, memory=None) -> str:
         """The line that a user reads."""
@@ -86,7 +91,9 @@ class Room:
         about = "" if needed.activations is not None else " before activations"
         said = f"out of device memory: a step needs {needed.total / 1e9:.1f} GB{about} ({needed.told()})"
         ways = settings_that_fit(needed, self.limit, self.train, self.optimizer, self.mesh)
-        return f"{said}, and a device has {self.limit / 1e9:.1f}; by this arithmetic these fit: {', or '.join(ways)}"
+        less = ", of which less was free" if needed.total <= self.limit else ""
+        has = f"a device has {self.limit / 1e9:.1f}{less}"
+        return f"{said}, and {has}; by this arithmetic these fit: {', or '.join(ways)}"
 
 
 def settings_that_fit(

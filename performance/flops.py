@@ -76,12 +76,15 @@ def _attention_again(model: ModelConfig, train: TrainConfig, packed: bool, conte
         inside += 2
     if train.remat == "none":
         return inside
-    if train.remat in ("full", "dots"):
+    if train.remat == "full":
         return inside + 2
-    # remat=attention: the result is kept, but not the plain form's weights, nor the softmax sums of a GPU's kernels
-    if fused and not context_style:
-        return inside + (2 if platform() == "gpu" else 0)
-    return max(inside, 1)
+    gpu = platform() == "gpu"
+    if fused and not context_style and gpu:  # cuDNN's results are kept by both policies, not those of packed documents
+        return inside + (2 if packed else 0)
+    if train.remat == "dots":
+        return inside + 2
+    # remat=attention: the result is kept, but not the plain form's weights
+    return inside if fused and not context_style else max(inside, 1)
 
 
 def _fused(model: ModelConfig, train: TrainConfig, packed: bool) -> bool:

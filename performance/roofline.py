@@ -8,18 +8,13 @@ traffic counted and not the network's.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from performance import hlo
+from performance.launches import Launch, launches, repeated
 from performance.trace import Program
 
 LARGE = 8e6  # bytes: smaller arrays cost less than a launch
-FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
-    *("iota", "opt-barrier", "fusion-done", "copy-done", "async-done", "async-update", "all-gather-done"),
-    *("all-reduce-done", "collective-permute-done"),
-}
 CUTS = ("dynamic-slice", "slice", "gather")
 PASSING = ("bitcast", "convert", "select", "broadcast", "add", "multiply", "reshape", "copy")  # each element for itself
 AREAS = (  # the first that is among a kernel's scopes names its row
@@ -59,48 +54,44 @@ class Kernel:
     bytes: float
     flops: float
     times: int  # a step
-    mark: str  # why a better program would not have it; empty: no such reason is known
+    mark: str  # what a better program would not do; empty: nothing is known
+    avoidable: float = 0.0  # bytes of these that are for that
 
     def seconds(self, machine: Machine) -> float:
         """The least time of all its runs in a step."""
         return self.times * max(self.bytes / machine.bandwidth, self.flops / machine.flops)
 
+    def avoidable_seconds(self, machine: Machine) -> float:
+        """What of it a better program would not take."""
+        rest = max((self.bytes - self.avoidable) / machine.bandwidth, self.flops / machine.flops)
+        return max(self.seconds(machine) - self.times * rest, 0.0)
+
 
 def kernels(text: str) -> list[Kernel]:
     """The kernels of `compiled.as_text()`, those of loops as often as the loop runs."""
     program = Program(text)
-    entry = hlo.parse(text)[1]
-    found = [_kernel(program, body, i, times) for body, i, times in _walk(program, entry, 1)]
-    return [kernel for kernel in found if kernel is not None]
+    found = list(launches(program, hlo.parse(text)[1]))
+    plain = [_kernel(program, launch) for launch in found]
+    logits = max(map(_logits, found, plain), default=0)
+    again = repeated(found, LARGE)
+    return [
+        _marked(launch, kernel, logits, again.get(number, 0.0))
+        for number, (launch, kernel) in enumerate(zip(found, plain, strict=True))
+        if kernel is not None
+    ]
 
 
-def _walk(program: Program, name: str, times: int) -> Iterator[tuple[hlo.Computation, hlo.Instruction, int]]:
-    """What a computation launches, each instruction with its computation and how often it runs."""
-    body = program.computations[name]
-    for instruction in body.values():
-        if instruction.opcode == "while":
-            count = re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', instruction.attributes)
-            for inner in instruction.called("body"):
-                yield from _walk(program, inner, times * int(count[1] if count else 1))
-        elif instruction.opcode in ("call", "conditional"):
-            # one branch runs, and which is not known: the first stands for all
-            for inner in instruction.called("to_apply", "branch_computations", "true_computation")[:1]:
-                yield from _walk(program, inner, times)
-        elif instruction.opcode not in FREE:
-            yield body, instruction, times
-
-
-def _kernel(program: Program, body: hlo.Computation, i: hlo.Instruction, times: int) -> Kernel | None:
+def _kernel(program: Program, launch: Launch) -> Kernel | None:
+    """Without a mark; None for what costs nothing."""
+    body, i, inside = launch.body.lines, launch.line, launch.inside
     meaning = program.meaning(i.name)
-    called = i.called("calls")
-    inside = program.computations.get(called[0], {}) if called else {}
     moved = _traffic(body, i, inside)
     flops = _flops(body, i) + sum(_flops(inside, part) for part in inside.values())
     if not moved and not flops:
         return None
     scopes = set(meaning.scope.split("/"))
     area = next((row for scope, row in AREAS if scope in scopes), "other")
-    return Kernel(i.name, area, meaning.kind, meaning.source, moved, flops, times, _mark(i, inside, meaning.kind, area))
+    return Kernel(i.name, area, meaning.kind, meaning.source, moved, flops, launch.times, "")
 
 
 def _traffic(body: hlo.Computation, i: hlo.Instruction, inside: hlo.Computation) -> float:
@@ -190,23 +181,79 @@ def _flops(computation: hlo.Computation, i: hlo.Instruction) -> float:
     return 2.0 * result * _product(first[int(n)] for n in re.findall(r"\d+", contracted[1]) if int(n) < len(first))
 
 
-def _mark(i: hlo.Instruction, inside: hlo.Computation, kind: str, area: str) -> str:
-    """Why a better program would not have this kernel; empty if nothing speaks against it."""
-    shape = _second(i.shape) if i.opcode.endswith("-start") else i.shape
-    written = [array for array in hlo.arrays(shape) if array.bytes >= LARGE]
-    if not written:
-        return ""
-    opcodes = {part.opcode for part in inside.values()} | {i.opcode}
-    if opcodes <= {"fusion", "broadcast", "constant", "copy"} and not i.operands:
-        return "zeros that are filled later"
-    if kind == "copy":
-        return "transposed" if "transpose" in opcodes else "copied"
-    wide = [array for array in written if array.dtype == "f32"]
-    if wide and area == "head and loss" and kind == "matmul" and len(wide[0].dims) > 1 and min(wide[0].dims) > 1024:
-        return "logits in float32"
-    if wide and area not in ("optimizer", "clipping", "head and loss") and kind == "elementwise":
-        return "float32 between kernels"
-    return ""
+# ----------------------------------------------------------------------------------- what a better program would not do
+
+
+def _logits(launch: Launch, kernel: Kernel | None) -> int:
+    """The elements of the logits that a matmul of the forward pass writes; 0 for other kernels."""
+    if kernel is None or (kernel.area, kernel.kind) != ("head and loss", "matmul"):
+        return 0
+    if any(map(_backward, (launch.line, *launch.inside.values()))):
+        return 0
+    return max((array.size for array in _arrays_written(launch.line) if array.dtype not in ("s8", "u8")), default=0)
+
+
+def _backward(line: hlo.Instruction) -> bool:
+    return "transpose(" in (line.scope or "")
+
+
+def _marked(launch: Launch, kernel: Kernel, logits: int, again: float) -> Kernel:
+    """The kernel with what speaks against it; `logits` are the elements of the logits, `again` see `repeated`."""
+    whole = lambda mark: replace(kernel, mark=mark, avoidable=kernel.bytes)
+    i, written = launch.line, _arrays_written(launch.line)
+    opcodes = {part.opcode for part in launch.inside.values()} | {i.opcode}
+    large = any(array.bytes >= LARGE for array in written)
+    if large and opcodes <= {"fusion", "broadcast", "constant", "copy"} and not i.operands:
+        return whole("zeros that are filled later")
+    if again:
+        return replace(kernel, mark="converted a second time", avoidable=min(again, kernel.bytes))
+    if large and kernel.kind == "copy":
+        return whole(_moved(launch, opcodes))
+    if kernel.area == "head and loss":
+        wide = [a for a in (*written, *_arrays_read(launch)) if a.dtype == "f32" and a.size == logits]
+        bytes_of_wide = sum(array.bytes for array in wide)
+        return replace(kernel, mark="logits in float32", avoidable=bytes_of_wide / 2) if bytes_of_wide else kernel
+    if not large or kernel.kind != "elementwise" or kernel.area in ("optimizer", "clipping"):
+        return kernel
+    if any(array.dtype == "f32" and array.bytes >= LARGE for array in written):
+        return whole("float32 between kernels")
+    return whole("written and read again") if _only_passed_on(launch) else kernel
+
+
+def _moved(launch: Launch, opcodes: set[str]) -> str:
+    """The mark of a kernel that computes nothing."""
+    if "transpose" in opcodes:
+        return "transposed"
+    source = launch.body.lines.get(launch.line.operands[0]) if launch.line.operands else None
+    order = lambda shape: re.findall(r"\]\{([\d,]+)", shape)[:1]
+    if launch.line.opcode == "copy" and source is not None and order(source.shape) != order(launch.line.shape):
+        return "laid out anew"
+    return "copied"
+
+
+def _only_passed_on(launch: Launch) -> bool:
+    """Whether one elementwise kernel of the same pass is all that reads what this one writes: they could be one."""
+    readers = launch.body.users[launch.line.name]
+    if len(readers) != 1 or launch.line.shape.startswith("("):
+        return False
+    (reader,) = readers
+    backward = lambda line: "transpose(" in (line.scope or "")
+    fused = reader.opcode == "fusion" and "kind=kLoop" in reader.attributes
+    return (
+        fused
+        and "reduce" not in {part.opcode for part in launch.inside.values()}
+        and backward(reader) == backward(launch.line)
+    )
+
+
+def _arrays_written(i: hlo.Instruction) -> list[hlo.Array]:
+    return hlo.arrays(_second(i.shape) if i.opcode.endswith("-start") else i.shape)
+
+
+def _arrays_read(launch: Launch) -> list[hlo.Array]:
+    lines = launch.body.lines
+    named = [name for name in dict.fromkeys(launch.line.operands) if name in lines]
+    return [array for name in named if not lines[name].shape.startswith("(") for array in hlo.arrays(lines[name].shape)]
 
 
 # -------------------------------------------------------------------------------------------------------- the tables
@@ -223,11 +270,21 @@ def by_area(found: list[Kernel], machine: Machine) -> dict[str, dict[str, float]
                 "GB": kernel.times * kernel.bytes / 1e9,
                 "TFLOP": kernel.times * kernel.flops / 1e12,
                 "matmul ms": ms if kernel.flops else 0.0,
-                "avoidable ms": ms if kernel.mark else 0.0,
+                "avoidable ms": 1e3 * kernel.avoidable_seconds(machine),
                 "kernels": kernel.times,
             }
         )
     return dict(sorted(rows.items(), key=lambda row: -row[1]["ms"]))
+
+
+def by_mark(found: list[Kernel], machine: Machine) -> dict[str, tuple[float, float]]:
+    """Milliseconds and gigabytes a step that each mark says a better program would not have."""
+    ms, size = Counter(), Counter()
+    for kernel in found:
+        if kernel.mark:
+            ms[kernel.mark] += 1e3 * kernel.avoidable_seconds(machine)
+            size[kernel.mark] += kernel.times * kernel.avoidable / 1e9
+    return {mark: (ms[mark], size[mark]) for mark, _ in ms.most_common()}
 
 
 def table(found: list[Kernel], machine: Machine, dearest: int = 10) -> str:
@@ -242,11 +299,8 @@ def table(found: list[Kernel], machine: Machine, dearest: int = 10) -> str:
     peak = f"{machine.flops / 1e12:.0f} TFLOP/s, {machine.bandwidth / 1e12:.2f} TB/s"
     lines = [f"least time of a step on {machine.name} ({peak}; {machine.source})", head]
     lines += [line(name, row) for name, row in rows.items()] + [line("a step", total)]
-    marks = Counter()
-    for kernel in found:
-        marks[kernel.mark] += 1e3 * kernel.seconds(machine)
-    lines += ["", "a better program would not have"]
-    lines += [f"{mark:32}{ms:8.2f} ms" for mark, ms in marks.most_common() if mark]
+    lines += ["", f"{'a better program would not have':32}{'ms':>8}{'GB':>8}"]
+    lines += [f"{mark:32}{ms:8.2f}{size:8.2f}" for mark, (ms, size) in by_mark(found, machine).items()]
     lines += ["", f"{'dearest kernels':48}{'ms':>8}{'times':>7}{'GB':>8}{'TFLOP':>8}  from"]
     for k in sorted(found, key=lambda k: -k.seconds(machine))[:dearest]:
         told = f"{k.area}, {k.source}" + (f": {k.mark}" if k.mark else "")

@@ -1,14 +1,16 @@
 """What a profiler's trace says of a compiled step: which operation ran when, what it does, where it comes from.
 
 The names come from the program itself: `jax.named_scope`s of the model and the step reach the trace through the text of
-the compiled step. CPU traces were seen; those of GPUs and TPUs are read as their profilers document them.
+the compiled step. CPU traces were seen, and of a GPU the names of kernels; those of TPUs are read as their profilers
+document them. A GPU runs most of a step as command buffers (CUDA graphs), whose kernels do not say what they belong to
+(openxla/xprof issues 2544 and 3070): those that XLA made are known by their names, those of libraries by kind alone.
 """
 
 import re
 from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jax.profiler import ProfileData
@@ -66,7 +68,9 @@ def scope_of(op_name: str) -> str:
     An operation that the compiler made of several has their names with `;` between them: the first one's count.
     """
     bare = re.sub(r"\w+\(|\)", "", re.sub(r"jit\([^()]*\)", "", op_name.partition(";")[0]))
-    return "/".join(name for name in bare.split("/") if name in SCOPES)
+    names = [name for name in bare.split("/") if name in SCOPES]
+    half = len(names) // 2
+    return "/".join(names[half:] if names[:half] == names[half:] else names)  # what is recomputed has its scopes twice
 
 
 class Program:
@@ -76,7 +80,14 @@ class Program:
         self.module = re.match(r"HloModule ([\w.\-]+)", text)[1]
         self.computations, _ = hlo.parse(text)
         self.instructions = {name: i for body in self.computations.values() for name, i in body.items()}
+        self._functions = {re.sub(r"\W", "_", name): name for name in self.instructions}
         self._meanings: dict[str, Meaning] = {}
+
+    def named(self, kernel: str) -> str:
+        """The instruction that a kernel was made for, by its name as a C function: loop_add_fusion_7 is of
+        loop_add_fusion.7; the name itself where there is none.
+        """
+        return kernel if kernel in self.instructions else self._functions.get(kernel, kernel)
 
     def meaning(self, name: str) -> Meaning:
         """Of an instruction; UNKNOWN where the program has none of that name."""
@@ -122,6 +133,10 @@ def _unlisted(name: str) -> Meaning:
     """Of an event that names no instruction, as the kernels of a GPU may: by its own name."""
     if re.match("|".join(("nccl", *COLLECTIVES)), name, re.IGNORECASE):
         return Meaning("collective", "", name)
+    if re.search("sdpa|fmha|flash|dot_do_o|convert_dq", name):  # before matmuls, whose words they have, too
+        return Meaning("matmul", "attention/core", name)
+    if re.search("nvjet|gemm|cutlass|cublas|splitk", name, re.IGNORECASE):
+        return Meaning("matmul", "", name)
     return Meaning("copy", "", name) if re.match("memcpy|memset", name, re.IGNORECASE) else UNKNOWN
 
 
@@ -187,9 +202,11 @@ def _accelerator_events(plane) -> Iterable[Event]:
         for event in line.events:
             stats = dict(event.stats)
             whole = str(stats.get("hlo_op") or event.name)
+            if whole.startswith("command_buffer"):
+                whole = event.name
             name = re.match(r"%?([^\s=]*)", whole)[1]  # a TPU's are whole lines: %fusion.1 = f32[8] fusion(...)
             apart = line.name.startswith("Async") or re.match("memcpy|memset", event.name, re.IGNORECASE)
-            module = str(stats.get("hlo_module") or _running(modules, event.start_ns))
+            module = str(stats.get("hlo_module") or _running(modules, event.start_ns)).partition("(")[0]
             yield Event(plane.name, name, event.start_ns, event.end_ns, module, "engine" if apart else "")
 
 
@@ -217,6 +234,7 @@ class Shares:
 
 def shares(events: list[Event], program: Program) -> Shares:
     """Splits the devices' time among operations, as `_sweep` does. Raises ValueError if none is the program's."""
+    events = [replace(event, name=program.named(event.name)) for event in events]
     # a kernel of which the trace does not say more is the program's, too
     ours = [e for e in events if e.module in (program.module, "")]
     named = [e for e in ours if e.name in program.instructions]

@@ -5,6 +5,7 @@ main thread does not come back to Python. So a thread of its own answers signals
 No JAX here: signals are answered before anything slow is imported.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -25,6 +26,7 @@ SIGNALS = {
 }
 PRECEDENCE_SECONDS = 1.0  # that a process with an unexpected error waits for the word of another
 MISTAKES = (ValueError, OSError, OverflowError, MemoryError)  # the user's, before the first step
+BACKGROUND = "compile ahead"  # the name of threads whose work an end does not wait for
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar has hidden it
 
 _leaving = threading.Lock()  # taken once, and never let go
@@ -64,6 +66,17 @@ def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
         with contextlib.suppress(Exception):
             cleanup()
     exit_now(code)
+
+
+def finish(code: int) -> NoReturn:
+    """The last line of a program: its normal exit, which does not wait for what still compiles in the background.
+
+    A compiler that runs on in C++ would crash while the interpreter is taken apart around it.
+    """
+    if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        exit_now(code)
+    sys.exit(code)
 
 
 def tell_with(tell: Callable[[int, str, float], None]) -> None:

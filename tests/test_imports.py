@@ -38,7 +38,7 @@ ALLOWED = {
             "model.config",
             "runtime",
         ),
-        *("evaluation.config", "model.counts"),
+        *("evaluation.config", "model.counts", "model.specs"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
     },

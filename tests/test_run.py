@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -17,6 +18,7 @@ import runs
 import train
 from config import compose
 from data.loader import Loader
+from inference import ahead, generate
 from tracking.run_directory import RunDirectory
 from training import feed, job
 
@@ -175,6 +177,28 @@ def test_default_text_samples_and_tracking(text, tmp_path, monkeypatch):
     (recorded,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert recorded.name.endswith("-" + compose.load_run(tmp_path / "run").run.id)
     assert "sample 1 | prompt 'def '" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_samples_that_are_compiled_ahead_are_the_same(text, tmp_path, monkeypatch):
+    words = ("sample.tokens=4", "sample.prompts=['the mesh','of ']", "train.steps=2", "mesh.fsdp=4", "mesh.tensor=2")
+    assert runs.run(runs.overrides(text, tmp_path / "plain", *words)) == DONE
+    monkeypatch.setattr(ahead, "TRAINS_ITSELF", ())
+    lowered, lower = [], generate._generate.lower
+    lower_once = SimpleNamespace(lower=lambda *a, **k: lowered.append(1) or lower(*a, **k))  # it cannot be called
+    monkeypatch.setattr(generate, "_generate", lower_once)
+    assert runs.run(runs.overrides(text, tmp_path / "ahead", *words)) == DONE
+    assert lowered == [1], "compiled once, in the thread: at the end nothing is left to compile"
+    plain, early = ((tmp_path / name / "samples.txt").read_text() for name in ("plain", "ahead"))
+    assert early == plain
+    assert runs.losses(tmp_path / "ahead") == runs.losses(tmp_path / "plain")
+
+
+def test_what_cannot_be_generated_is_told_as_without_a_thread(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ahead, "TRAINS_ITSELF", ())
+    monkeypatch.setattr(generate, "check", mock.Mock(side_effect=ValueError("no text from this one")))
+    arguments = runs.overrides(text, tmp_path / "run", "sample.tokens=4", "train.steps=2")
+    assert runs.run(arguments) == DONE
+    assert capsys.readouterr().out.count("no samples: no text from this one") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop

@@ -156,7 +156,7 @@ def _check_entry(path: Path, name: str, entry, room: int) -> None:
             raise TypeError
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: {name[:80]!r} has no sound dtype, shape and data_offsets") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {name[:80]!r} is {str(dtype)[:20]}, not one of {', '.join(DTYPES)}")
     needed = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if end - begin != needed or end > room:

@@ -22,7 +22,7 @@ def homes(tmp_path):
         f"data.path={text}/*.txt",
         "data.heldout=0.2",
         "tokenizer=bpe",
-        "tokenizer.vocab_size=300",
+        "tokenizer.vocab_size=280",
     ]
     assert main([*made, f"data.cache={tmp_path}/cache", "--workers", "1"]) == 0
     shutil.copytree(tmp_path / "home0", tmp_path / "home1")

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import meshes
 import optax
 import pytest
 
@@ -15,7 +16,11 @@ from training.parity import random_batch
 
 MODELS = {
     "GPT-2": ["model=gpt2_124m"],
-    "Llama": ["model=llama_1b", "model.rope_scaling.kind=none"],
+    "Llama": ["model=llama_1b", "model.rope_scaling.kind=none", "model.scan_layers=true"],
+}
+MESHES = {
+    "pipeline": ("gpt2", {"pipe": 2, "tensor": 2}, ["pipeline.schedule=zero_bubble"]),
+    "split": ("gpt2", {"fsdp": 2, "tensor": 2, "context": 2}, ["model.scan_layers=true"]),
 }
 SMALL = [
     *("model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=4", "model.head_dim=16", "model.ffn=128"),
@@ -42,6 +47,17 @@ def test_every_row_computes_the_same(model, dtype, bound, monkeypatch):
         assert theirs == pytest.approx(loss, rel=bound / 2), name
         difference = jax.tree.map(lambda a, b: a - b, found, gradients)
         assert optax.tree.norm(difference) <= bound * optax.tree.norm(gradients), name
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_rows_of_accelerators_are_mesh_invariant_too(case, monkeypatch):
+    monkeypatch.setitem(platforms.CHOICES, "cpu", platforms.CHOICES["gpu"])
+    model, mesh, how = MESHES[case]
+    meshes.one_device.cache_clear()  # of other rows
+    try:
+        meshes.assert_changes_nothing(model, mesh, *how)
+    finally:
+        meshes.one_device.cache_clear()
 
 
 def test_rows_are_of_platforms_and_a_choice_is_used(monkeypatch):

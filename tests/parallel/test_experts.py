@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from parallel.experts import block_size, dispatch
+from parallel.experts import BLOCKS, block_size, dispatch
 from parallel.mesh import AXES, make_mesh
 from performance.collectives import collectives
 
@@ -107,6 +107,22 @@ def test_gradients_equal_those_of_all_experts_for_all_tokens():
 def test_every_mesh_equals_one_device(mesh, skew):
     with jax.set_mesh(mesh_of(MESHES[mesh])):
         assert_equal(value_and_gradients()(*draw(skew)), expected(skew))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 2e-6), (jnp.bfloat16, 5e-3)])
+@pytest.mark.parametrize("skew", [0.0, 100.0])
+def test_every_platform_computes_the_same(dtype, bound, skew, monkeypatch):
+    x, experts, weights, *matrices = draw(skew)
+    x, *matrices = (array.astype(dtype) for array in (x, *matrices))
+    found = {}
+    for name, blocks in BLOCKS.items():
+        monkeypatch.setitem(BLOCKS, "cpu", blocks)
+        found[name] = value_and_gradients("padded")(x, experts, weights, *matrices)
+    for name, ours in found.items():
+        for a, b in zip(ours, found["cpu"], strict=True):
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            assert np.linalg.norm(a - b) < bound * np.linalg.norm(b), name
+    assert set(BLOCKS) == {"cpu", "gpu"}
 
 
 @pytest.mark.parametrize("skew", [0.0, 3.0, 100.0])

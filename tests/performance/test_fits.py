@@ -19,6 +19,7 @@ from performance.fits import Need, Room, memory_of, need, settings_that_fit
 from training.config import OptimizerConfig, TrainConfig
 from training.job import make_job
 
+SMALL = ["model.layers=1", "model.width=16", "model.heads=2", "model.kv_heads=2", "train.batch_size=2"]
 ONE = dict.fromkeys(("pipe", "data", "fsdp", "expert", "context", "tensor"), 1)
 
 
@@ -116,6 +117,22 @@ def test_train_ends_with_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error: out of device memory: a step needs")
     assert "Traceback" not in done.stderr
+
+
+def test_a_first_step_that_finds_no_memory_is_one_line_too(tmp_path):
+    """As where another process holds some of it: by the compiler's account the step fits."""
+    program = (
+        "import sys, jax, train; from config.compose import load; from unittest.mock import Mock; "
+        "full = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 64.53GiB'); "
+        "train.ProfiledStep = lambda *_: Mock(side_effect=full); train.memory_of = lambda device: 1e12; "
+        f"sys.exit(train.main([load(['run.dir={tmp_path}/run', 'train.steps=1', *{SMALL}])]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: out of device memory: a step needs")
+    assert "a device has 1000.0, of which less was free" in line
+    assert "activations" in line
 
 
 def test_cpus_do_not_say_what_they_have():

@@ -69,6 +69,7 @@ def test_scopes_are_what_the_code_names():
         ("jit(train_step)/transpose(jvp(loss))/head/jit(_where)/select_n", "loss/head"),
         ("jit(train_step)/transpose(jvp(jit(loss)))/mul", ""),  # a function's name is no scope
         ("jit(train_step)/checkpoint/rematted_computation/block/ffn/mul", "block/ffn"),
+        ("jit(train_step)/transpose(jvp())/block/norm/block/norm/checkpoint/reduce_sum", "block/norm"),
         ("state.params['embed']", ""),
         ("jit(train_step)/block/norm/mul;jit(train_step)/block/ffn/mul", "block/norm"),
     ],
@@ -217,6 +218,27 @@ def test_gpu_streams_with_nccl_beside_compute(tmp_path):
     events = [Event(e.device, e.name, e.start / 1e3, e.end / 1e3, e.module, e.beside) for e in read_events(path)]
     assert categories(events) == {"matmul": 10, "collectives exposed": 3, "copies": 1, "optimizer": 2}
     assert shares(events, PROGRAM).overlapped == 4
+
+
+@pytest.mark.parametrize("told", [{}, {"hlo_op": "command_buffer.1"}, {"hlo_op": "command_buffer", "hlo_module": "M"}])
+def test_gpu_kernels_of_command_buffers(tmp_path, told):
+    """They say nothing of what they belong to, or the whole buffer's name: XLA's have names, the libraries' a kind."""
+    told = {key: value.replace("M", "jit_train_step") for key, value in told.items()}
+    lines = {
+        "Stream #13(Compute)": [
+            ("fusion_1", 0, 10, told),
+            ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", 10, 5, told),
+            ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7", 15, 3, told),
+            ("add_1", 18, 2, told),
+            ("exp_1", 20, 1, {"hlo_op": "exp.1", "hlo_module": "jit_train_step"}),  # not in a buffer
+        ],
+        "Stream #21(MemcpyD2D)": [("MemcpyD2D", 19, 5, {})],
+    }
+    path = trace(tmp_path / "x.pb", "/device:GPU:0", lines)
+    events = [Event(e.device, e.name, e.start / 1e3, e.end / 1e3, e.module, e.beside) for e in read_events(path)]
+    assert categories(events) == {"matmul": 15, "attention": 4, "optimizer": 2}
+    scopes = summary(shares(events, PROGRAM), PROGRAM, 1)["scopes"]
+    assert {"block/ffn", "attention/core", "optimizer", "block/attention/core", "none"} == set(scopes)
 
 
 def test_tpu_lines(tmp_path):

@@ -74,15 +74,130 @@ def test_of_an_updated_array_only_the_update_is_traffic():
     assert update.bytes == 4 * (32 + 32) + 4, "the row read, the row written, and where"
 
 
-def test_marks_what_a_better_program_would_not_have():
-    large = "f32[2048,4096]{1,0}"
+# ----------------------------------------------------------------------------------- what a better program would not do
+
+LARGE = 2048 * 4096  # elements of a large array
+BIG = "  %big = f32[2048,4096]{1,0} parameter(2)\n  %half = bf16[2048,4096]{1,0} parameter(3)\n"
+
+
+def named(area: str, primitive: str = "mul", backward: bool = False) -> str:
+    return f'metadata={{op_name="jit(f)/{"transpose(jvp())" if backward else "jvp()"}/{area}/{primitive}"}}'
+
+
+def marks(lines: str, more: str = "") -> dict[str, tuple[str, float]]:
+    """Of each marked kernel what is said of it, and the bytes that a better program would not move."""
+    text = program(lines, more).replace("parameter(1)\n", f"parameter(1)\n{BIG}", 1)
+    return {kernel.name: (kernel.mark, kernel.avoidable) for kernel in kernels(text) if kernel.mark}
+
+
+def test_transposes_copies_and_layouts():
     entry = (
-        f"  %c = {large} transpose(%big), dimensions={{1,0}}\n"
-        f'  ROOT %e = {large} add(%c, %c), metadata={{op_name="jit(f)/block/ffn/mul"}}\n'
+        "  %t = bf16[4096,2048]{1,0} transpose(%half), dimensions={1,0}\n"
+        "  %c = bf16[2048,4096]{1,0} copy(%half)\n"
+        "  ROOT %l = bf16[2048,4096]{0,1} copy(%half)\n"
     )
-    text = program(entry).replace("parameter(1)\n", f"parameter(1)\n  %big = {large} parameter(2)\n")
-    marks = {kernel.name: kernel.mark for kernel in kernels(text)}
-    assert marks == {"c": "transposed", "e": "float32 between kernels"}
+    both = 2 * 2 * LARGE
+    assert marks(entry) == {"t": ("transposed", both), "c": ("copied", both), "l": ("laid out anew", both)}
+
+
+def test_zeros_that_are_filled_later():
+    fused = (
+        "%fused () -> f32[2048,4096] {\n  %z = f32[] constant(0)\n  ROOT %b = f32[2048,4096]{1,0} broadcast(%z)\n}\n"
+    )
+    entry = "  ROOT %f = f32[2048,4096]{1,0} fusion(), kind=kLoop, calls=%fused\n"
+    assert marks(entry, fused) == {"f": ("zeros that are filled later", 4 * LARGE)}
+
+
+def test_float32_between_kernels_and_not_in_the_optimizer():
+    entry = (
+        f"  %e = f32[2048,4096]{{1,0}} multiply(%big, %big), {named('block/ffn')}\n"
+        f"  ROOT %o = f32[2048,4096]{{1,0}} multiply(%e, %e), {named('optimizer')}\n"
+    )
+    assert marks(entry) == {"e": ("float32 between kernels", 2 * 4 * LARGE)}
+
+
+def test_logits_in_float32_in_all_passes_over_them():
+    contracted = "lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+    x, table = "bf16[2048,16]{1,0} parameter(4)", "bf16[4096,16]{1,0} parameter(5)"
+    entry = (
+        f"  %h = {x}\n  %t = {table}\n"
+        f"  %logits = f32[2048,4096]{{1,0}} dot(%h, %t), {contracted}, {named('loss/head', 'dot_general')}\n"
+        f"  %e = f32[2048,4096]{{1,0}} exponential(%logits), {named('loss', 'exp')}\n"
+        f"  ROOT %g = f32[4096,16]{{1,0}} dot(%e, %h), lhs_contracting_dims={{0}}, rhs_contracting_dims={{0}}, "
+        f"{named('loss/head', 'dot_general', backward=True)}\n"
+    )
+    narrower = 2 * LARGE  # bytes, of a pass in bfloat16 that is not taken in float32
+    expected = {"logits": narrower, "e": 2 * narrower, "g": narrower}
+    assert marks(entry) == {name: ("logits in float32", size) for name, size in expected.items()}
+    assert marks(entry.replace("f32[2048,4096]", "bf16[2048,4096]")) == {}
+
+
+def test_written_and_read_again():
+    sine = "%fused (p: bf16[2048,4096]) -> bf16[2048,4096] {\n  %p = bf16[2048,4096]{1,0} parameter(0)\n"
+    sine += "  ROOT %s = bf16[2048,4096]{1,0} sine(%p)\n}\n"
+    fusion = "bf16[2048,4096]{1,0} fusion(%SOURCE), kind=kLoop, calls=%fused"
+    first = f"  %a = {fusion.replace('SOURCE', 'half')}, {named('block/ffn')}\n"
+    again = f"  ROOT %b = {fusion.replace('SOURCE', 'a')}, {named('block/ffn')}\n"
+    assert marks(first + again, sine) == {"a": ("written and read again", 2 * 2 * LARGE)}
+    later = f"  ROOT %b = {fusion.replace('SOURCE', 'a')}, {named('block/ffn', backward=True)}\n"
+    assert marks(first + later, sine) == {}, "the backward pass cannot be one with the forward pass"
+    twice = f"  %c = {fusion.replace('SOURCE', 'a')}, {named('block/ffn')}\n"
+    assert marks(first + twice + again, sine) == {}, "two kernels need it"
+
+
+NARROWED = "%fused (p: f32[2048,4096]) -> bf16[2048,4096] {\n  %p = f32[2048,4096]{1,0} parameter(0)\n"
+NARROWED += "  %n = bf16[2048,4096]{1,0} convert(%p)\n  ROOT %s = bf16[2048,4096]{1,0} RESULT\n}\n"
+
+
+@pytest.mark.parametrize(
+    ("result", "saved"),
+    [("bitcast(%n)", (4 + 2) * LARGE), ("sine(%n)", (4 - 2) * LARGE)],  # the whole kernel; reading what is narrower
+)
+def test_converted_a_second_time_also_in_a_fusion(result, saved):
+    entry = (
+        "  %c = bf16[2048,4096]{1,0} convert(%big)\n"
+        f"  ROOT %f = bf16[2048,4096]{{1,0}} fusion(%big), kind=kLoop, calls=%fused, {named('block/ffn')}\n"
+    )
+    assert marks(entry, NARROWED.replace("RESULT", result)) == {"f": ("converted a second time", saved)}
+    other = entry.replace("convert(%big)", "convert(%other)")
+    other = "  %other = f32[2048,4096]{1,0} parameter(6)\n" + other
+    assert marks(other, NARROWED.replace("RESULT", result)) == {}, "two values, each once"
+
+
+def test_widened_inside_of_kernels_costs_nothing():
+    widened = NARROWED.replace("f32", "f16").replace("bf16", "f32").replace("f16", "bf16")
+    widened = widened.replace("RESULT", "sine(%n)")
+    fusion = 'f32[2048,4096]{1,0} fusion(%half), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/optimizer/sin"}'
+    assert marks(f"  %a = {fusion}\n  ROOT %b = {fusion}\n", widened) == {}
+
+
+def test_two_loops_that_convert_the_same_layers():
+    """As a scan over layers and its backward pass do, where each casts a layer's weights."""
+    state = "(s32[], f32[8,2048,4096]{2,1,0})"
+    body = (
+        f"%NAME (p: {state}) -> {state} {{\n  %p = {state} parameter(0)\n"
+        "  %i = s32[] get-tuple-element(%p), index=0\n  %z = s32[] constant(0)\n"
+        "  %w = f32[8,2048,4096]{2,1,0} get-tuple-element(%p), index=1\n"
+        "  %NAME.c = bf16[1,2048,4096]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%fused\n"
+        f"  ROOT %t = {state} tuple(%i, %w)\n}}\n\n"
+    )
+    fused = (
+        "%fused (a: f32[8,2048,4096], i: s32[]) -> bf16[1,2048,4096] {\n"
+        "  %a = f32[8,2048,4096]{2,1,0} parameter(0)\n  %i = s32[] parameter(1)\n  %z = s32[] constant(0)\n"
+        "  %last = s32[] constant(7)\n  %j = s32[] subtract(%last, %i)\n"
+        "  %s = f32[1,2048,4096]{2,1,0} dynamic-slice(%a, %j, %z, %z), dynamic_slice_sizes={1,2048,4096}\n"
+        "  ROOT %n = bf16[1,2048,4096]{2,1,0} convert(%s)\n}\n\n"
+    )
+    count = 'backend_config={"known_trip_count":{"n":"8"}}'
+    entry = (
+        "  %z = s32[] constant(0)\n  %w8 = f32[8,2048,4096]{2,1,0} parameter(6)\n"
+        f"  %t = {state} tuple(%z, %w8)\n  %l1 = {state} while(%t), condition=%cond, body=%forward, {count}\n"
+        "  %g = f32[8,2048,4096]{2,1,0} get-tuple-element(%l1), index=1\n"
+        f"  %t2 = {state} tuple(%z, %g)\n  ROOT %l2 = {state} while(%t2), condition=%cond, body=%backward, {count}\n"
+    )
+    bodies = body.replace("NAME", "forward") + body.replace("NAME", "backward")
+    found = marks(entry, fused + bodies)
+    assert found == {"backward.c": ("converted a second time", (4 + 2) * LARGE)}
 
 
 def test_a_real_program_has_the_flops_of_its_shapes():

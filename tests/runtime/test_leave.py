@@ -185,3 +185,21 @@ def test_a_stranger_on_the_port_is_shown_out(three, tmp_path):
 def test_leaving_needs_no_jax():
     code = "import sys, runtime.leave, runtime.lifeline; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["compile ahead", "another"])
+def test_the_end_does_not_wait_for_what_compiles_ahead(name):
+    """Its clean-ups run, what was printed is there, and the exit code is the program's."""
+    program = f"""
+import atexit, threading, time
+from runtime import leave
+atexit.register(lambda: print("cleaned"))
+if {name == "compile ahead"}:
+    threading.Thread(target=time.sleep, args=(60,), name={name!r}, daemon=True).start()
+print("done")
+leave.finish(75)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (75, ["done", "cleaned"], "")
+    assert time.monotonic() - began < 30
