@@ -87,9 +87,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
     """The run, in a directory that no other process may enter meanwhile."""
     primary = jax.process_index() == 0
     dtype = agreed(lambda: compute_dtype(config, run.holds_results(), jax.default_backend()))
-    t = replace(config.train, compute_dtype=dtype)
-    config = replace(config, train=t)
-    config = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run))))
+    config = replace(config, train=replace(config.train, compute_dtype=dtype))
+    config, t = replace(config, run=replace(config.run, id=agreed(lambda: claim(config, run)))), config.train
     require_shared(Path(config.checkpoint.dir or run.path))
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), ExitStack() as loop:
@@ -162,8 +161,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                 bad = reporter.push(number, metrics)
                 last, due, stopping = number == t.steps, store.due(number, time.monotonic()), stop.requested(number)
                 evaluating = t.eval_every > 0 and (last or number % t.eval_every == 0)
-                answering = tasks.due(number, last)
-                if due or stopping or last or evaluating or answering:
+                if due or stopping or last or evaluating or tasks.due(number, last):
                     bad = bad or reporter.settle()
                 if bad is not None:
                     code = FAULT
@@ -174,7 +172,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                         found = held_out.losses(state.params)
                         loss, best = found.loss, progress.take(found.loss)
                         reporter.evaluated(number, found, best)
-                    if answering:
+                    if tasks.due(number, last):
                         reporter.answered(number, tasks.metrics(state.params))
                     keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
                     if due or stopping or last or keep_best:
