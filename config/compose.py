@@ -23,7 +23,7 @@ CONF = Path(__file__).parent.parent / "conf"
 
 def load(overrides: list[str]) -> Config:
     """The config of a list of overrides. Raises ValueError with one clear line."""
-    path = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{FROM}=")), None)
+    path = next((_path_of(o) for o in reversed(overrides) if o.startswith(f"{FROM}=")), None)
     overrides = [o for o in overrides if not o.startswith(f"{FROM}=")]
     _check_keys(overrides)
     _check_single(parsed(overrides))  # Hydra itself would not say which one it could not read
@@ -41,6 +41,12 @@ def load(overrides: list[str]) -> Config:
     config = finish(build(Config, with_laws(with_weights(values, beginning, overrides))))
     check_shapes(config.model, beginning)
     return config
+
+
+def _path_of(override: str) -> str:
+    """The path of model.from=PATH: as it stands, or as Hydra reads it where it is quoted."""
+    text = override.partition("=")[2]
+    return str(parsed([override])[0].value()) if text[:1] in ("'", '"') else text
 
 
 def overridden(config: Config, overrides: list[str], groups: tuple[str, ...]) -> Config:

@@ -30,7 +30,6 @@ from model.specs import Specs
 from model.transformer import Description, describe
 from parallel.mesh import MeshConfig, make_mesh, resolve
 from runtime.config import RuntimeConfig
-from runtime.overrides import override
 from runtime.start import start
 from tracking.run_directory import RunDirectory
 from training.job import Job
@@ -97,7 +96,7 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
         config = load_run(directory.path)
     else:
         opened = open_pretrained(path)
-        config = load([override(FROM, str(opened.path))])
+        config = load([f"{FROM}={opened.path}"])
         config = replace(config, train=replace(config.train, seq_len=opened.length))
         directory = RunDirectory(opened.path)
     alone = RuntimeConfig(compile_cache=config.runtime.compile_cache)  # one process, whatever trained the model

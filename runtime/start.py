@@ -51,6 +51,7 @@ GPU_FLAGS = (
     # and biases are added by kernels of their own
     "--xla_gpu_dot_merger_threshold_mb=0",
 )
+THREADS_A_DEVICE = 4  # that may wait in collectives at once
 PATIENCE_SECONDS = 10  # of a process that has nothing to do but to tell the others of a mistake
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
 
@@ -68,6 +69,10 @@ def start(config: RuntimeConfig) -> None:
     add_flags(known(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ()))
     if cpu:
         heap.keep_freed_memory()
+    if cpu and (config.cpu_devices > 1 or cluster is not None):
+        # XLA takes its threads from one pool, of as many as there are cores. What follows a large copy runs in one of
+        # them and may be a collective that waits there: with all threads waiting, the others never come.
+        os.environ.setdefault("NPROC", str((os.cpu_count() or 1) + THREADS_A_DEVICE * config.cpu_devices))
     if gpu and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name; both at once are refused
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", GPU_MEMORY)
     if jax.config.jax_num_cpu_devices != config.cpu_devices:  # JAX refuses even the same value once it has begun

@@ -31,7 +31,7 @@ from config.layout import model_requirements
 from config.pretrained import FROM
 from config.schema import identity
 from data.tokenizer import load_tokenizer
-from inference.opening import Opened, chat_of, keep_pretrained, open_model
+from inference.opening import Opened, chat_of, find_model, keep_pretrained
 from model.counts import parameter_count
 from model.transformer import describe
 from parallel.mesh import make_mesh, resolve
@@ -59,7 +59,7 @@ def import_weights(options: argparse.Namespace) -> None:
     opened = open_pretrained(options.path, allow_pickle=options.allow_pickle)
     for name in opened.left_out():
         print(f"note: {name} is left out: the model has no place for it", file=sys.stderr)
-    config = compose.load([override(FROM, str(opened.path)), override("run.dir", str(run.path)), *options.overrides])
+    config = compose.load([f"{FROM}={opened.path}", override("run.dir", str(run.path)), *options.overrides])
     start(config.runtime)
     mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
     dtype = jnp.dtype(config.train.param_dtype)
@@ -83,9 +83,10 @@ def import_weights(options: argparse.Namespace) -> None:
 
 def export_weights(options: argparse.Namespace) -> None:
     """Writes a model as a folder that transformers opens."""
-    began, model = time.perf_counter(), open_model(options.path, options.overrides, options.step)
+    began, found = time.perf_counter(), find_model(options.path, options.overrides)
+    model = found.open(options.step)
     kept = kept_config(model)
-    written = write_config(model.config.model, model.reach, options.family) if kept is None else kept
+    written = write_config(model.config.model, found.reach, options.family) if kept is None else kept
     dtype = NAMES[options.dtype or (kept or {}).get("dtype") or (kept or {}).get("torch_dtype") or "float32"]
     texts = small_texts(model)
     eos = {"eos_token_id": ends(model)}

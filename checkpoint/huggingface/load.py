@@ -25,7 +25,7 @@ def load(pretrained: Pretrained, description: Description, mesh: Mesh, dtype=jnp
         _, place = places[path]
         reader = _Reader(pretrained, place, np.dtype(dtype))
         stacked = spec.axes[0] == LAYERS
-        value = _stacked(reader, spec, description.slots, mesh) if stacked else reader.array(spec, 0, mesh)
+        value = _stacked(reader, spec, description.slots, mesh) if stacked else _owned(reader.array(spec, 0, mesh))
         branch = loaded
         for name in path[:-1]:
             branch = branch[name]
@@ -43,6 +43,13 @@ def _stacked(reader: "_Reader", spec: ParameterSpec, slots: tuple[int, ...], mes
             stack = put(stack, reader.array(spec.of_one_layer(), layer, mesh), np.int32(row))
             jax.block_until_ready(stack)  # else the host would run ahead, and hold many layers
     return stack
+
+
+def _owned(array: jax.Array) -> jax.Array:
+    """The same in memory of the device's own. On CPUs an array may lie in NumPy's memory, which no step can take over:
+    it would copy it first, in a thread of its own, and its collectives would then begin in another order on each device.
+    """
+    return jax.jit(jnp.copy, out_shardings=array.sharding)(array)
 
 
 class _Reader:

@@ -142,3 +142,12 @@ def test_bytes_go_out_as_a_tokenizer_that_others_open():
         ids = theirs.encode(text, add_special_tokens=False).ids
         assert ids == ours.encode(text).tolist()
         assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", [".dotted", "with space", "a,b=c", "[1]"])
+def test_any_path_will_do(folder, tmp_path, monkeypatch, name):
+    shutil.copytree(folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert find_model(name).config.model == open_pretrained(folder).config
+    for spelled in (f"model.from={name}", f"model.from='{name}'"):
+        assert compose.load([spelled]).weights.path == str(tmp_path / name)

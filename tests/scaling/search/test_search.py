@@ -198,7 +198,7 @@ def test_yaml_and_words(tmp_path):
         ("objectives: {eval/loss: less}", ["eval/loss: less", "minimize, maximize"]),
         ("objectives: [eval/loss]", ["objectives should be a mapping"]),
         ("pruner: median\nobjectives: {perf/step_ms: minimize}", ["pruner: median follows eval/loss alone"]),
-        ("start: [1]", ["start[0]=1 is int, but should be dict"]),
+        ("start: [1]", ["start[0]=1 is int, but should be a mapping"]),
         ("- 3", ["should hold keys"]),
         ("a: [", ["cannot read"]),
     ],
