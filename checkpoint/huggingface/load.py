@@ -46,9 +46,7 @@ def _stacked(reader: "_Reader", spec: ParameterSpec, slots: tuple[int, ...], mes
 
 
 def _owned(array: jax.Array) -> jax.Array:
-    """The same in memory of the device's own. On CPUs an array may lie in NumPy's memory, which no step can take over:
-    it would copy it first, in a thread of its own, and its collectives would then begin in another order on each device.
-    """
+    """The same in memory of the device's own: on CPUs an array may otherwise lie in the mapped file itself."""
     return jax.jit(jnp.copy, out_shardings=array.sharding)(array)
 
 

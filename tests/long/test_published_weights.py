@@ -154,9 +154,8 @@ def test_a_real_decoder_is_that_of_transformers(smollm2):
         ours = forward(open_pretrained(path), mesh, np.resize(tokens_BT, (4, 256)))[0]
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
         assert np.exp(nll(ours)) == pytest.approx(np.exp(nll(theirs)), rel=1e-3)
-        print(
-            f"perplexity {np.exp(nll(ours)):.3f}, largest error {np.abs(ours - theirs).max() / np.abs(theirs).max():.1e}"
-        )
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        print(f"perplexity {np.exp(nll(ours)):.3f}, largest error {error:.1e}")
 
 
 def test_a_real_decoder_answers(smollm2, capsys):
