@@ -116,7 +116,8 @@ def hear_others() -> None:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, as the user is told it."""
-    text = " ".join(str(error).split())
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    text = f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())
     if isinstance(error, MISTAKES):
         return f"error: {text or type(error).__name__}"
     return f"error: {type(error).__name__}: {text[:500]}"

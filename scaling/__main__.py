@@ -4,12 +4,9 @@ Exit codes: 0 done; 1 a coordinate check that is not flat, an optimum that moved
 line; 3 a sweep has runs that failed; 75 a search was stopped, 130 a sweep was interrupted: the same command goes on.
 """
 
-import argparse
-import importlib
 import sys
 
-from runtime.arguments import Parser
-from runtime.exit_codes import MISTAKE
+from runtime import commands
 
 # Command -> (module in scaling/commands, what it does)
 COMMANDS = {
@@ -27,29 +24,9 @@ COMMANDS = {
 }
 
 
-def parser(name: str | None) -> Parser:
-    """The parser of a command, whose module alone is imported; for None the one that lists them."""
-    if name:
-        module, words = COMMANDS[name]
-        options = Parser(prog=f"python -m scaling {name}", description=words)
-        getattr(importlib.import_module(f"scaling.commands.{module}"), f"add_{name.replace('-', '_')}")(options)
-        return options
-    listed = "commands:\n" + "\n".join(f"  {name:12} {words}" for name, (_, words) in COMMANDS.items())
-    plain = argparse.RawDescriptionHelpFormatter
-    top = Parser(prog="python -m scaling", description="Scaling laws.", epilog=listed, formatter_class=plain)
-    top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    return top
-
-
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit code."""
-    name, rest = (arguments[0], arguments[1:]) if {*arguments[:1]} & COMMANDS.keys() else (None, arguments)
-    options = parser(name).parse_intermixed_args(rest)
-    try:
-        return options.command(options) or 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+    return commands.run("scaling", "Scaling laws.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,17 @@ MODELS = {
         *("train.grad_accumulation=2", "train.loss_chunk=4", "train.z_loss=0.001", "train.remat=full"),
         "train.seq_len=18",
     ],
+    # what published families ask for: both halves of a block beside each other, norms of each half's output and of all
+    # heads, a share of the dims that turns, other angles in local layers, kinds of tokens, a layer before the logits
+    "families": [
+        *SHAPE,
+        *("model.width=48", "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "model.ffn=96"),
+        *("model.norm=layer", "model.bias=all", "model.parallel_block=true", "model.norm_position=output"),
+        *("model.rope_fraction=0.5", "model.rope_theta_local=50", "model.window=5", "model.window_pattern=LG"),
+        *("model.embedding_norm=true", "model.norm_plus_one=true", "model.qk_norm=true", "model.qk_norm_dims=all"),
+        *("model.head=masked_lm", "model.token_types=2", "model.activation=gelu_exact", "train.loss_chunk=4"),
+        *("model.vocab_size=257", "model.vocab_multiple=1", "optimizer=adamw"),
+    ],
     # a mixture of experts with auxiliary losses, a shared expert and a router that is balanced by its bias
     "moe": [
         *SHAPE,

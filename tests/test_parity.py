@@ -15,6 +15,7 @@ EIGHT = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) in (
 SIX = [(3, 1, 1), (1, 3, 1), (1, 1, 3), (2, 3, 1), (1, 2, 3)]
 ALONE_OR_ALL = [(1, 2, 1), (1, 1, 2), (1, 1, 8), (2, 2, 2), (1, 4, 2)]
 CASES = [("llama", s) for s in EIGHT] + [("gpt2", s) for s in ALONE_OR_ALL] + [("gemma", s) for s in SIX]
+CASES += [("families", (1, 2, 4))]
 
 
 @pytest.mark.parametrize(("model", "sizes"), CASES, ids=lambda v: v if isinstance(v, str) else "x".join(map(str, v)))

@@ -30,6 +30,7 @@ CASES = {
         ["pipeline.schedule=interleaved", "train.grad_accumulation=4"],
         SIX,
     ),
+    "families": ("families", {"pipe": 2, "tensor": 2, "context": 2}, ["pipeline.schedule=zero_bubble"], ()),
     "expert": ("moe", {"pipe": 2, "expert": 4}, ["pipeline.schedule=zero_bubble"], ()),
     "expert, tensor": ("moe", {"pipe": 2, "expert": 2, "tensor": 2}, [], ()),
     "context": ("llama", {"pipe": 2, "context": 4}, ["pipeline.schedule=zero_bubble"], ()),

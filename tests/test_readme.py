@@ -12,6 +12,7 @@ import tracking.__main__ as tracking
 from config import command_line, compose, layout
 from evaluation import options as evaluation
 from inference.options import parse
+from runtime import commands
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +47,7 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         (parse if words[1] == "inference" else evaluation.parse)(words[2:])
         return
     if words[:2] == ["-m", "scaling"]:
-        scaling.parser(words[2]).parse_intermixed_args(words[3:])
+        commands.parser("scaling", "", scaling.COMMANDS, words[2]).parse_intermixed_args(words[3:])
         return
     if words[:2] == ["-m", "tracking"]:
         assert tracking.options(words[2:]).runs
