@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from config.command_line import command_line, next_commands
 from config.compose import compute_dtype, load_run, to_yaml
-from config.layout import mesh_sizes
+from config.layout import in_processes, mesh_sizes
 from config.schema import Config, differences, identity, shared
 
 if __name__ == "__main__":
@@ -77,6 +77,7 @@ def main(jobs: list[Config], began: float | None = None) -> int:
 def train(config: Config, began: float) -> int:
     """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
     require_same(shared(config) | code_versions())
+    config = in_processes(config, jax.default_backend(), jax.process_count())
     mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
     run = RunDirectory(Path(config.run.dir))
     with run.held() if primary else nullcontext():

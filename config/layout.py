@@ -1,9 +1,22 @@
 """Which meshes suit a run: what its sizes ask of each axis."""
 
+from dataclasses import replace
+
 from config.schema import Config
 from model.config import ModelConfig
 from parallel.mesh import MicrobatchRequirement, Requirement, StageRequirement, requirement, resolve
 from parallel.pipeline.schedules import DEFAULT_CHUNKS, read_csv
+
+
+def in_processes(config: Config, platform: str, processes: int) -> Config:
+    """The config with its layers unrolled where several processes compute on CPUs.
+
+    XLA for CPUs (jaxlib 0.10) may start collectives inside a scan and outside of it in another order in each process
+    where arrays are large, and gloo, which counts messages, takes one for the other.
+    """
+    if platform != "cpu" or processes == 1:
+        return config
+    return replace(config, model=replace(config.model, scan_layers=False))
 
 
 def mesh_sizes(config: Config, devices: int) -> dict[str, int]:
