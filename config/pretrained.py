@@ -65,8 +65,15 @@ def with_weights(values: dict, beginning: Beginning, overrides: list[str]) -> di
                 ours, theirs = ours[group], theirs.setdefault(group, {})
             theirs[last] = ours[last]
     values = values | {"model": model}
-    if beginning.tokenizer is not None and not any(key.partition(".")[0] == "tokenizer" for key in named):
+    own = any(key.partition(".")[0] == "tokenizer" for key in named)
+    if beginning.tokenizer is not None and own and values["tokenizer"]["kind"] != beginning.tokenizer["kind"]:
+        kind = values["tokenizer"]["kind"]
+        raise ValueError(f"tokenizer.kind={kind}: the weights of {beginning.path} know the tokens of their tokenizer")
+    if beginning.tokenizer is not None and not own:
         values["tokenizer"] = beginning.tokenizer
+    longest = model["max_positions"] if model["positions"] == "learned" else values["train"]["seq_len"]
+    if "train.seq_len" not in named and longest < values["train"]["seq_len"]:
+        values["train"] = {**values["train"], "seq_len": longest}
     if "run.name" not in named:
         values["run"] = {**values["run"], "name": beginning.path.stem}
     return values | {"weights": {"path": os.path.abspath(beginning.path), "digest": beginning.digest}}

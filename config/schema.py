@@ -16,7 +16,7 @@ from data.prepared import tokenizer_of
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from evaluation.config import EvaluationConfig
 from inference.config import SampleConfig
-from model.config import MASKED_LM, ModelConfig
+from model.config import ModelConfig
 from parallel.config import ContextConfig, PipelineConfig
 from parallel.mesh import MeshConfig
 from runtime.config import RuntimeConfig
@@ -140,8 +140,6 @@ def finish(config: Config) -> Config:
             f"train.seq_len={train.seq_len} is longer than model.max_positions={model.max_positions} learned "
             f"positions; set model.max_positions={train.seq_len}"
         )
-    if model.head not in ("vocabulary", *MASKED_LM):
-        raise ValueError(f"model.head={model.head} gives no logits to train; use vocabulary or masked_lm")
     if config.run.dir is None:
         digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
         run = dataclasses.replace(config.run, dir=str(Path("runs") / f"{config.run.name}-{digest}"))

@@ -116,11 +116,12 @@ class ByteTokenizer:
         """The same as a tokenizer.json, for programs that read these: the ids of UTF-8 bytes, NUL a special token."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        tokenizer = Tokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
+        end = next(character for character, byte in BYTE_OF.items() if byte == self.eos_id)
+        vocab = {END_OF_TEXT if character == end else character: byte for character, byte in BYTE_OF.items()}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
-        end = next(character for character, byte in BYTE_OF.items() if byte == self.eos_id)
-        tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return tokenizer.to_str()
 
     def save(self, path: Path) -> None:

@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> list[str]:
     if warning := beyond_training(config.model, config.train.seq_len, prompts, sample.tokens):
         print(f"warning: {warning}", file=sys.stderr)
     model = found.open(options.step)
-    print(f"{model.path}: step {model.step}", file=sys.stderr)
+    if model.step is not None:
+        print(f"{model.path}: step {model.step}", file=sys.stderr)
     with jax.set_mesh(model.mesh):
         ends = {"eos_id": tokenizer.eos_id, "stop_ids": () if chat is None else chat.stop_ids}
         new = generate(model.description, model.params, prompts, sample, **ends, dtype=model.dtype)

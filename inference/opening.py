@@ -169,6 +169,8 @@ def keep_pretrained(path: str | None, run: RunDirectory) -> None:
 def chat_of(path: Path) -> ChatTemplate:
     """The chat template of the model at a path. Raises ValueError where it has none."""
     directory = RunDirectory(path)
+    if directory.config.exists() and not directory.pretrained.exists():
+        raise ValueError(f"{path} has no chat template: it did not begin from a published model")
     return open_chat(directory.pretrained if directory.config.exists() else path)
 
 

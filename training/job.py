@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
+from model.config import MASKED_LM, ModelConfig
 from model.transformer import Description, describe
 from parallel.config import ContextConfig, PipelineConfig, schedule_for
 from parallel.pipeline.run import slots
@@ -147,6 +147,8 @@ def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None) -
     Parameters that are not `trainable` have no gradient and no moments; see training.trainable.matching.
     """
     model, train, style = config.model, config.train, config.context.style
+    if model.head not in ("vocabulary", *MASKED_LM):
+        raise ValueError(f"model.head={model.head} gives no logits to train; use vocabulary or masked_lm")
     schedule = schedule_for(config.pipeline, train.batch_size // train.grad_accumulation, mesh.shape)
     stored = describe(model, context_style=style)
     description = stored if schedule is None else describe(model, slots(model.layers, schedule), style)

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -54,16 +55,17 @@ def main(options: argparse.Namespace) -> int:
 def import_weights(options: argparse.Namespace) -> None:
     """Streams a published model onto the mesh and saves it as a run directory without a run."""
     began, run = time.perf_counter(), RunDirectory(options.run)
-    if run.path.exists() and any(run.path.iterdir()):
+    unfinished = run.path / ".importing"  # there until all is written: what a killed import left is begun again
+    if run.path.exists() and {path.name for path in run.path.iterdir()} - {".lock"} and not unfinished.exists():
         raise ValueError(f"{run.path} is not empty: choose another directory")
     opened = open_pretrained(options.path, allow_pickle=options.allow_pickle)
-    for name in opened.left_out():
-        print(f"note: {name} is left out: the model has no place for it", file=sys.stderr)
     config = compose.load([f"{FROM}={opened.path}", override("run.dir", str(run.path)), *options.overrides])
     start(config.runtime)
     mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
     dtype = jnp.dtype(config.train.param_dtype)
     with run.held(), jax.set_mesh(mesh):
+        unfinished.touch()
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         params = load(opened, describe(config.model), mesh, dtype)
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.save(run.tokenizer)
@@ -76,6 +78,7 @@ def import_weights(options: argparse.Namespace) -> None:
             raise ValueError("; ".join(store.poll()) or f"{store.directory} could not be written")
         run.write_config(compose.to_yaml(replace(config, train=replace(config.train, seq_len=opened.length))))
         run.imported.write_text(json.dumps({"path": config.weights.path, "digest": config.weights.digest}))
+        unfinished.unlink()
     count, seconds = parameter_count(config.model).total, time.perf_counter() - began
     said = f"{count / 1e6:.1f}M parameters of {opened.family.model_type}"
     print(f"{run.path}: {said} in {seconds:.1f} s", file=sys.stderr)
@@ -87,7 +90,11 @@ def export_weights(options: argparse.Namespace) -> None:
     model = found.open(options.step)
     kept = kept_config(model)
     written = write_config(model.config.model, found.reach, options.family) if kept is None else kept
-    dtype = NAMES[options.dtype or (kept or {}).get("dtype") or (kept or {}).get("torch_dtype") or "float32"]
+    came = (kept or {}).get("dtype") or (kept or {}).get("torch_dtype")
+    if came not in NAMES:
+        came = "float32" if RunDirectory(model.path).config.exists() else open_pretrained(model.path).dtype
+    dtype = NAMES.get(options.dtype or came, "F32")
+    written = {key: value for key, value in written.items() if key != "torch_dtype"}
     texts = small_texts(model)
     eos = {"eos_token_id": ends(model)}
     if kept is None:

@@ -18,13 +18,17 @@ ROPE_KINDS = {
     "default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn", "longrope": "longrope",
     "su": "longrope", "dynamic": "dynamic",
 }  # fmt: skip
+WHOLE = (  # fields that count
+    *("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab_size", "max_positions", "window", "experts"),
+    *("experts_per_token", "token_types", "first_position"),
+)
 ENCODERS = ("bert", "roberta", "distilbert")
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a config.json. Raises ValueError, with those that there are, for another."""
     found = config.get("model_type")
-    if found not in BY_TYPE:
+    if not isinstance(found, str) or found not in BY_TYPE:
         raise ValueError(f"model_type={found!r} is not one of {', '.join(BY_TYPE)}")
     return BY_TYPE[found]
 
@@ -35,6 +39,10 @@ def read_config(config: dict[str, Any], names: set[str]) -> ModelConfig:
     Raises ValueError for what is missing, has the wrong type, or is not known here.
     """
     family = family_of(config)
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(f"quantization_config={method!r}: quantised weights are read from GGUF files only")
     c = {key: value for key, value in {**family.defaults, **config}.items() if value is not None}
     if "num_local_experts" in c:  # transformers writes one for the other
         c.setdefault("num_experts", c["num_local_experts"])
@@ -46,7 +54,7 @@ def read_config(config: dict[str, Any], names: set[str]) -> ModelConfig:
         return ModelConfig(**_sizes(family, c, fields), head=_head(family, c, fields, names), scan_layers=True)
     except KeyError as error:
         raise ValueError(f"config.json has no {error.args[0]}") from None
-    except TypeError as error:
+    except (TypeError, AttributeError, ZeroDivisionError, StopIteration) as error:
         raise ValueError(f"config.json has a value of the wrong type: {error}") from None
 
 
@@ -58,6 +66,8 @@ def _sizes(family: Family, c: dict, fields: dict) -> dict[str, Any]:
         raise ValueError(f"{family.activation_key}={act!r} is not one of {', '.join(known)}")
     fields["activation"] = known[act]
     for name in ("layers", "width", "heads", "vocab_size"):
+        if name not in fields:
+            raise ValueError(f"config.json has no {family.fields[name]}")
         if not isinstance(fields[name], int) or fields[name] < 1:
             raise ValueError(f"{family.fields[name]}={fields[name]!r} should be a number of 1 or more")
     fields.setdefault("kv_heads", fields["heads"])
@@ -74,13 +84,20 @@ def _sizes(family: Family, c: dict, fields: dict) -> dict[str, Any]:
     if family.model_type in ("bert", "roberta"):
         _encoder_positions(family, c, fields)
     if fields.get("positions", "rotary") == "rotary":
-        fields |= _rope(c)
+        fields |= _rope(family, c)
     if family.local_layers:
         fields |= _windows(family, c, fields["layers"])
+    if c.get("query_pre_attn_scalar", 1) <= 0:
+        raise ValueError(f"query_pre_attn_scalar={c['query_pre_attn_scalar']} should be above 0")
     if "query_pre_attn_scalar" in c:
         fields["attention_scale"] = c["query_pre_attn_scalar"] ** -0.5
     if not c.get("scale_attn_weights", True):
         fields["attention_scale"] = 1.0
+    for name in WHOLE:
+        if type(fields.get(name, 1)) is not int:
+            raise ValueError(f"{family.fields.get(name, name)}={fields[name]!r} should be a whole number")
+    if type(fields["tied_embeddings"]) is not bool:
+        raise ValueError(f"tie_word_embeddings={fields['tied_embeddings']!r} should be true or false")
     return fields
 
 
@@ -92,28 +109,36 @@ def _encoder_positions(family: Family, c: dict, fields: dict) -> None:
 
 
 def _head(family: Family, c: dict, fields: dict, names: set[str]) -> str:
-    architecture = (c.get("architectures") or [family.architecture])[0]
+    architecture = (c.get("architectures") or [""])[0]
+    masked, pooler = (family.names_for(head).get("head_dense", "-") + ".weight" for head in ("masked_lm", "pooler"))
+    there = lambda name: bool({name, name.removeprefix(family.base)} & names)
     if family.model_type not in ENCODERS:
-        has_logits = fields["tied_embeddings"] or f"{family.names['head']}.weight" in names or not names
-        return "vocabulary" if has_logits else "none"
-    if "MaskedLM" in architecture or "PreTraining" in architecture or "LMHead" in architecture:
+        asked = "CausalLM" in architecture or "LMHead" in architecture or not architecture
+        return "vocabulary" if fields["tied_embeddings"] or asked or there(f"{family.names['head']}.weight") else "none"
+    asked = any(word in architecture for word in ("MaskedLM", "CausalLM", "PreTraining", "LMHead"))
+    if asked or (not architecture and there(masked)):
         gelu = family.model_type == "roberta" and fields["activation"] != "gelu_exact"  # its head always has it
         return "masked_lm_gelu" if gelu else "masked_lm"
-    pooler = family.head_names.get("pooler", {}).get("head_dense", "-") + ".weight"
-    return "pooler" if {pooler, pooler.removeprefix(family.base)} & names else "none"
+    return "pooler" if "pooler" in family.head_names and there(pooler) else "none"
 
 
-def _rope(c: dict) -> dict[str, Any]:
+def _rope(family: Family, c: dict) -> dict[str, Any]:
     """The fields of rotary positions, from either form of config.json: rope_parameters, or rope_theta and others."""
     p = c.get("rope_parameters") or {}
     old = c.get("rope_scaling") or {}
+    if not isinstance(p, dict) or not isinstance(old, dict):
+        raise ValueError("rope_parameters and rope_scaling should be tables of keys")
+    if old and "full_attention" not in p:  # the older name wins, as in transformers
+        p = {**p, **old}
     local = p.get("sliding_attention") if "full_attention" in p else None
     full = p.get("full_attention", p or old)
     theta = full.get("rope_theta") or c.get("rotary_emb_base") or c["rope_theta"]
     kind = full.get("rope_type") or full.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope scaling {kind!r} is not one of {', '.join(ROPE_KINDS)}")
-    share = full.get("partial_rotary_factor") or c.get("partial_rotary_factor") or c.get("rotary_pct") or 1.0
+    share = full.get("partial_rotary_factor") or c.get("rotary_pct") or 1.0
+    if family.model_type == "phi3":  # others do not look there
+        share = c.get("partial_rotary_factor", share)
     fields = {"rope_theta": float(theta), "rope_fraction": float(share)}
     if local is not None:
         if (local.get("rope_type") or "default") != "default":
@@ -163,7 +188,7 @@ def _windows(family: Family, c: dict, layers: int) -> dict[str, Any]:
     if types is None and "max_window_layers" in c:
         types = ["full_attention" if i < c["max_window_layers"] else "sliding_attention" for i in range(layers)]
     if types is None:
-        step = c.get("sliding_window_pattern") or c.get("_sliding_window_pattern")
+        step = c.get("sliding_window_pattern")
         pattern = "L" * (step - 1) + "G" if step else family.default_pattern or "G"
     else:
         if strange := set(types) - {"sliding_attention", "full_attention"}:
@@ -253,7 +278,8 @@ def _written(family: Family, config: ModelConfig, length: int) -> dict[str, Any]
         written |= _rope_written(family, c, length)
     if family.local_layers:
         local = any(c.windows())
-        written["sliding_window"] = c.window if local else family.defaults.get("sliding_window")
+        unused = family.defaults.get("sliding_window") if family.local_layers == "types" else None
+        written["sliding_window"] = c.window if local else unused
         if family.local_layers == "types":
             written["layer_types"] = ["sliding_attention" if w else "full_attention" for w in c.windows()]
         if family.model_type.startswith("qwen"):

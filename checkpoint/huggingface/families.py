@@ -32,9 +32,12 @@ class Family:
     local_layers: str = ""  # which layers are local: "" none, "window" all, "types" as layer_types says
     default_pattern: str = ""  # of local layers, where layer_types is not there
 
-    def names_for(self, head: str) -> dict[str, str]:
-        """The table of names of a model with this `model.head`."""
-        return {**self.names, **self.head_names.get(head.removesuffix("_gelu"), {})}
+    def names_for(self, head: str, tied: bool = True) -> dict[str, str]:
+        """The table of names of a model with this `model.head`, and with `tied` tables or not."""
+        names = {**self.names, **self.head_names.get(head.removesuffix("_gelu"), {})}
+        if not tied and "head_bias" in names:  # an output matrix of its own has its own bias
+            names["head_bias"] = names["head"]
+        return names
 
 
 # ------------------------------------------------------------------------------------------------------------- decoders
@@ -194,6 +197,7 @@ DISTILBERT = {
 
 ATTENTION_BIAS = {"bias_names": ("attention_bias",), "bias_keys": {"none": (False,), "attention": (True,)}}
 GATED_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0}
+QWEN2_DEFAULTS = {**GATED_DEFAULTS, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 GEMMA_DEFAULTS = {
     **GATED_DEFAULTS,
     "tie_word_embeddings": True,
@@ -221,15 +225,16 @@ FAMILIES = [
         bias_keys={"none": (False, False), "attention": (True, False), "ffn": (False, True), "all": (True, True)},
     ),
     Family(
-        "mistral", "MistralForCausalLM", LLAMA, DECODER, GATED_DEFAULTS | {"num_key_value_heads": 8},
+        "mistral", "MistralForCausalLM", LLAMA, DECODER,
+        GATED_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
         base="model.", local_layers="window",
     ),
     Family(
-        "qwen2", "Qwen2ForCausalLM", LLAMA, DECODER, GATED_DEFAULTS, {"bias": "qkv"},
+        "qwen2", "Qwen2ForCausalLM", LLAMA, DECODER, QWEN2_DEFAULTS, {"bias": "qkv"},
         base="model.", local_layers="types",
     ),
     Family(
-        "qwen3", "Qwen3ForCausalLM", LLAMA, DECODER, GATED_DEFAULTS | {"head_dim": 128}, {"qk_norm": True},
+        "qwen3", "Qwen3ForCausalLM", LLAMA, DECODER, QWEN2_DEFAULTS | {"head_dim": 128}, {"qk_norm": True},
         base="model.", local_layers="types", **ATTENTION_BIAS,
     ),
     Family(
@@ -250,13 +255,17 @@ FAMILIES = [
     ),
     Family(
         "mixtral", "MixtralForCausalLM", MIXTRAL, MOE_FIELDS | {"experts": "num_local_experts"},
-        GATED_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+        {
+            **GATED_DEFAULTS, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8,
+            "num_experts_per_tok": 2, "num_local_experts": 8,
+        },
         {"router_normalize": True}, base="model.", local_layers="window",
     ),
     Family(
         "qwen3_moe", "Qwen3MoeForCausalLM", QWEN3_MOE,
         MOE_FIELDS | {"experts": "num_experts", "router_normalize": "norm_topk_prob", "ffn": "moe_intermediate_size"},
-        GATED_DEFAULTS | {"norm_topk_prob": False}, {"qk_norm": True},
+        GATED_DEFAULTS | {"norm_topk_prob": False, "num_experts_per_tok": 8, "use_sliding_window": False},
+        {"qk_norm": True},
         {"mlp_only_layers": [], "decoder_sparse_step": 1}, base="model.", local_layers="window", **ATTENTION_BIAS,
     ),
     Family(

@@ -3,6 +3,7 @@
 Host memory holds a layer's part and no more; what has been read lies on the devices.
 """
 
+import logging
 from functools import partial
 
 import jax
@@ -16,9 +17,14 @@ from model.specs import LAYERS, ParameterSpec, leaves, map_specs
 from model.transformer import Description
 from parallel.sharding import parameter_sharding
 
+log = logging.getLogger("isomesh.checkpoint")
+
 
 def load(pretrained: Pretrained, description: Description, mesh: Mesh, dtype=jnp.float32) -> dict:
     """The parameters of a published model, as `description` lays them out, in `dtype`."""
+    if others := pretrained.left_out():
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        log.warning("%s: the model has no place for %s%s", pretrained.path, ", ".join(others[:3]), more)
     loaded = map_specs(lambda spec: None, description.specs)
     places = pretrained.places
     for path, spec in leaves(description.specs):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,39 @@ class Pretrained:
                 for expert in range(one.shape[0] if place.by_expert else 1):
                     yield one, place, self.find(place.of(layer, expert))
 
+    def is_tied(self) -> bool:
+        """Whether the tables are one, as the config says: not where the files have two that differ."""
+        head = f"{self.family.names_for(self.config.head).get('head', '-')}.weight"
+        if not self.config.tied_embeddings or head not in self._names:
+            return self.config.tied_embeddings
+        return np.array_equal(
+            self.source.tensor(head), self.source.tensor(self.find(f"{self.family.names['tokens']}.weight"))
+        )
+
     def check(self) -> None:
         """Raises ValueError for the first tensor that is missing or has another shape."""
         for spec, place, name in self.tensors():
+            if self.source.dtype(name).kind not in "fV" or self.source.dtype(name).itemsize < 2:
+                raise ValueError(f"{self.path}: {name} is {self.source.dtype(name)}, not float32, bfloat16 or float16")
             if (there := self.source.shape(name)) != (wanted := place.shape(spec)):
                 raise ValueError(f"{self.path}: {name} is {there}, and its config asks for {wanted}")
+
+    def check_layers(self) -> None:
+        """Raises ValueError where there are tensors of more layers than the config has: it would be cut short."""
+        numbered = [place.name for _, place in self.places.values() if "{layer}" in place.name]
+        before = {name.partition("{layer}")[0] for name in numbered}
+        for name in self.left_out():
+            for prefix in (p for base in before for p in (base, base.removeprefix(self.family.base))):
+                number = name.removeprefix(prefix).partition(".")[0]
+                if name.startswith(prefix) and number.isdecimal() and int(number) >= self.config.layers:
+                    raise ValueError(f"{self.path}: {name} is there, and its config has {self.config.layers} layers")
 
     def left_out(self) -> list[str]:
         """Tensors that no parameter is read from, but for buffers and copies of tied tables."""
         read = {name for *_, name in self.tensors()}
-        tied = {f"{self.family.names_for(self.config.head).get('head', '-')}.{part}" for part in ("weight", "bias")}
-        return sorted(name for name in self._names - read - tied if not BUFFERS.search(name))
+        head = self.family.names_for(self.config.head).get("head", "-")
+        copies = {f"{head}.weight", f"{head}.bias"} if self.config.tied_embeddings else set()
+        return sorted(name for name in self._names - read - copies if not BUFFERS.search(name))
 
     @cached_property
     def dtype(self) -> str:
@@ -117,6 +139,7 @@ def open_pretrained(path: str | Path, *, allow_pickle: bool = False) -> Pretrain
     try:
         opened = _open_gguf(path) if path.is_file() else _open_folder(path, allow_pickle)
         opened.check()
+        opened.check_layers()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -145,7 +168,8 @@ def _open_folder(path: Path, allow_pickle: bool) -> Pretrained:
     tokenizer = next((path for name in ("tokenizer.json", "vocab.json") if (path / name).exists()), None)
     if tokenizer is not None and (path / "tokenizer.json").exists():
         tokenizer = path / "tokenizer.json"
-    return Pretrained(path, read_config(config, source.names()), family, source, config, tokenizer)
+    opened = Pretrained(path, read_config(config, source.names()), family, source, config, tokenizer)
+    return opened if opened.is_tied() else replace(opened, config=replace(opened.config, tied_embeddings=False))
 
 
 def _pickle(path: Path, allow_pickle: bool) -> Source:

@@ -94,7 +94,7 @@ def _inputs(spec: ParameterSpec) -> int:
 
 def place_of(family: Family, config: ModelConfig, path: tuple[str, ...]) -> Place:
     """The place of a parameter, by its path in the tree of specifications. Raises ValueError if the family has none."""
-    names, leaf = family.names_for(config.head), path[-1]
+    names, leaf = family.names_for(config.head, config.tied_embeddings), path[-1]
     module = "/".join(path[:-1] if leaf in SUFFIXES else path)
     if module not in names:
         raise ValueError(f"{family.model_type} has no place for {'/'.join(path)}")

@@ -41,6 +41,10 @@ def changed(folder: Path, **keys) -> None:
     ("keys", "message"),
     [
         ({"model_type": "bloom"}, "model_type='bloom' is not one of llama, mistral"),
+        ({"model_type": ["llama"]}, "is not one of llama, mistral"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config='fp8': quantised weights are read"),
+        ({"rope_scaling": {"rope_type": "weird"}}, "rope scaling 'weird' is not one of default"),
+        ({"rope_scaling": "yes"}, "should be tables of keys"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh' is not one of silu"),
         ({"num_hidden_layers": 99}, "there is no tensor model.layers."),
         ({"intermediate_size": 21}, r"mlp.up_proj.weight is \(.*\), and its config asks for \(21, "),
@@ -53,6 +57,29 @@ def changed(folder: Path, **keys) -> None:
 def test_configs_that_are_not_known(folder, keys, message):
     changed(folder, **keys)
     refused(folder, message)
+
+
+def with_tensors(folder: Path, change) -> None:
+    """The folder's tensors after `change(dict)`."""
+    there = Safetensors(folder / "model.safetensors")
+    tensors = {name: np.array(there.tensor(name)) for name in sorted(there.names())}
+    change(tensors)
+    with (folder / "model.safetensors").open("wb") as file:
+        safetensors.write_header(file, {name: (value.dtype, value.shape) for name, value in tensors.items()})
+        for value in tensors.values():
+            file.write(value.tobytes())
+
+
+def test_tensors_that_would_be_left_out_or_misread(folder, caplog):
+    with_tensors(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.int8)}))
+    refused(folder, "model.norm.weight is int8, not float32")
+    with_tensors(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.float16)}))
+    open_pretrained(folder)
+    with_tensors(folder, lambda t: t.update({"value_head.weight": np.ones(3, np.float32)}))
+    assert open_pretrained(folder).left_out() == ["value_head.weight"]
+    layer = "model.layers.7.input_layernorm.weight"
+    with_tensors(folder, lambda t: t.update({layer: np.ones(3, np.float32)}))
+    refused(folder, f"{layer} is there, and its config has . layers")
 
 
 def test_folders_that_are_not_whole(folder, tmp_path):

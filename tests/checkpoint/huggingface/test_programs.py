@@ -125,7 +125,10 @@ def test_what_was_trained_goes_out(begun, tmp_path):
     [
         (["model.from=/nowhere/at/all"], "/nowhere/at/all: there is no such folder or file"),
         (["model.from=FOLDER", "model=nano"], "model=nano and model.from="),
-        (["model.from=FOLDER", "tokenizer=bytes"], "model.vocab_size=67 is smaller than the tokenizer's 256"),
+        (
+            ["model.from=FOLDER", "tokenizer=bytes"],
+            "tokenizer.kind=bytes: the weights of .* know the tokens of",
+        ),
         (["model.from=FOLDER", "model.width=5"], "model.width=5: the weights of .* have 36"),
     ],
 )
@@ -151,3 +154,13 @@ def test_any_path_will_do(folder, tmp_path, monkeypatch, name):
     assert find_model(name).config.model == open_pretrained(folder).config
     for spelled in (f"model.from={name}", f"model.from='{name}'"):
         assert compose.load([spelled]).weights.path == str(tmp_path / name)
+
+
+def test_a_killed_import_is_begun_again(folder, tmp_path):
+    unfinished = tmp_path / "run"
+    (unfinished / "checkpoints" / "00000000.partial").mkdir(parents=True)
+    (unfinished / ".importing").touch()
+    code, said = program("checkpoint.huggingface", "import", folder, unfinished)
+    assert code == 0, said
+    assert not (unfinished / ".importing").exists()
+    assert parameters(unfinished).keys() == parameters(folder).keys()
