@@ -87,7 +87,14 @@ def read_csv(path: File, raw: BinaryIO, how: Reading) -> Read:
 
     A quote that is opened and never closed swallows what follows it, as in every reader of CSV: it is told at the end.
     """
-    csv.field_size_limit(sys.maxsize)
+    limit = csv.field_size_limit(sys.maxsize)  # of the whole process: set back below
+    try:
+        yield from _rows_of_csv(path, raw, how)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _rows_of_csv(path: File, raw: BinaryIO, how: Reading) -> Read:
     stream = io.TextIOWrapper(decompressed(path, raw), "utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(stream, strict=True, delimiter="\t" if kind(path) == ".tsv" else ",")
     header = _next_row(rows)

@@ -266,3 +266,44 @@ def test_what_a_config_leaves_out_is_what_its_family_has():
     config = read_config(gemma, set())
     assert (config.head_dim, config.tied_embeddings, config.window_pattern, config.window) == (256, True, "LG", 4096)
     assert (config.attention_softcap, config.logit_softcap, config.attention_scale) == (50.0, 0.0, 1 / 16)
+
+
+SIZES = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def test_windows_are_off_where_a_class_has_them_off():
+    """Qwen's files of older versions have a sliding_window and no use_sliding_window, which is then false."""
+    for family in ("qwen2", "qwen3", "qwen3_moe"):
+        config = {"model_type": family, **SIZES, "sliding_window": 8, "num_experts": 8, "moe_intermediate_size": 8}
+        assert not any(read_config(config, set()).windows()), family
+    config = read_config({"model_type": "qwen2", **SIZES, "sliding_window": 8, "use_sliding_window": True}, set())
+    assert config.windows() == (0,) * 28 + (8, 8)  # the layers from max_window_layers on, 28 if it is not said
+    assert read_config({"model_type": "mistral", **SIZES}, set()).window == 4096
+    assert read_config({"model_type": "mistral", **SIZES, "sliding_window": None}, set()).window == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"head_dim": 12.0}, "head_dim=12.0 should be a whole number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' should be true or false"),
+        ({"rope_parameters": [1]}, "should be tables of keys"),
+        ({"rope_parameters": {"full_attention": 3}}, "config.json has a value of the wrong type"),
+    ],
+)
+def test_values_of_the_wrong_type(folder, keys, message):
+    changed(folder, **keys)
+    refused(folder, message)
+
+
+def test_tables_that_differ_are_not_tied(tmp_path):
+    folder = Path(shutil.copytree(GOLDEN / "llama", tmp_path / "tied"))
+    assert open_pretrained(folder).config.tied_embeddings
+    copied = lambda t: t["model.embed_tokens.weight"]
+    with_tensors(folder, lambda t: t.update({"lm_head.weight": copied(t)}))
+    assert open_pretrained(folder).config.tied_embeddings
+    with_tensors(folder, lambda t: t.update({"lm_head.weight": copied(t) + 1}))
+    assert not open_pretrained(folder).config.tied_embeddings
