@@ -21,8 +21,8 @@ from training.recipes import LAWS, law_number
 CONF = Path(__file__).parent.parent / "conf"
 
 
-def load(overrides: list[str]) -> Config:
-    """The config of a list of overrides. Raises ValueError with one clear line."""
+def load(overrides: list[str], *, allow_pickle: bool = False) -> Config:
+    """The config of a list of overrides; `allow_pickle`: see open_pretrained. Raises ValueError in one line."""
     path = next((_path_of(o) for o in reversed(overrides) if o.startswith(f"{FROM}=")), None)
     overrides = [o for o in overrides if not o.startswith(f"{FROM}=")]
     _check_keys(overrides)
@@ -37,7 +37,7 @@ def load(overrides: list[str]) -> Config:
         raise ValueError(one_line(error)) from None
     if path is None:
         return finish(build(Config, with_laws(values)))
-    beginning = beginning_of(path, load_run)
+    beginning = beginning_of(path, load_run, allow_pickle=allow_pickle)
     config = finish(build(Config, with_laws(with_weights(values, beginning, overrides))))
     check_shapes(config.model, beginning)
     return config

@@ -26,12 +26,12 @@ class Beginning:
     digest: str
 
 
-def beginning_of(path: str, load_run: Callable) -> Beginning:
+def beginning_of(path: str, load_run: Callable, *, allow_pickle: bool = False) -> Beginning:
     """What lies at a path: the directory of a run, a Hugging Face folder, a .gguf file. Raises ValueError."""
     folder = Path(path).expanduser()
     if (folder / "config.yaml").exists():
         return _of_run(folder, load_run(folder))
-    opened = open_pretrained(path)
+    opened = open_pretrained(path, allow_pickle=allow_pickle)
     tokenizer = None if opened.tokenizer is None else {"kind": "file", "path": os.path.abspath(opened.tokenizer)}
     return Beginning(opened.path, opened.config, tokenizer, opened.fingerprint())
 

@@ -59,7 +59,8 @@ def import_weights(options: argparse.Namespace) -> None:
     if run.path.exists() and {path.name for path in run.path.iterdir()} - {".lock"} and not unfinished.exists():
         raise ValueError(f"{run.path} is not empty: choose another directory")
     opened = open_pretrained(options.path, allow_pickle=options.allow_pickle)
-    config = compose.load([f"{FROM}={opened.path}", override("run.dir", str(run.path)), *options.overrides])
+    asked = [f"{FROM}={opened.path}", override("run.dir", str(run.path)), *options.overrides]
+    config = compose.load(asked, allow_pickle=options.allow_pickle)
     start(config.runtime)
     mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
     dtype = jnp.dtype(config.train.param_dtype)

