@@ -119,7 +119,8 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any], rank: int) -> list[s
 def code_versions() -> dict[str, str]:
     """A digest of each source file of the project that is loaded, and the versions of what it stands on."""
     files = {Path(file).resolve() for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))}
-    names = sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT))
+    # a module may claim a file that is not there (torch.classes: "_classes.py")
+    names = sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT) and file.is_file())
     ours = [name for name in names if not name.parts[0].startswith(".") and "site-packages" not in name.parts]
     digests = {name.as_posix(): hashlib.sha256((ROOT / name).read_bytes()).hexdigest()[:12] for name in ours}
     versions = {f"the version of {name}": version(name) for name in PACKAGES}
