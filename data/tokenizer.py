@@ -7,7 +7,6 @@ and only a chat template (`data.chat`) writes the marks of its turns.
 """
 
 import hashlib
-import itertools
 import json
 import re
 import secrets
@@ -211,13 +210,6 @@ class JsonTokenizer:
         """Text of ids; broken UTF-8 shows as U+FFFD, special tokens and foreign ids as nothing."""
         known = _known(ids, self.vocab_size).tolist()
         return self._tokenizer.decode([i for i in known if i not in self._names])
-
-    @property
-    def begin(self) -> tuple[int, ...]:
-        """What its file puts before every text, as published ones do whose models begin with such a token."""
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        marks = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        return tuple(token for token, _ in itertools.takewhile(lambda mark: mark[1], marks))
 
     def bytes_of(self, token: int) -> bytes | None:
         """The bytes that a token adds to those of its neighbours, none of special and foreign ones.
