@@ -16,8 +16,8 @@ import numpy as np
 
 from data.tokenizer import JsonTokenizer, TokenizerConfig, load_tokenizer
 from data.tokenizers.files import SETTINGS, files_of, read_settings, read_text
-from data.tokenizers.gguf import read_metadata
 from runtime.files import replace_text
+from runtime.gguf import read_header
 
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 PRIVATE = range(0xF0000, 0xFFFFE)  # code points that no standard gives a meaning
@@ -99,7 +99,7 @@ def open_chat(path: Path | str, tokenizer: JsonTokenizer | None = None) -> ChatT
     path = Path(path).expanduser()
     tokenizer = tokenizer or load_tokenizer(TokenizerConfig("file", path=str(path)))
     file = files_of(path)[0]
-    source, names, stops = _of_gguf(read_metadata(file)) if file.suffix == ".gguf" else _of_folder(file.parent)
+    source, names, stops = _of_gguf(read_header(file).metadata) if file.suffix == ".gguf" else _of_folder(file.parent)
     if not isinstance(source, str):
         raise ValueError(f"{path} has no chat template: looked for {TEMPLATE} and chat_template in {SETTINGS}")
     return ChatTemplate(source, tokenizer, names, stops)

@@ -1,23 +1,19 @@
-"""GGUF files of llama.cpp, read: metadata, tensors and their dequantisation. Only what the llama family needs.
+"""Weights in GGUF files of llama.cpp: tensors and their dequantisation. Only what the llama family needs.
 
-Format and block layouts: docs/gguf.md and ggml/src/ggml-common.h of github.com/ggml-org. Nothing is trusted: counts and
-places are checked against the file before memory is taken.
+Block layouts: ggml/src/ggml-common.h of github.com/ggml-org/ggml. Places are checked against the file before memory is
+taken; the header is read by runtime/gguf.py.
 """
 
 import math
-import struct
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from checkpoint.huggingface.families import LLAMA, Family
 from model.config import ModelConfig, RopeScaling
+from runtime.gguf import Tensor, read_header
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY = 8, 9
 BLOCK = 32  # weights that share a scale
 # type -> (name, weights in a block, bytes of a block)
 TYPES = {
@@ -41,7 +37,6 @@ NAMES = {
 }
 assert set(NAMES) | {"layers/attention/query_norm", "layers/attention/key_norm"} == set(LLAMA)
 FAMILY = Family("llama (GGUF)", "", NAMES, {}, rotary_pairs=True)
-LARGEST_COUNT = 1 << 24  # of tensors, keys, or entries of one array
 
 
 class Gguf:
@@ -49,87 +44,23 @@ class Gguf:
 
     def __init__(self, path: Path):
         self._path = Path(path)
-        try:
-            self._size = self._path.stat().st_size
-            with self._path.open("rb") as file:
-                self._file = file
-                self.metadata, self._tensors = self._read()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        finally:
-            self._file = None
+        header = read_header(self._path)
+        self.metadata, self._begin, self._size = header.metadata, header.begin, self._path.stat().st_size
+        self._tensors = {name: self._checked(name, tensor) for name, tensor in header.tensors.items()}
 
-    # ---- the header
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
-        if self._take(4) != MAGIC:
-            raise ValueError(f"{self._path}: is no GGUF file")
-        version, tensors, keys = self._scalar("<I"), self._scalar("<Q"), self._scalar("<Q")
-        if version not in VERSIONS:
-            raise ValueError(f"{self._path}: GGUF version {version}; 2 and 3 are known here")
-        self._check_count(tensors, 8)
-        self._check_count(keys, 8)
-        metadata = {}
-        for _ in range(keys):
-            name = self._string()
-            metadata[name] = self._value(self._scalar("<I"))
-        found = {}
-        for _ in range(tensors):
-            name, dims = self._string(), self._scalar("<I")
-            if dims > 4:
-                raise ValueError(f"{self._path}: {name[:80]!r} has {dims} dims; there are 4 at most")
-            shape = tuple(self._scalar("<Q") for _ in range(dims))[::-1]
-            found[name] = shape, self._scalar("<I"), self._scalar("<Q")
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise ValueError(f"{self._path}: general.alignment={alignment!r}")
-        begin = -(-self._file.tell() // alignment) * alignment
-        return metadata, {name: self._checked(name, *entry, begin) for name, entry in found.items()}
-
-    def _checked(self, name: str, shape, kind: int, offset: int, begin: int) -> tuple[tuple[int, ...], int, int]:
-        if kind not in TYPES:
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor, if it is of a kind known here and lies in the file."""
+        if tensor.kind not in TYPES:
             known = ", ".join(entry[0] for entry in TYPES.values())
-            raise ValueError(f"{self._path}: {name[:80]!r} is of type {kind}; known here are {known}")
-        quantisation, weights, size = TYPES[kind]
-        count = math.prod(shape)
-        if not shape or shape[-1] % weights or begin + offset + count // weights * size > self._size:
+            raise ValueError(f"{self._path}: {name[:80]!r} is of type {tensor.kind}; known here are {known}")
+        (quantisation, weights, size), shape = TYPES[tensor.kind], tensor.shape
+        at, needed = self._begin + tensor.offset, math.prod(shape) // weights * size
+        if not shape or shape[-1] % weights or at + needed > self._size:
             raise ValueError(
-                f"{self._path}: {name[:80]!r} of {quantisation} {shape} does not fit: {count // weights * size:,} "
-                f"bytes from {begin + offset:,} in a file of {self._size:,}: cut short or damaged"
+                f"{self._path}: {name[:80]!r} of {quantisation} {shape} does not fit: {needed:,} bytes from {at:,} in "
+                f"a file of {self._size:,}: cut short or damaged"
             )
-        return shape, kind, begin + offset
-
-    def _take(self, count: int) -> bytes:
-        if count > self._size - self._file.tell():
-            raise ValueError(f"{self._path}: {count:,} bytes wanted beyond its {self._size:,}: damaged")
-        return self._file.read(count)
-
-    def _scalar(self, form: str):
-        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
-
-    def _string(self) -> str:
-        return self._take(self._scalar("<Q")).decode("utf-8", "replace")
-
-    def _check_count(self, count: int, least: int) -> None:
-        if count > LARGEST_COUNT or count * least > self._size:
-            raise ValueError(f"{self._path}: {count:,} entries in a file of {self._size:,} bytes: damaged")
-
-    def _value(self, kind: int):
-        if kind == STRING:
-            return self._string()
-        if kind == ARRAY:
-            of, count = self._scalar("<I"), self._scalar("<Q")
-            if of == ARRAY or (of != STRING and of not in SCALARS):
-                raise ValueError(f"{self._path}: an array of type {of} in its metadata")
-            self._check_count(count, 1)
-            if of == STRING:
-                return [self._string() for _ in range(count)]
-            return np.frombuffer(self._take(count * struct.calcsize(SCALARS[of])), np.dtype(SCALARS[of])).tolist()
-        if kind not in SCALARS:
-            raise ValueError(f"{self._path}: a value of type {kind} in its metadata")
-        return self._scalar(SCALARS[kind])
-
-    # ---- the tensors
+        return tensor
 
     def names(self) -> set[str]:
         """Of all tensors."""
@@ -137,18 +68,18 @@ class Gguf:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
-        return self._tensors[name][0]
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """What a tensor is read as."""
-        stored = TYPES[self._tensors[name][1]][0]
+        stored = TYPES[self._tensors[name].kind][0]
         return np.dtype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(stored, np.float32))
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32 where it is stored in blocks."""
-        shape, kind, at = self._tensors[name]
+        shape, kind, offset = self._tensors[name]
         quantisation, weights, size = TYPES[kind]
-        raw = np.memmap(self._path, np.uint8, "r", at, (math.prod(shape) // weights * size,))
+        raw = np.memmap(self._path, np.uint8, "r", self._begin + offset, (math.prod(shape) // weights * size,))
         if weights == 1:
             return raw.view(self.dtype(name)).reshape(shape)
         return dequantise(raw.reshape(-1, size), quantisation).reshape(shape)

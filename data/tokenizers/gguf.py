@@ -3,98 +3,16 @@
 Two kinds of tokenizer.ggml.model: `gpt2`, byte-level BPE with its merges, whose way to cut words is named by
 tokenizer.ggml.pre; and `llama`, SentencePiece's BPE, where of all neighbours those are joined first whose token has the
 highest score. (github.com/ggml-org/ggml, docs/gguf.md.)
-
-The metadata is read here, without weights and without trust: a length is compared with what is left of the file before
-anything is read, so that a file that lies about its lengths ends in one line and takes no memory.
 """
 
-import mmap
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from data.tokenizers.patterns import WORDS, added_token, byte_level_spec, spec
+from runtime.gguf import read_header
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # of tokenizer.ggml.token_type; 1 is a word, 5 unused
 SPACE = "▁"
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file: numbers, texts, and lists of them. Raises ValueError for a damaged file."""
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, path).metadata()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-
-
-class _Reader:
-    def __init__(self, data: mmap.mmap, path: Path):
-        self._data, self._path, self._at = data, path, 0
-
-    def metadata(self) -> dict[str, Any]:
-        if self._bytes(4) != b"GGUF":
-            raise self._error("not a GGUF file")
-        version = self._number("I")
-        if version not in (2, 3):
-            raise self._error(f"GGUF version {version}; versions 2 and 3 are read")
-        self._number("Q")  # tensors
-        found = {}
-        for _ in range(self._count(8 + 4 + 1)):
-            key = self._text()
-            if key in found:
-                raise self._error(f"{key} is there twice")
-            found[key] = self._value(self._number("I"))
-        return found
-
-    def _value(self, kind: int) -> Any:
-        if kind in SCALARS:
-            return self._number(SCALARS[kind])
-        if kind == STRING:
-            return self._text()
-        if kind != ARRAY:
-            raise self._error(f"a value of the unknown type {kind}")
-        kind = self._number("I")
-        if kind == STRING:
-            return [self._text() for _ in range(self._count(8))]
-        if kind not in SCALARS:
-            raise self._error(f"a list of values of type {kind}, which is not read")
-        form = struct.Struct("<" + SCALARS[kind])
-        count = self._count(form.size)
-        return [value for (value,) in form.iter_unpack(self._bytes(count * form.size))]
-
-    def _count(self, smallest: int) -> int:
-        """How many values follow, of `smallest` bytes at least."""
-        count, left = self._number("Q"), len(self._data) - self._at
-        if count * smallest > left:
-            raise self._error(f"says that {count:,} values follow, where {left:,} bytes are left")
-        return count
-
-    def _text(self) -> str:
-        text = self._bytes(self._number("Q"))
-        try:
-            return text.decode()
-        except UnicodeDecodeError:
-            raise self._error("a text that is not UTF-8") from None
-
-    def _number(self, form: str):
-        form = struct.Struct("<" + form)
-        return form.unpack(self._bytes(form.size))[0]
-
-    def _bytes(self, count: int) -> bytes:
-        left = len(self._data) - self._at
-        if count > left:
-            raise self._error(f"says that {count:,} bytes follow, where {left:,} are left")
-        self._at += count
-        return self._data[self._at - count : self._at]
-
-    def _error(self, what: str) -> ValueError:
-        return ValueError(f"{self._path}: {what} (at byte {self._at:,})")
 
 
 # ---- from metadata to a tokenizer.json ---------------------------------------------------------------------------
@@ -102,7 +20,7 @@ class _Reader:
 
 def gguf_spec(path: Path) -> str:
     """The tokenizer.json of a GGUF file. Raises ValueError where it holds no tokenizer, or one of another kind."""
-    metadata = read_metadata(path)
+    metadata = read_header(path).metadata
     found = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind = found.get("model")
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}

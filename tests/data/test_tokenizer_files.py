@@ -17,8 +17,8 @@ from transformers import GPT2Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from data.tokenizer import BYTE_OF, JsonTokenizer, TokenizerConfig, load_tokenizer, train_bpe, vocab_size_of
-from data.tokenizers.gguf import read_metadata
 from data.tokenizers.patterns import WORDS, byte_level_spec
+from runtime.gguf import read_header
 
 CORPUS = [
     "the cat sat on the mat, it's the hat 12345",
@@ -245,7 +245,7 @@ def test_gguf_says_what_begins_a_sequence(tmp_path, flag, begin):
 def test_metadata_is_that_of_the_gguf_package(sentence_gguf):
     reader = gguf.GGUFReader(sentence_gguf)
     expected = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert read_metadata(sentence_gguf) == expected
+    assert read_header(sentence_gguf).metadata == expected
 
 
 def test_any_byte_changed_or_file_cut_short_ends_in_one_line(sentence_gguf, tmp_path):

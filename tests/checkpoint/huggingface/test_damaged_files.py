@@ -221,13 +221,17 @@ def test_every_cut_of_a_gguf_file_is_noticed(tmp_path):
     whole = (tmp_path / "a.gguf").read_bytes()
     for length in [0, 3, 8, *np.random.default_rng(0).integers(0, len(whole) - 64, 25)]:
         (tmp_path / "b.gguf").write_bytes(whole[:length])
-        refused(tmp_path / "b.gguf", "damaged|cut short|is no GGUF")
+        refused(tmp_path / "b.gguf", "cut short|says that .* follow|not a GGUF file|cannot mmap an empty file")
 
 
 def test_gguf_files_that_lie_about_their_counts(tmp_path):
     write_gguf(tmp_path / "a.gguf")
     whole = bytearray((tmp_path / "a.gguf").read_bytes())
-    for at, message in ((8, "entries in a file"), (16, "entries in a file"), (24, "damaged")):
+    for at, message in (
+        (8, "says that .* values follow"),
+        (16, "says that .* values follow"),
+        (24, "says that .* bytes follow"),
+    ):
         lying = bytearray(whole)
         lying[at : at + 8] = struct.pack("<Q", 2**62)
         (tmp_path / "b.gguf").write_bytes(lying)
@@ -235,7 +239,7 @@ def test_gguf_files_that_lie_about_their_counts(tmp_path):
     lying = bytearray(whole)
     lying[4:8] = struct.pack("<I", 9)
     (tmp_path / "b.gguf").write_bytes(lying)
-    refused(tmp_path / "b.gguf", "GGUF version 9")
+    refused(tmp_path / "b.gguf", "GGUF version 9; versions 2 and 3")
 
 
 def test_gguf_of_other_architectures(tmp_path):
