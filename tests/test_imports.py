@@ -23,6 +23,10 @@ ALLOWED = {
         *("checkpoint", "config", "data.tokenizer", "model", "parallel", "runtime"),
         *("data.chat", "tracking.run_directory", "training.job", "training.state"),
     },
+    # models behind an address: it opens one, gives it to the engine and guards the way there
+    "serving": {
+        *("inference", "data.chat", "data.tokenizer", "model.config", "runtime", "tracking.run_directory"),
+    },
     # measures models of runs and of training jobs with text, tasks and programs
     "evaluation": {"config.schema", "data", "inference", "model", "parallel", "runtime", "tracking", "training"},
     # nests the settings of every room, each from a module without JAX
@@ -61,9 +65,14 @@ ENTRY_POINTS = {
     "checkpoint/huggingface/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",
+    "serving/__main__.py",
     "scaling/__main__.py",
 }
-PARTS = ("scaling/commands/", "data/commands/")  # of the entry points beside, which look them up by name
+PARTS = (
+    "scaling/commands/",
+    "data/commands/",
+    "serving/commands/",
+)  # of the entry points beside, which look them up by name
 MODULES = {"train"}  # that stand beside the folders
 
 ROOMS = {place.partition("/")[0] for place in ALLOWED}
