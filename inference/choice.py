@@ -51,9 +51,7 @@ class Choice:
         """How its tokens are drawn, with those that there are; vocabulary: width of the logits."""
         sequence = self.sequence
         new = sequence.tokens[sequence.prompt :]
-        return slot_values(
-            self.request.sampling, vocabulary, choice=self.index, prompt=self.request.prompt, new=new
-        )
+        return slot_values(self.request.sampling, vocabulary, choice=self.index, prompt=self.request.prompt, new=new)
 
     def begin(self) -> bool:
         """Notes that it runs; True if for the first time."""
@@ -93,12 +91,15 @@ class Choice:
         if stopped_by is not None:
             return self._piece(text, finish="stop", stopped_by=stopped_by, **what)
         if len(sequence.tokens) >= sequence.most:
-            return self._piece(text + self._text.finish(), finish="length", **what)
+            return self.end("length", before=text, **what)
         return self._piece(text, **what)
 
-    def end(self, finish: str, error: str | None = None, stopped_by: int | None = None) -> Piece:
-        """The last piece of a choice that ends without a further token."""
-        return self._piece(self._text.finish(), finish=finish, error=error, stopped_by=stopped_by)
+    def end(self, finish: str, *, before: str = "", stopped_by: int | str | None = None, **what) -> Piece:
+        """The last piece, with what was held back of the text; a stop string may be complete only now."""
+        rest, stop = self._text.finish()
+        if stop is not None and finish in ("stop", "length"):
+            finish, stopped_by = "stop", stop
+        return self._piece(before + rest, finish=finish, stopped_by=stopped_by, **what)
 
     def _piece(self, text: str, **what) -> Piece:
         if not self._told:

@@ -19,13 +19,13 @@ import numpy as np
 
 from inference.cache import Blocks
 from inference.choice import Choice, Observer
+from inference.compilations import Compilations
 from inference.engine_options import EngineOptions
 from inference.generate import check, trained_reach
 from inference.opening import Opened
 from inference.requests import Busy, EncodeRequest, EngineState, Listener, Request
 from inference.scheduler import Batch, Scheduler, Sequence
 from inference.step import Programs
-from inference.compilations import Compilations
 
 log = logging.getLogger("isomesh.inference")
 
@@ -46,13 +46,15 @@ class InFlight:
 class Engine:
     """Continuous batching over one model. `observer` may be set before `start`."""
 
-    def __init__(self, opened: Opened, options: EngineOptions = EngineOptions(), draft: Opened | None = None):
+    def __init__(self, opened: Opened, options: EngineOptions | None = None, draft: Opened | None = None):
         """Compiles nothing yet. Raises ValueError for options that do not fit the model."""
-        config = opened.config.model
+        config, options = opened.config.model, options or EngineOptions()
         self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.causal
         self.vocabulary = config.vocab_size
-        trained = config.max_positions if config.positions == "learned" else trained_reach(
-            config, opened.config.train.seq_len
+        trained = (
+            config.max_positions
+            if config.positions == "learned"
+            else trained_reach(config, opened.config.train.seq_len)
         )
         self.reach = min(options.max_length or trained, trained)  # tokens of the longest sequence
         self.cache_tokens = options.cache_tokens or min(4 * self.reach, max(MOST_CACHED, self.reach))
@@ -77,7 +79,7 @@ class Engine:
         self._faults = 0
         self._seconds_a_choice = 1.0  # lately
 
-    # ----------------------------------------------------------------------------------------- called from any thread
+    # ---- called from any thread ----
 
     def start(self) -> None:
         """Compiles all programs and starts the thread; returns when it is ready. Raises what went wrong."""
@@ -145,7 +147,7 @@ class Engine:
             self._thread.join()
         return not left
 
-    # ----------------------------------------------------------------------------------------------- the engine thread
+    # ---- the engine thread ----
 
     def _warm_up(self) -> None:
         opened, options = self._opened, self.options
@@ -283,7 +285,7 @@ class Engine:
         elif piece.text or piece.tokens or piece.prompt_logprobs is not None:
             self._hear(choice, piece)
 
-    # ----------------------------------------------------------------------------------------------------------- endings
+    # ---- endings ----
 
     def _finish(self, choice: Choice, finish: str, piece=None, error: str | None = None) -> None:
         """The end of a choice: its blocks and its slot are free, its listener is told."""
@@ -291,7 +293,7 @@ class Engine:
         others = self._ids.get(choice.request.id, [])
         if choice not in others:
             return
-        piece = choice.end(finish, error) if piece is None else piece
+        piece = choice.end(finish, error=error) if piece is None else piece
         self._finished[finish] += 1
         self._hear(choice, piece)
         self._observe("finished", choice.request.id, finish)
@@ -330,7 +332,7 @@ class Engine:
         except Exception:
             log.exception("the observer of the engine")
 
-    # --------------------------------------------------------------------------------------------------------- requests
+    # ---- requests ----
 
     def _choices(self, request: Request | EncodeRequest, listener: Listener) -> list[Choice]:
         """The choices of a request. Raises ValueError for what cannot be answered."""

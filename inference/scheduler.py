@@ -58,7 +58,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens start to start + count - 1 of a sequence are computed; `draws` a token after them, if they are the last."""
+    """`count` tokens of a sequence from `start` on are computed; `draws` one more, if they are the last."""
 
     sequence: Sequence
     start: int
@@ -132,7 +132,7 @@ class Scheduler:
         sequence.computed += len(tokens) - 1
         self._name_full(sequence)
 
-    # ------------------------------------------------------------------------------------------------------- beginning
+    # ---- beginning ----
 
     def _begin(self) -> list[Sequence]:
         begun = []
@@ -171,7 +171,7 @@ class Scheduler:
         sequence.computed = sequence.pending = sequence.named = 0
         sequence.epoch += 1
 
-    # ------------------------------------------------------------------------------------------------------------ rows
+    # ---- rows ----
 
     def _reads(self) -> list[Row]:
         """The next parts of prompts, of the sequences that began first."""

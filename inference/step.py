@@ -81,7 +81,7 @@ class Programs:
         self.words = -(-self.width // 32)
         self.empty()
 
-    # ------------------------------------------------------------------------------------------------------ the arrays
+    # ---- the arrays ----
 
     def empty(self) -> None:
         """An empty cache and slots that nobody holds."""
@@ -102,7 +102,7 @@ class Programs:
         slots = self.compiled["occupy"](self.kept.slots, np.int32(slot), values)
         self.kept = replace(self.kept, slots=slots)
 
-    # ---------------------------------------------------------------------------------------------------- the programs
+    # ---- the programs ----
 
     def shapes(self) -> list[Shape]:
         """All shapes of steps, a short list: powers of two for rows that decode, of four for tokens of prompts."""
@@ -145,9 +145,7 @@ class Programs:
         positions_BT = jnp.where(t < count_B[:, None], start_B[:, None] + t, self.table * self.block)
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
-        x_BTD, caches = run(
-            model, description.block, layers, tokens_BT, positions_BT, caches, self.opened.dtype
-        )
+        x_BTD, caches = run(model, description.block, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
         pools = tuple((cache.k_PKH, cache.v_PKH) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
@@ -162,7 +160,7 @@ class Programs:
     def _even(self, tokens: int) -> int:
         return -(-tokens // self.even) * self.even
 
-    # ----------------------------------------------------------------------------------------------------------- a step
+    # ---- a step ----
 
     def run(self, rows: Sequence[Row], masks: dict[int, np.ndarray], *, scores: bool = False) -> Drawn | Scores:
         """Starts a step; what it returns is there when it is read. `masks` are of rows with a grammar, by index."""
