@@ -16,6 +16,12 @@ def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return _project(*alike(x, matrix))
 
 
+def project_by_output(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """As `project` with a matrix (...out, ...in): each output's weights lie together in memory."""
+    inputs = x.ndim - 2
+    return _contract(x, matrix, (tuple(range(2, x.ndim)), tuple(range(matrix.ndim - inputs, matrix.ndim))), x.dtype)
+
+
 @jax.custom_vjp
 def _project(x, matrix):
     return _contract(x, matrix, _inner(x), x.dtype)
