@@ -38,7 +38,8 @@ class BlockCache:
         def put(pool_KPH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
             new_KnH = new_BTKH.transpose(2, 0, 1, 3).reshape(len(pool_KPH), -1, new_BTKH.shape[3])
             new_KnH = shard(new_KnH, "kv_heads", None, "head_dim")
-            return pool_KPH.at[:, entries].set(new_KnH.astype(pool_KPH.dtype), mode="drop")
+            put_head = lambda pool_PH, new_nH: pool_PH.at[entries].set(new_nH, mode="drop")
+            return jax.vmap(put_head)(pool_KPH, new_KnH.astype(pool_KPH.dtype))
 
         return replace(self, k_KPH=put(self.k_KPH, k_BTKH), v_KPH=put(self.v_KPH, v_BTKH))
 
@@ -61,7 +62,12 @@ class BlockCache:
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
         def read(pool_KPH, entries_BS):
-            x_KBSH = pool_KPH[:, entries_BS].astype(dtype)
+            heads_K11 = jnp.arange(len(pool_KPH), dtype=jnp.int32)[:, None, None]
+            if splits("kv_heads") == 1:  # one long list of entries: they are gathered as the matmul wants them
+                x_KBSH = pool_KPH.reshape(-1, H)[heads_K11 * pool_KPH.shape[1] + entries_BS]
+            else:
+                x_KBSH = jax.vmap(lambda pool_PH: pool_PH[entries_BS])(pool_KPH)
+            x_KBSH = x_KBSH.astype(dtype)
             return heads(jnp.repeat(x_KBSH, N // len(x_KBSH), axis=0) if len(x_KBSH) != K else x_KBSH)
 
         def tile(t, state):

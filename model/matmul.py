@@ -16,10 +16,9 @@ def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return _project(*alike(x, matrix))
 
 
-def project_by_output(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """As `project` with a matrix (...out, ...in): each output's weights lie together in memory."""
-    inputs = x.ndim - 2
-    return _contract(x, matrix, (tuple(range(2, x.ndim)), tuple(range(matrix.ndim - inputs, matrix.ndim))), x.dtype)
+def project_by_output(x_BTI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+    """x (B, T, inputs) times a matrix (outputs, inputs): (B, T, outputs) in x's dtype."""
+    return _contract(x_BTI, matrix_OI, ((2,), (1,)), x_BTI.dtype)
 
 
 @jax.custom_vjp

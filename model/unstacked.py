@@ -4,6 +4,7 @@ A scan over stacked layers copies what it takes of them and what it puts back: i
 work, and for one token it is more. The blocks are those of model/transformer.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,30 +17,30 @@ from model.kv_cache import Cache
 from model.matmul import project_by_output
 from model.platforms import choices
 from model.projection import Projection
-from model.specs import LAYERS, Specs, map_specs
+from model.specs import LAYERS, ParameterSpec, Specs, map_specs
 from model.transformer import Block, Description, Transformer, block_of, rows_of
 from parallel.sharding import cast_and_gather, pin_parameter
 
 
 class ByOutput(nnx.Module):
-    """A Projection with its weight as (...out, ...in)."""
+    """A Projection whose weight is a matrix (outputs, inputs): each output's weights lie together in memory."""
 
-    def __init__(self, projection: Projection, inputs: int):
-        """`inputs` are the dims of the weight that a token's vector is multiplied with, its first ones."""
-        turn = lambda dims: (*dims[inputs:], *dims[:inputs])
-        weight, axes = (
-            projection.weight.get_value(),
-            turn(projection.weight.axes[-projection.weight.get_value().ndim :]),
-        )
+    def __init__(self, projection: Projection, spec: ParameterSpec):
+        """spec: that of its weight in one layer."""
+        inputs, weight = len(spec.contracted), projection.weight.get_value()
+        self.out = spec.shape[inputs:]
+        shape = math.prod(self.out), math.prod(spec.shape[:inputs])
         if isinstance(weight, jax.Array):
-            weight = weight.transpose(turn(range(weight.ndim)))
+            weight = weight.reshape(shape[::-1]).T
         else:
-            weight = jax.ShapeDtypeStruct(turn(weight.shape), weight.dtype)
-        self.weight, self.bias = nnx.Param(weight, axes=axes), projection.bias
+            weight = jax.ShapeDtypeStruct(shape, weight.dtype)
+        # of dims that became one, the first is the one that a mesh splits
+        self.weight, self.bias = nnx.Param(weight, axes=(spec.axes[inputs], spec.axes[0])), projection.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The product in x's dtype."""
-        y = project_by_output(x, cast_and_gather(self.weight, x.dtype))
+        """x (B, T, ...in) to (B, T, ...out), in x's dtype."""
+        x_BTI = x.reshape(*x.shape[:2], -1)
+        y = project_by_output(x_BTI, cast_and_gather(self.weight, x.dtype)).reshape(*x.shape[:2], *self.out)
         return y if self.bias is None else (y + cast_and_gather(self.bias, jnp.float32)).astype(y.dtype)
 
 
@@ -76,7 +77,7 @@ def _turned(block: Block, specs: Specs) -> Block:
         half = getattr(block, name)
         for part, spec in specs.get(name, {}).items():
             if isinstance(projection := getattr(half, part), Projection):
-                setattr(half, part, ByOutput(projection, len(spec["weight"].contracted)))
+                setattr(half, part, ByOutput(projection, spec["weight"]))
     return block
 
 
