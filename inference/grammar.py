@@ -1,11 +1,12 @@
 """What a text must match: a JSON schema, any JSON object, a regular expression, a Lark grammar or one of some choices.
 
-`written` makes the text that `Sampling.grammar` holds; `Grammars.matcher` turns it into a `Matcher`, which tells at each
-step which tokens may come next (llguidance). Grammars come from strangers: each is first tried in a process of its own
+`written` makes the text that `Sampling.grammar` holds; `Grammars.matcher` turns it into a `Matcher`, which tells which
+tokens may come next (llguidance). Grammars come from strangers: each is first tried in another process
 (inference/grammar_trial.py), which may run out of stack, time or memory without harm to this one.
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ LONGEST = 16 << 10  # characters of a source
 DEEPEST = 64  # brackets within each other
 MOST_CHOICES = 500
 KEPT = 64  # compiled grammars
+LITERALS = re.compile(r'"(?:[^"\\\n]|\\.)*"|//.*|/(?:[^/\\\n]|\\.)*/')  # strings, comments, patterns of Lark
 
 
 def written(kind: str, source: str = "") -> str:
@@ -42,6 +44,8 @@ def written(kind: str, source: str = "") -> str:
     if kind == "regex":
         return LLMatcher.grammar_from_regex(source)
     if kind == "lark":
+        if "<" in LITERALS.sub("", source):
+            raise ValueError("the lark asks for special tokens, which no text may have: '<' stands in literals only")
         return LLMatcher.grammar_from_lark(source)
     try:
         parsed = json.loads(source)
@@ -159,18 +163,30 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 class _Spelled:
-    """A tokenizer in the form that llguidance asks for. Special tokens have no names there, so no grammar asks for one."""
+    """A tokenizer as llguidance asks for it. Special tokens have no names there, so no grammar asks for one."""
 
     bos_token_id = None
 
     def __init__(self, pieces: list[bytes], tokenizer: Tokenizer):
         self.tokens, self.eos_token_id, self._tokenizer = pieces, tokenizer.eos_id, tokenizer
         self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
+        self._ids = {piece: token for token, piece in enumerate(pieces) if piece}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: str) -> list[int]:
+        """Tokens whose bytes are those of a text that has to come: as the model knows it, if that does not add any."""
         if not isinstance(text, str):
             raise TypeError("text is asked for, as a str")
-        return self._tokenizer.encode(text).tolist()
+        rest, greedy, ids = text.encode(), [], self._tokenizer.encode(text).tolist()
+        if b"".join(self.tokens[token] for token in ids) == rest:
+            return ids
+        while rest:
+            size = next((n for n in range(self._longest, 0, -1) if rest[:n] in self._ids), None)
+            if size is None:
+                break
+            greedy.append(self._ids[rest[:size]])
+            rest = rest[size:]
+        return greedy
 
 
 def _raise_error_of(matcher: LLMatcher) -> None:

@@ -7,6 +7,7 @@ import time
 import jsonschema
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 from tokenizers_of_all_kinds import CORPUS, byte_fallback, byte_level, metaspace, word_ends, word_piece
 
 from data.tokenizer import ByteTokenizer, train_unigram
@@ -119,17 +120,15 @@ def test_choices_and_lark(grammars):
 @EVERY
 def test_the_end_is_allowed_exactly_where_the_text_may_end(grammars, name):
     tokenizer = TOKENIZERS[name]
-    end, matcher = tokenizer.eos_id, grammars[name].matcher(written("regex", "(at)?(at)+"))
+    end, matcher = tokenizer.eos_id, grammars[name].matcher(written("regex", "(at)?(at){1,2}"))
     at = [token for token, piece in enumerate(token_bytes(tokenizer)) if piece in (b"a", b"t", b"at")]
     said, pieces = "", token_bytes(tokenizer)
-    for _ in range(6):
-        assert (end in allowed(matcher)) == bool(re.fullmatch("(at)?(at)+", said))
+    while not matcher.finished:
+        assert (end in allowed(matcher)) == bool(re.fullmatch("(at)?(at){1,2}", said))
         token = next(t for t in allowed(matcher) if t in at)
         assert matcher.advance(int(token))
         said += pieces[token].decode()
-    assert not matcher.copy().advance(
-        at[0] if pieces[at[0]] == b"t" and said.endswith("t") else end if end not in allowed(matcher) else 10**6
-    )
+    assert re.fullmatch("(at)?(at){1,2}", said)
 
 
 @EVERY
@@ -139,13 +138,16 @@ def test_special_tokens_are_not_reached(grammars, name):
     specials = {*getattr(tokenizer, "specials", {}).values(), tokenizer.eos_id}
     anything = grammars[name].matcher(written("regex", "(.|\n)+"))
     assert not specials & set(allowed(anything).tolist())
-    for lark in ('start: "x" <[0]>', f"start: <[{tokenizer.eos_id}]>", "start: <|endoftext|>", "start: <[0-200]>"):
-        with pytest.raises(ValueError):
-            matcher = grammars[name].matcher(written("lark", lark))
-            for _ in range(3):
-                ids = set(allowed(matcher).tolist())
-                assert not ids & specials
-                assert matcher.advance(min(ids))
+    for lark in ('start: "<" <[0]>', f"start: <[{tokenizer.eos_id}]>", "start: /</ <|endoftext|>", "start: <[0-200]>"):
+        with pytest.raises(ValueError, match="special tokens"):
+            written("lark", lark)
+    assert written("lark", 'start: "<|" /<[x]>/  // <')
+    smuggled = grammars[name].matcher(LLMatcher.grammar_from_lark(f'start: "a" <[{tokenizer.eos_id}]> "a"'))
+    ids = allowed(smuggled).tolist()
+    assert not specials & set(ids)
+    smuggled.advance(ids[0])
+    with pytest.raises(ValueError, match="no token"):
+        smuggled.mask()
 
 
 def test_ends_of_a_chat_end_a_grammar():
@@ -169,7 +171,8 @@ def test_copies_go_their_own_ways(grammars):
     tokenizer = TOKENIZERS["ByteTokenizer"]
     one = grammars["ByteTokenizer"].matcher(written("choice", '["ab", "ba"]'))
     other = one.copy()
-    assert one.advance(ord("a")) and other.advance(ord("b"))
+    assert one.advance(ord("a"))
+    assert other.advance(ord("b"))
     assert (allowed(one).tolist(), allowed(other).tolist()) == ([ord("b")], [ord("a")])
     assert not one.advance(ord("c"))
     assert tokenizer.eos_id not in allowed(other)
@@ -208,9 +211,10 @@ def test_bombs_are_refused_in_bounded_time(grammars, bomb):
     [
         *(("xml", ""), ("regex", "(("), ("lark", "begin: x"), ("json_schema", "{"), ("json_schema", "3")),
         *(("json_schema", '{"$ref": "http://localhost/"}'), ("json_schema", '{"type": "strange"}')),
-        *(("json_schema", '{"enum": []}'), ("choice", "[]"), ("choice", '["a", ""]'), ("choice", '"a"'), ("regex", "(?=a)b")),
+        *(("json_schema", '{"enum": []}'), ("choice", "[]"), ("choice", '["a", ""]'), ("choice", '"a"')),
+        ("regex", "(?=a)b"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_told(grammars, kind, source):
     with pytest.raises(ValueError) as told:
         grammars["ByteTokenizer"].matcher(written(kind, source))
