@@ -67,25 +67,20 @@ def written(kind: str, source: str = "") -> str:
 class Grammars:
     """Compiles grammars for one tokenizer. Threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, width: int, ends: Sequence[int] = ()):
-        """width: of the logits. ends: tokens that end a text, besides the end of the document.
-
-        Raises ValueError for a tokenizer whose tokens do not stand for bytes.
-        """
+    def __init__(self, tokenizer: Tokenizer, width: int):
+        """width: tokens of the logits. Raises ValueError for a tokenizer whose tokens do not stand for bytes."""
         pieces = token_bytes(tokenizer)
-        self._ends = tuple(sorted({tokenizer.eos_id, *ends}))
-        self._ordinary_W = _words([bool(piece) for piece in pieces], width)
-        for end in self._ends:
-            pieces[end] = b""
-            self._ordinary_W[end // 32] &= ~np.uint32(1 << end % 32)
+        self._eos_id, self._ordinary_W = tokenizer.eos_id, _words([bool(piece) for piece in pieces], width)
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Spelled(pieces, tokenizer)), slices=LLTokenizer.json_slices())
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock, self._trials = threading.Lock(), Trials()
 
-    def matcher(self, grammar: str) -> "Matcher":
-        """A matcher at the beginning of a text. Raises ValueError where the grammar is wrong or takes too much.
+    def matcher(self, grammar: str, ends: Sequence[int] = ()) -> "Matcher":
+        """A matcher at the beginning of a text. ends: tokens that end it, besides the end of the document.
 
-        A grammar that was not seen before takes up to a few seconds: not for a thread that others wait for.
+        Raises ValueError where the grammar is wrong or takes too much.
+
+        One that was not seen before takes up to a few seconds: not for a thread that others wait for.
         """
         with self._lock:
             compiled = self._compiled.get(grammar)
@@ -97,7 +92,7 @@ class Grammars:
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
-            return Matcher(compiled.deep_copy(), self._ordinary_W, self._ends)
+            return Matcher(compiled.deep_copy(), self._ordinary_W, (self._eos_id, *ends))
 
     def close(self) -> None:
         """Ends the process in which grammars are tried."""
@@ -127,9 +122,10 @@ class Matcher:
         words = min(len(bits), len(allowed_W))
         allowed_W[:words] = bits[:words]
         allowed_W &= self._ordinary_W
-        if self._matcher.is_accepting():
-            for end in self._ends:
-                allowed_W[end // 32] |= np.uint32(1 << end % 32)
+        accepting = self._matcher.is_accepting()
+        for end in self._ends:
+            bit = np.uint32(1 << end % 32)
+            allowed_W[end // 32] = allowed_W[end // 32] | bit if accepting else allowed_W[end // 32] & ~bit
         if not allowed_W.any():
             raise ValueError("no token of the vocabulary can follow in this grammar")
         return allowed_W
