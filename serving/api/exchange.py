@@ -72,7 +72,7 @@ class Exchange:
         self._over = False
 
     async def begin(self) -> None:
-        """Takes room in the caller's limits and gives the work to the engine. Raises ApiError; `end` is due even then."""
+        """Takes room in the caller's limits, gives the work to the engine. Raises ApiError; `end` is due even then."""
         service, record, caller = self.service, self.record, self._caller
         record.model, record.prompt_tokens = service.name, self.prompt_tokens
         service.lifecycle.require_open()

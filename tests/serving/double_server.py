@@ -1,4 +1,4 @@
-"""A server over the double, in a process of its own: python tests/serving/double_server.py PORT [SECONDS_A_STEP] [GRACE].
+"""A server over the double in a process of its own: python tests/serving/double_server.py PORT [STEP_SECONDS] [GRACE].
 
 For tests that need sockets and signals. Prints its address, then answers like `python -m serving`.
 """
