@@ -9,14 +9,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.access.gate import Gate
-from serving.api import completions, health, models
+from serving.api import chat, completions, embeddings, health, models, requests, tokens
 from serving.body import Gone
 from serving.errors import ApiError
 from serving.schema import schema
 from serving.service import Service
 from serving.watch import GONE, Watch
 
-ROUTERS = (completions.router, models.router, health.router, schema)
+ROUTERS = (
+    *(room.router for room in (chat, completions, embeddings, models, tokens, requests, health)),
+    schema,
+)
 TITLE = "isomesh"
 
 
