@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from checkpoint.config import NEWEST, step
 from inference.options import SETTING, model
@@ -19,6 +20,12 @@ def add_serve(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0: any that is free, which is printed (%(default)s)")
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        metavar="FILE",
+        help="listen at a unix socket instead, behind a balancer: it tells addresses",
+    )
     parser.add_argument(
         "--grace", type=seconds, default=GRACE_SECONDS, metavar="SECONDS",
         help="that what runs has to finish after SIGTERM (%(default)g)",
@@ -72,14 +79,16 @@ def seconds(text: str) -> float:
 def serve(options: argparse.Namespace) -> int:
     """Opens the model, warms the engine and serves until SIGTERM. Raises ValueError or OSError as `find_model`."""
     from serving.app import create_app
-    from serving.lifecycle import Server, bound, configured
+    from serving.lifecycle import Server, bound, bound_to, configured
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    listener = bound(options.host, options.port)  # a port that is taken is told before a model is read
+    # a port that is taken is told before a model is read
+    listener = bound_to(options.socket) if options.socket else bound(options.host, options.port)
     service = open_service(options)
     app = create_app(service, Everyone())
-    config = configured(app)
-    told = lambda: print(f"http://{shown(options.host)}:{listener.getsockname()[1]}", flush=True)
+    config = configured(app, behind=options.socket is not None)
+    address = options.socket or f"http://{shown(options.host)}:{listener.getsockname()[1]}"
+    told = lambda: print(address, flush=True)
     Server(config, service.lifecycle, options.grace, told).run([listener])
     return DONE
 
