@@ -31,11 +31,11 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     source: the Jinja program. names: what it calls special tokens (`bos_token`, ...) -> how these are spelled.
-    stops: further tokens that end an answer. Attributes: `source`; `stop_ids`: all tokens that end an answer.
+    stops: further tokens that end an answer. Attributes: `source`, `tokenizer`; `stop_ids`, that end an answer.
     """
 
     def __init__(self, source: str, tokenizer: JsonTokenizer, names: Mapping[str, str], stops: Iterable[int] = ()):
-        self.source, self._tokenizer, self._names = source, tokenizer, dict(names)
+        self.source, self.tokenizer, self._names = source, tokenizer, dict(names)
         self._template = _compile(source)
         longest = sorted(filter(None, tokenizer.specials), key=len, reverse=True)
         self._special = "|".join(map(re.escape, longest))
@@ -57,9 +57,9 @@ class ChatTemplate:
         rendered, mark = self._render(messages, generation_prompt, variables)
         parts, at = [], 0
         for found in re.finditer(f"(?<!{mark})(?:{self._special})", rendered):
-            parts += [rendered[at : found.start()].replace(mark, ""), self._tokenizer.specials[found[0]]]
+            parts += [rendered[at : found.start()].replace(mark, ""), self.tokenizer.specials[found[0]]]
             at = found.end()
-        return self._tokenizer.encode_parts([*parts, rendered[at:].replace(mark, "")])
+        return self.tokenizer.encode_parts([*parts, rendered[at:].replace(mark, "")])
 
     def save(self, folder: Path) -> None:
         """Writes the template and its names of special tokens beside a tokenizer.json, as `transformers` reads them."""
@@ -76,7 +76,7 @@ class ChatTemplate:
             raise ValueError("a chat is a list of messages, at least one, each an object with role and content")
         given = {"messages": [{k: v for k, v in message.items() if v is not None} for message in messages], **variables}
         mark = _unused(json.dumps(given, ensure_ascii=False, default=str) + self.source)
-        marker = _Marker(mark, self._tokenizer.specials)
+        marker = _Marker(mark, self.tokenizer.specials)
         # a word that the program gives (reasoning_effort="low") is like a role
         marked = {key: marker.given(value, "role" if isinstance(value, str) else key) for key, value in given.items()}
         for name in ("tools", "documents"):

@@ -55,9 +55,12 @@ def _refused(request: Request, error: ApiError) -> Response:
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    path = request.scope["path"][:100]
-    words = {404: f"there is nothing at {path!r}", 405: f"{request.method[:20]} is not for {path!r}"}
-    told = ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code="not_found")
+    path = repr(request.scope["path"][:100])
+    words, code = {
+        404: (f"there is nothing at {path}", "not_found"),
+        405: (f"{request.method[:20]} is not for {path}", "method_not_allowed"),
+    }.get(error.status_code, (str(error.detail), None))
+    told = ApiError(error.status_code, words, code=code)
     return JSONResponse(told.body, error.status_code, headers=error.headers)
 
 

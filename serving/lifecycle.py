@@ -13,6 +13,7 @@ from typing import Protocol
 import uvicorn
 
 from serving.errors import ApiError
+from serving.patience import Patient
 
 logger = logging.getLogger("isomesh.serving")
 
@@ -93,11 +94,12 @@ def bound_to(path: Path) -> socket.socket:
 def configured(app, *, behind: bool = False, **tls) -> uvicorn.Config:
     """How uvicorn is to run an application.
 
-    behind: a balancer, whose X-Forwarded-For is believed, since nobody else can reach us. tls: uvicorn's ssl_* settings.
+    behind: a balancer, the only one to reach us, whose X-Forwarded-For is believed. tls: uvicorn's ssl_* settings.
     """
     return uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="warning",
-        access_log=False, server_header=False, date_header=True, proxy_headers=behind, forwarded_allow_ips="*" if behind else None, backlog=2048,
+        app, http=Patient, ws="none", lifespan="off", log_config=None, log_level="warning",
+        access_log=False, server_header=False, date_header=True, backlog=2048,
+        proxy_headers=behind, forwarded_allow_ips="*" if behind else None,
         timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=int(SWEEP_SECONDS), **tls,
     )  # fmt: skip
 

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from inference.options import model
 from runtime import locks
 from runtime.arguments import Parser
 from runtime.exit_codes import MISTAKE
 from runtime.launch import free_port
-from serving.access import secrets
+from serving.access import guard, secrets
 from serving.access.opening import FOLDER
 from serving.body import MOST_BYTES
 from serving.cluster import control
@@ -26,7 +27,11 @@ PLACE = "cluster"  # of its sockets, in the state folder
 LONGEST_SOCKET = 107  # bytes of a path that the system takes
 MOST_REPLICAS = 64
 # Options of the server that the balancer takes over; a replica listens at a socket in their place.
-TAKEN_OVER = ("model", "settings", "host", "port", "socket", "name", "state")
+TAKEN_OVER = (
+    *("model", "settings", "host", "port", "socket", "name", "state"),
+    *("insecure", "tls_cert", "tls_key", "tls_client_ca"),
+)
+TRY = ("/v1/models", None)  # a request that every model answers
 
 
 def add_cluster(parser: Parser) -> None:
@@ -35,7 +40,6 @@ def add_cluster(parser: Parser) -> None:
     own = parser.add_argument_group("replicas and balancer")
     own.add_argument("--replicas", type=count, default=2, metavar="N", help="processes that serve (%(default)s)")
     own.add_argument("--routing", choices=ROUTINGS, default="least", help="fewest requests, or by the prompt's start")
-    own.add_argument("--state", type=Path, default=FOLDER, help=f"folder of keys, audit and sockets ({FOLDER})")
     own.add_argument(
         "--connections", type=count, default=512, metavar="N", help="of clients at a time; more wait (%(default)s)"
     )
@@ -50,7 +54,7 @@ def add_cluster(parser: Parser) -> None:
 def add_roll(parser: Parser) -> None:
     """Whose replicas, and to which model."""
     _add_state(parser)
-    parser.add_argument("model", metavar="MODEL", nargs="?", type=Path, help="other weights (default: the same again)")
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=model, help="other weights (default: the same again)")
     parser.set_defaults(command=roll)
 
 
@@ -67,15 +71,23 @@ def _add_state(parser: Parser) -> None:
 def run_cluster(options: argparse.Namespace) -> int:
     """Runs replicas and balancer until SIGTERM. Raises ValueError or OSError for what the user can mend."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.socket:
+        raise ValueError("a cluster has sockets of its own; --socket is for a single server")
+    guard.tls(options)  # the files are right
     place = open_place(options.state, options.replicas)
     bound(options.host, options.port).close()  # a port that is taken is told before a model is read
+    opened, door = guard.open_guard(options)
     try:
         with locks.locked(place / "lock"):
             balancer = balancer_of(options, place)
             balancer.write()
-            return asyncio.run(_run(Supervisor(balancer, replicas_of(options, balancer), ready_line(balancer)), place))
+            address = f"{balancer.scheme}://{balancer.address}:{balancer.port}"
+            ready = lambda: print(guard.first_key(options, opened, door, address, TRY), flush=True)
+            return asyncio.run(_run(Supervisor(balancer, replicas_of(options, balancer), ready), place))
     except locks.Locked:
         raise ValueError(f"a cluster runs on {place} already: stop it, or give another --state") from None
+    finally:
+        door.close()
 
 
 async def _run(supervisor: Supervisor, place: Path) -> int:
@@ -102,7 +114,8 @@ def balancer_of(options: argparse.Namespace, place: Path) -> Balancer:
     sockets = tuple(place / f"r{number}.sock" for number in range(1, options.replicas + 1))
     address = {"host": options.host, "port": options.port or free_port()}
     own = {"routing": options.routing, "connections": options.connections, "body_bytes": MOST_BYTES}
-    return Balancer(place, sockets, **address, **own)
+    tls = {name: getattr(options, name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
+    return Balancer(place, sockets, **address, **own, **tls)
 
 
 def replicas_of(options: argparse.Namespace, balancer: Balancer) -> list[Replica]:
@@ -137,15 +150,12 @@ def words(options: argparse.Namespace) -> list[str]:
     return said
 
 
-def ready_line(balancer: Balancer) -> Callable[[], None]:
-    """Prints the address, once the first replica answers there."""
-    return lambda: print(f"{balancer.scheme}://{balancer.address}:{balancer.port}", flush=True)
-
-
 def roll(options: argparse.Namespace) -> int:
     """Asks the cluster to replace its replicas, and says how it goes; the exit code."""
-    model = {"model": str(options.model.resolve())} if options.model else {}
-    return _asked(options, command="roll", **model)
+    if options.model is None:
+        return _asked(options, command="roll")
+    path = options.model  # from this folder, where it is one and not a name
+    return _asked(options, command="roll", model=str(path.resolve() if path.exists() else path))
 
 
 def show(options: argparse.Namespace) -> int:
