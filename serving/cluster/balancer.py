@@ -101,10 +101,8 @@ global
   maxconn {self.connections}
   nbthread {min(4, os.cpu_count() or 1)}
   tune.bufsize {self.body_bytes + HEADERS_BYTES}
-  log stdout format raw local0 notice
 defaults
   mode http
-  log global
   timeout connect 1s
   timeout check {CHECK_MS}ms
   timeout client {self.silence:g}s

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -70,24 +71,29 @@ def _add_state(parser: Parser) -> None:
 
 def run_cluster(options: argparse.Namespace) -> int:
     """Runs replicas and balancer until SIGTERM. Raises ValueError or OSError for what the user can mend."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
+    logging.getLogger("isomesh").setLevel(logging.INFO)
     if options.socket:
         raise ValueError("a cluster has sockets of its own; --socket is for a single server")
     guard.tls(options)  # the files are right
     place = open_place(options.state, options.replicas)
     bound(options.host, options.port).close()  # a port that is taken is told before a model is read
-    opened, door = guard.open_guard(options)
+    opened, _ = guard.open_safe(options)
     try:
         with locks.locked(place / "lock"):
             balancer = balancer_of(options, place)
             balancer.write()
             address = f"{balancer.scheme}://{balancer.address}:{balancer.port}"
-            ready = lambda: print(guard.first_key(options, opened, door, address, TRY), flush=True)
+
+            def ready() -> None:
+                with contextlib.closing(opened.chain("commands")) as chain:
+                    print(guard.first_key(options, opened, chain, address, TRY), flush=True)
+
             return asyncio.run(_run(Supervisor(balancer, replicas_of(options, balancer), ready), place))
     except locks.Locked:
         raise ValueError(f"a cluster runs on {place} already: stop it, or give another --state") from None
     finally:
-        door.close()
+        opened.store.close()
 
 
 async def _run(supervisor: Supervisor, place: Path) -> int:

@@ -81,7 +81,8 @@ def serve(options: argparse.Namespace) -> int:
     from serving.app import create_app
     from serving.lifecycle import Server, bound, bound_to, configured
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("isomesh").setLevel(logging.INFO)
     behind = options.socket is not None
     secure = {} if behind else guard.tls(options)
     # a port that is taken is told before a model is read
@@ -93,7 +94,7 @@ def serve(options: argparse.Namespace) -> int:
     def told() -> None:
         if not behind:  # else the balancer's address counts
             address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
-            print(guard.first_key(options, opened, door, address, example(service)), flush=True)
+            print(guard.first_key(options, opened, door.chain, address, example(service)), flush=True)
 
     door.start()
     try:
