@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from checkpoint.config import NEWEST, step
 from inference.options import SETTING, model
@@ -19,6 +20,7 @@ def add_serve(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0: any that is free, which is printed (%(default)s)")
+    parser.add_argument("--socket", type=Path, metavar="FILE", help="listen there instead, behind a balancer")
     parser.add_argument(
         "--grace", type=seconds, default=GRACE_SECONDS, metavar="SECONDS",
         help="that what runs has to finish after SIGTERM (%(default)g)",
@@ -77,16 +79,23 @@ def serve(options: argparse.Namespace) -> int:
     from serving.access import guard
     from serving.access import routes as keys
     from serving.app import create_app
-    from serving.lifecycle import Server, bound, configured
+    from serving.lifecycle import Server, bound, bound_to, configured
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    secure = guard.tls(options)
-    listener = bound(options.host, options.port)  # a port that is taken is told before a model is read
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("isomesh").setLevel(logging.INFO)
+    behind = options.socket is not None
+    secure = {} if behind else guard.tls(options)
+    # a port that is taken is told before a model is read
+    listener = bound_to(options.socket) if behind else bound(options.host, options.port)
     opened, door = guard.open_guard(options)
     service = open_service(options)
-    config = configured(create_app(service, door, [keys.router]), **secure)
-    address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
-    told = lambda: print(guard.first_key(options, opened, door, address, example(service)), flush=True)
+    config = configured(create_app(service, door, [keys.router]), behind=behind, **secure)
+
+    def told() -> None:
+        if not behind:  # else the balancer's address counts
+            address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
+            print(guard.first_key(options, opened, door.chain, address, example(service)), flush=True)
+
     door.start()
     try:
         Server(config, service.lifecycle, options.grace, told).run([listener])
