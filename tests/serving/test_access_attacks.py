@@ -90,8 +90,9 @@ def test_a_token_without_a_role_may_nothing(server, signing):  # noqa: F811
 
 @pytest.mark.parametrize(
     "header",
-    ["Bearer", "Bearer ", "Basic", "Basic !!!", "Basic " + base64.b64encode(b"x:y").decode(), "Digest x", "im-x", "Bearer im-\u00e9",
-        "Bearer " + "a" * 9000, "Bearer ' OR 1=1 --", "Bearer im-aaaaaaaaaa-' OR '1'='1", "Bearer im-%00", "Bearer \x7f"],
+    ["Bearer", "Bearer ", "Basic", "Basic !!!", "Basic " + base64.b64encode(b"x:y").decode(), "Digest x", "im-x",
+     "Bearer im-\u00e9", "Bearer " + "a" * 9000, "Bearer ' OR 1=1 --", "Bearer im-aaaaaaaaaa-' OR '1'='1",
+     "Bearer im-%00", "Bearer \x7f"],
 )  # fmt: skip
 def test_headers_that_are_no_credentials(server, header):
     assert server.ask(None, "GET", "/v1/models", authorization=header.encode("latin-1")).status == 401
@@ -138,7 +139,8 @@ def test_another_tenants_requests(server, key):
 
 @pytest.mark.parametrize(
     "path",
-    ["/../secret", "/..%2f..%2fsecret", "/v1/../../etc/passwd", "//etc/passwd", "/%2e%2e/access.db", "/static/../secret", "/v1/requests/..%2f..%2fsecret"],
+    ["/../secret", "/..%2f..%2fsecret", "/v1/../../etc/passwd", "//etc/passwd", "/%2e%2e/access.db",
+     "/static/../secret", "/v1/requests/..%2f..%2fsecret"],
 )  # fmt: skip
 def test_files_of_the_server(server, key, path):
     answer = server.ask(key, "GET", path)
@@ -192,7 +194,7 @@ def test_what_is_not_http(server, request_bytes):
         answer = sent(server, request_bytes + b"\r\n\r\n")
     except ConnectionError:
         return
-    assert not answer or status(answer) in (400, 401, 431)
+    assert not answer or status(answer) in (400, 401, 404, 431)
 
 
 # ---- slow, endless, bombs -------------------------------------------------------------------------------------------
@@ -216,15 +218,16 @@ def test_slow_headers_are_cut_off(server, monkeypatch):
         connection.close()
 
 
-def test_a_second_slow_request_on_a_connection_is_cut_off(server, key, monkeypatch):
+def test_a_second_slow_request_on_a_connection_is_cut_off(server, monkeypatch):
     monkeypatch.setattr(Patient, "head_seconds", 0.3)
     where = urlsplit(server.address)
     with contextlib.closing(socket.create_connection((where.hostname, where.port), 5)) as connection:
-        connection.sendall(f"GET /livez HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n\r\n".encode())
-        assert b"200 OK" in connection.recv(65536)
-        time.sleep(0.5)  # idle: the time between requests is another limit
-        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert b"200 OK" in connection.recv(65536)
+        for _ in range(2):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            assert (response.status, response.read()) == (200, b'{"status":"ok"}')
+            time.sleep(0.5)  # idle: the time between requests is another limit
         connection.sendall(b"GET /livez HT")
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
@@ -311,7 +314,7 @@ def test_special_tokens_in_a_prompt_are_text(server, key):
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}},
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 50] * 50_000}}},
         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:1/x"}}},
-        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "items": {}, "minItems": 10**9}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "minItems": 10**9}}},
         {"type": "bomb"},
     ],
 )  # fmt: skip
