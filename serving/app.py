@@ -9,14 +9,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.access.gate import Gate
-from serving.api import completions, health, models
+from serving.api import chat, completions, embeddings, health, models, requests, tokens
 from serving.body import Gone
 from serving.errors import ApiError
 from serving.schema import schema
 from serving.service import Service
 from serving.watch import GONE, Watch
 
-ROUTERS = (completions.router, models.router, health.router, schema)
+ROUTERS = (
+    *(room.router for room in (chat, completions, embeddings, models, tokens, requests, health)),
+    schema,
+)
 TITLE = "isomesh"
 
 
@@ -52,9 +55,12 @@ def _refused(request: Request, error: ApiError) -> Response:
 
 
 def _http_error(request: Request, error: HTTPException) -> Response:
-    path = request.scope["path"][:100]
-    words = {404: f"there is nothing at {path!r}", 405: f"{request.method[:20]} is not for {path!r}"}
-    told = ApiError(error.status_code, words.get(error.status_code, str(error.detail)), code="not_found")
+    path = repr(request.scope["path"][:100])
+    words, code = {
+        404: (f"there is nothing at {path}", "not_found"),
+        405: (f"{request.method[:20]} is not for {path}", "method_not_allowed"),
+    }.get(error.status_code, (str(error.detail), None))
+    told = ApiError(error.status_code, words, code=code)
     return JSONResponse(told.body, error.status_code, headers=error.headers)
 
 

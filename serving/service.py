@@ -65,6 +65,7 @@ class Service:
     def __post_init__(self):
         self.lifecycle = Lifecycle(self.engine)
         self.running = Running()
+        self.longest_token = int(self.engine.tokenizer.token_bytes.max())  # bytes
         self.spelling = Spelling(self.engine.tokenizer)
         # few: a text is tokenized on one core, and what waits here must not take the interpreter from the event loop
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")

@@ -7,8 +7,6 @@ from serving.api.bodies import MOST_CHOICES
 from serving.errors import ApiError
 from serving.service import Service
 
-LONGEST_TOKEN = 256  # bytes; a text with more than reach x this is not tokenized to learn that it is too long
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -20,7 +18,7 @@ class Prompt:
 
 def bound(service: Service, texts: Sequence[str], param: str) -> None:
     """Raises ApiError 400 for a text that cannot fit whatever its tokens are."""
-    most = service.engine.reach * LONGEST_TOKEN
+    most = service.engine.reach * service.longest_token
     if texts and (longest := max(map(len, texts))) > most:
         message = f"{param} has {longest} characters: more than the {service.engine.reach} tokens that {service.name} "
         raise ApiError(400, message + "reads can hold", param=param, code="context_length_exceeded")

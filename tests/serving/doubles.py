@@ -1,35 +1,48 @@
 """What stands in for the engine and the gate in tests of the server: both keep the interface exactly."""
 
+import asyncio
+import contextlib
+import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from data.tokenizer import ByteTokenizer, Tokenizer
+from data.chat import ChatTemplate
+from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Piece, Request, TokenLogprob
 from serving.access.gate import Identity
+from serving.app import create_app
+from serving.lifecycle import Server, bound, configured
+from serving.service import Service
 
 Script = Callable[[Request, int], Sequence[Piece]]
 
 
-def counting(request: Request, index: int) -> list[Piece]:
-    """The default script: a letter a token, as many as are asked for; its log-probabilities count down."""
-    sampling, pieces = request.sampling, []
-    before = None
-    if sampling.prompt_logprobs is not None:
-        before = (None, *(_logprob(token, sampling.prompt_logprobs) for token in request.prompt[1:]))
-    for number in range(sampling.max_tokens):
-        token = ord("a") + (number + index) % 26
-        told = () if sampling.logprobs is None else (_logprob(token, sampling.logprobs),)
-        finish = "length" if number + 1 == sampling.max_tokens else None
-        first = {"prompt_logprobs": before} if not (number or index) else {}
-        pieces.append(Piece(index, chr(token), (token,), told, finish, **first))
-    return pieces or [Piece(index, finish="length", prompt_logprobs=before if not index else None)]
+class Counting:
+    """The default script: a letter a token, as many as are asked for; log-probabilities go down by 1 from -0.5."""
 
+    def __init__(self, tokenizer: Tokenizer):
+        self._letters = [(letter, int(tokenizer.encode(letter)[0])) for letter in "abcdefghijklmnopqrstuvwxyz"]
 
-def _logprob(token: int, top: int) -> TokenLogprob:
-    best = tuple(((token + i) % 256, -0.5 - i) for i in range(top))
-    return TokenLogprob(token, -0.5, best)
+    def __call__(self, request: Request, index: int) -> list[Piece]:
+        """The pieces of a choice, which begins with its own letter."""
+        sampling, pieces, before = request.sampling, [], None
+        if sampling.prompt_logprobs is not None:
+            told = [self._logprob(token, sampling.prompt_logprobs) for token in request.prompt[1:]]
+            before = (None, *told)
+        for number in range(sampling.max_tokens):
+            letter, token = self._letters[(number + index) % 26]
+            told = () if sampling.logprobs is None else (self._logprob(token, sampling.logprobs),)
+            finish = "length" if number + 1 == sampling.max_tokens else None
+            first = {"prompt_logprobs": before} if not (number or index) else {}
+            pieces.append(Piece(index, letter, (token,), told, finish, **first))
+        return pieces or [Piece(index, finish="length", prompt_logprobs=None if index else before)]
+
+    def _logprob(self, token: int, top: int) -> TokenLogprob:
+        others = [other for _, other in self._letters if other != token]
+        best = ((other, -0.5 - number) for number, other in enumerate([token, *others][:top]))
+        return TokenLogprob(token, -0.5, tuple(best))
 
 
 def saying(text: str) -> Script:
@@ -53,11 +66,12 @@ class EngineDouble:
     """Keeps the interface of `inference.engine.Engine`; answers from a script, in a thread of its own, step by step."""
 
     def __init__(
-        self, script: Script = counting, *, tokenizer: Tokenizer | None = None, seconds: float = 0.0, reach: int = 512,
+        self, script: Script | None = None, *, tokenizer: Tokenizer | None = None, seconds: float = 0.0, reach: int = 512,
         encoder: bool = False, max_running: int = 8, max_waiting: int = 256,
     ):  # fmt: skip
-        self.script, self.seconds = script, seconds  # of a step; 0: as fast as can be
         self.tokenizer = tokenizer or ByteTokenizer()
+        self.counting = Counting(self.tokenizer)
+        self.script, self.seconds = script or self.counting, seconds  # of a step; 0: as fast as can be
         self.reach, self.encoder, self.vocabulary = reach, encoder, self.tokenizer.vocab_size
         self.max_running, self.max_waiting = max_running, max_waiting
         self.submitted: list[Request | EncodeRequest] = []
@@ -224,3 +238,54 @@ class OpenGate:
         """As much as anybody wants."""
         self.admissions.append(OpenAdmission(model, prompt_tokens, new_tokens))
         return self.admissions[-1]
+
+
+def served(engine: EngineDouble, gate: OpenGate | None = None, chat: ChatTemplate | None = None, **more):
+    """The application over a double, which is started. `app.state.service` and `app.state.gate` lead to the rest."""
+    engine.start()
+    return create_app(Service(engine, "double", "d0" * 32, chat, **more), gate or OpenGate())
+
+
+@contextlib.contextmanager
+def listening(app, grace: float = 5.0) -> Iterator[str]:
+    """The application at a port of its own, in a thread of this process; gives its address."""
+    listener, up, loops = bound("127.0.0.1", 0), threading.Event(), []
+    server = Server(configured(app), app.state.service.lifecycle, grace, up.set)
+
+    def run() -> None:
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            await server.serve([listener])
+
+        asyncio.run(serve())
+
+    thread = threading.Thread(target=run, name="server", daemon=True)
+    thread.start()
+    assert up.wait(10)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        loops[0].call_soon_threadsafe(server.begin_end)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def chat_template() -> ChatTemplate:
+    """A small tokenizer with turns of chats, and its template."""
+    marks = ["<|im_start|>", "<|im_end|>"]
+    spec = json.loads(train_bpe(["the mesh of a run is not what its loss sees"] * 4, 300).as_json())
+    known = len(spec["model"]["vocab"])
+    plain = {"special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)}
+    spec["added_tokens"] += [{"id": known + i, "content": mark, **plain} for i, mark in enumerate(marks)]
+    tokenizer = JsonTokenizer(json.dumps(spec), "small")
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    return ChatTemplate(source, tokenizer, {"eos_token": "<|im_end|>"}, [tokenizer.specials["<|im_end|>"]])
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Waits for something to become so; whether it did."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    return condition()
