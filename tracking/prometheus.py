@@ -5,23 +5,14 @@ and waits for nobody; a scrape is rendered in a thread of its own, from what tho
 """
 
 import contextlib
-import errno
 import math
 import re
-import socket
-import socketserver
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
+from runtime.scrapes import Scrapes
 from tracking.sinks import MetricsConfig, Sink
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MOST_SCRAPES = 8  # at a time; more are turned away, so that nobody fills the run's process with threads
-SCRAPE_SECONDS = 5.0  # that a client may take to send its request or to read a part of the answer
 
 
 class Exported(NamedTuple):
@@ -131,10 +122,8 @@ class PrometheusSink(Sink):
     def __init__(self, host: str, port: int, run: str, planned: int):
         counts = {(SPIKES, ()): 0.0, (NONFINITE, ()): 0.0}
         self._values: Values = {(INFO, (run,)): 1.0, (STARTED, ()): time.time(), (PLANNED, ()): planned, **counts}
-        self._server = _Server(host, port, self)
-        self.port: int = self._server.server_address[1]
-        options = {"poll_interval": 0.1}  # seconds, which `close` may take
-        threading.Thread(target=self._server.serve_forever, kwargs=options, name="prometheus", daemon=True).start()
+        self._scrapes = Scrapes(host, port, self.text, "metrics.prometheus_host=", "metrics.prometheus_port=")
+        self.port = self._scrapes.port
 
     def log(self, step: int, metrics: dict) -> None:
         self._take({"step": step, **metrics})
@@ -156,10 +145,9 @@ class PrometheusSink(Sink):
         return render(self._values)
 
     def close(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        if self._scrapes is not None:
+            self._scrapes.close()
+            self._scrapes = None
 
 
 @contextlib.contextmanager
@@ -170,58 +158,3 @@ def exporter(config: MetricsConfig, run: str, planned: int, primary: bool) -> It
         return
     with contextlib.closing(PrometheusSink(config.prometheus_host, config.prometheus_port, run, planned)) as sink:
         yield [sink]
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 32
-    block_on_close = False  # a client that reads slowly does not hold up the end of a run
-    allow_reuse_port = False
-
-    def __init__(self, host: str, port: int, sink: PrometheusSink):
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.sink, self.free = sink, threading.BoundedSemaphore(MOST_SCRAPES)
-        try:
-            super().__init__((host, port), _Handler)
-        except OSError as error:
-            why = {errno.EADDRINUSE: "is in use", errno.EACCES: "is not for this user"}.get(error.errno)
-            keys = f"metrics.prometheus_port={port}"
-            if why is None:  # the name or the address
-                keys, why = f"metrics.prometheus_host={host}", f"cannot be listened on ({error.strerror or error})"
-            raise ValueError(f"{keys} {why}; choose another, or metrics.prometheus_port=0 for none") from None
-
-    def server_bind(self):
-        """Without the question to the DNS that an HTTPServer asks: it can take seconds."""
-        socketserver.TCPServer.server_bind(self)
-
-    def process_request(self, request, client_address):
-        if not self.free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request, client_address):
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.free.release()
-
-    def handle_error(self, request, client_address):
-        """A client that went away is not told: the console belongs to the run."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = SCRAPE_SECONDS
-
-    def do_GET(self):
-        found = self.path.partition("?")[0] == "/metrics"
-        body = (self.server.sink.text() if found else "there is /metrics\n").encode()
-        self.send_response(HTTPStatus.OK if found else HTTPStatus.NOT_FOUND)
-        self.send_header("Content-Type", CONTENT_TYPE if found else "text/plain; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        """Requests are not told."""

@@ -13,7 +13,8 @@ import runs
 from prometheus_client.parser import text_string_to_metric_families
 
 from config import compose
-from tracking.prometheus import BESIDE, KEYS, MOST_SCRAPES, PrometheusSink, exported, exporter
+from runtime.scrapes import MOST_SCRAPES
+from tracking.prometheus import BESIDE, KEYS, PrometheusSink, exported, exporter
 from tracking.sinks import MetricsConfig
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def test_a_run_on_a_taken_port_ends_before_it_has_written_anything(tmp_path, cap
         asked = runs.overrides(text, tmp_path / "run", f"metrics.prometheus_port={port}")
         assert runs.run(asked, devices=1) == 2
     assert capfd.readouterr().err.splitlines() == [
-        f"error: metrics.prometheus_port={port} is in use; choose another, or metrics.prometheus_port=0 for none"
+        f"error: metrics.prometheus_port={port} is in use; choose another port"
     ]
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -152,7 +153,7 @@ def test_a_run_exports_what_it_writes(tmp_path, monkeypatch):
     scraped, close = [], PrometheusSink.close
 
     def close_later(sink):
-        if sink._server is not None:
+        if sink._scrapes is not None:
             scraped.append(scrape(sink.port))
         close(sink)
 
