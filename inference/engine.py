@@ -295,6 +295,7 @@ class Engine:
             return
         piece = choice.end(finish, error=error) if piece is None else piece
         self._finished[finish] += 1
+        self._publish(ready=self._state.ready)
         self._hear(choice, piece)
         self._observe("finished", choice.request.id, finish)
         with self._changed:

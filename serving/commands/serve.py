@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from checkpoint.config import NEWEST, step
 from inference.options import SETTING, model
@@ -19,10 +20,14 @@ def add_serve(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
     parser.add_argument("--port", type=port, default=8000, help="0: any that is free, which is printed (%(default)s)")
+    parser.add_argument("--socket", type=Path, metavar="FILE", help="listen there instead, behind a balancer")
     parser.add_argument(
         "--grace", type=seconds, default=GRACE_SECONDS, metavar="SECONDS",
         help="that what runs has to finish after SIGTERM (%(default)g)",
     )  # fmt: skip
+    from serving.access.guard import add_guard
+
+    add_guard(parser)
     parser.set_defaults(command=serve)
 
 
@@ -71,17 +76,42 @@ def seconds(text: str) -> float:
 
 def serve(options: argparse.Namespace) -> int:
     """Opens the model, warms the engine and serves until SIGTERM. Raises ValueError or OSError as `find_model`."""
+    from serving.access import guard
+    from serving.access import routes as keys
     from serving.app import create_app
-    from serving.lifecycle import Server, bound, configured
+    from serving.lifecycle import Server, bound, bound_to, configured
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    listener = bound(options.host, options.port)  # a port that is taken is told before a model is read
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("isomesh").setLevel(logging.INFO)
+    behind = options.socket is not None
+    secure = {} if behind else guard.tls(options)
+    # a port that is taken is told before a model is read
+    listener = bound_to(options.socket) if behind else bound(options.host, options.port)
+    opened, door = guard.open_guard(options)
     service = open_service(options)
-    app = create_app(service, Everyone())
-    config = configured(app)
-    told = lambda: print(f"http://{shown(options.host)}:{listener.getsockname()[1]}", flush=True)
-    Server(config, service.lifecycle, options.grace, told).run([listener])
+    config = configured(create_app(service, door, [keys.router]), behind=behind, **secure)
+
+    def told() -> None:
+        if not behind:  # else the balancer's address counts
+            address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
+            print(guard.first_key(options, opened, door.chain, address, example(service)), flush=True)
+
+    door.start()
+    try:
+        Server(config, service.lifecycle, options.grace, told).run([listener])
+    finally:
+        door.close()
     return DONE
+
+
+def example(service) -> tuple[str, dict]:
+    """A request that the model answers: its path and body."""
+    if service.engine.encoder:
+        return "/v1/embeddings", {"model": service.name, "input": "Hello"}
+    if service.chat is None:
+        return "/v1/completions", {"model": service.name, "prompt": "Hello", "max_tokens": 16}
+    messages = [{"role": "user", "content": "Hello"}]
+    return "/v1/chat/completions", {"model": service.name, "messages": messages, "max_tokens": 16}
 
 
 def open_service(options: argparse.Namespace):
@@ -112,23 +142,3 @@ def open_service(options: argparse.Namespace):
 def shown(host: str) -> str:
     """An address as it stands in a URL."""
     return f"[{host}]" if ":" in host else host
-
-
-class Everyone:
-    """Lets everyone in."""
-
-    async def identify(self, request):
-        """Anybody."""
-        from serving.access.gate import Identity
-
-        return Identity("anybody", "admin", "anybody")
-
-    async def allow(self, identity, permission, request) -> None:
-        """Anything."""
-
-    async def admit(self, identity, request, **sizes):
-        """As much as anybody wants."""
-        return self
-
-    async def settle(self, status, prompt_tokens=0, new_tokens=0) -> None:
-        """Nothing was taken."""
