@@ -93,7 +93,7 @@ class Metrics:
         times = (self._ttft, self._gaps, self._e2e, self._queue, self._prefill, self._decode)
         return (*times, self._prompts, self._news)
 
-    # ---------------------------------------------------------------------------------------------------- what is told
+    # -------------------------------------------------------------------------------------------------- what is told
 
     def first(self, seconds: float) -> None:
         """A request had its first token so long after it came into the queue."""
@@ -127,7 +127,7 @@ class Metrics:
             self._prompts.observe(record.prompt_tokens)
             self._news.observe(record.new_tokens)
 
-    # -------------------------------------------------------------------------------------------------- what is answered
+    # ------------------------------------------------------------------------------------------------- what is answered
 
     def text(self) -> str:
         """Prometheus' text format."""
@@ -174,7 +174,9 @@ class Metrics:
         yield counter("vllm:prefix_cache_hits", "Of these, found there.", state.cached_prompt_tokens)
         yield counter("vllm:spec_decode_num_draft_tokens", "Tokens that speculation proposed.", state.drafted_tokens)
         yield counter("vllm:spec_decode_num_accepted_tokens", "Of these, accepted.", state.accepted_tokens)
-        finished = CounterMetricFamily("vllm:request_success", "Choices that ended.", labels=[*names, "finished_reason"])
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Choices that ended.", labels=[*names, "finished_reason"]
+        )
         for finish, reason in REASONS.items():
             finished.add_metric([*values, reason], state.finished.get(finish, 0))
         yield finished
@@ -182,7 +184,9 @@ class Metrics:
         cache = GaugeMetricFamily("vllm:cache_config_info", "How the cache is cut.", labels=[*names, *sizes])
         cache.add_metric([*values, *sizes.values()], 1)
         yield cache
-        yield gauge("isomesh_cached_blocks", "Free blocks that hold a prefix for whoever asks next.", state.blocks_cached)
+        yield gauge(
+            "isomesh_cached_blocks", "Free blocks that hold a prefix for whoever asks next.", state.blocks_cached
+        )
         yield counter("isomesh_compiles_after_warm_up", "Programs compiled while serving: to be 0.", state.compiles)
         yield counter("isomesh_steps", "Steps of the engine.", state.steps)
         yield gauge("isomesh_ready", "1 if the next request would be served.", self._service.ready is None)

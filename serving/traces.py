@@ -6,7 +6,6 @@ generative AI (opentelemetry.io/docs/specs/semconv/gen-ai); there is no text of 
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ from serving.watch import Record
 logger = logging.getLogger("isomesh.serving")
 
 PATH = "/v1/traces"  # of OTLP/HTTP
-VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SEND_SECONDS = 5.0  # that a collector has to take a batch
 CLOSE_SECONDS = 2.0  # that an end waits for what has not been sent
 QUIET_SECONDS = 60.0  # between two warnings about a collector
@@ -36,11 +34,6 @@ OPERATIONS = {
 }
 
 
-def asked_for(endpoint: str | None, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether traces are wanted: by a flag, or by the environment as OpenTelemetry has it."""
-    return bool(endpoint) or any(environment.get(name) for name in VARIABLES)
-
-
 class Traces:
     """Sends traces to a collector; without an endpoint to the one that OTEL_EXPORTER_OTLP_ENDPOINT names.
 
@@ -49,12 +42,12 @@ class Traces:
 
     def __init__(self, endpoint: str | None, service: Mapping[str, str]):
         _quiet()
-        where = endpoint or next(filter(None, map(os.environ.get, VARIABLES)))
-        parts = urlsplit(where)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{_shown(where)} is no address of a collector: it is like http://127.0.0.1:4318")
-        whole = endpoint if endpoint is None or parts.path.strip("/") else f"{endpoint.rstrip('/')}{PATH}"
-        exporter = OTLPSpanExporter(endpoint=whole, timeout=SEND_SECONDS)
+        if endpoint is not None:
+            parts = urlsplit(endpoint)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"--traces {_shown(endpoint)} is no address: it is like http://127.0.0.1:4318")
+            endpoint = endpoint if parts.path.strip("/") else f"{endpoint.rstrip('/')}{PATH}"
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=SEND_SECONDS)
         self._provider = TracerProvider(resource=Resource.create(dict(service)), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("isomesh.serving")
