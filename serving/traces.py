@@ -25,7 +25,7 @@ logger = logging.getLogger("isomesh.serving")
 
 PATH = "/v1/traces"  # of OTLP/HTTP
 SEND_SECONDS = 5.0  # that a collector has to take a batch
-CLOSE_SECONDS = 2.0  # that an end waits for what has not been sent
+CLOSE_SECONDS = 1.0  # that an end waits for what has not been sent
 QUIET_SECONDS = 60.0  # between two warnings about a collector
 OPERATIONS = {
     "/v1/chat/completions": "chat",
