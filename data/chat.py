@@ -31,11 +31,11 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     source: the Jinja program. names: what it calls special tokens (`bos_token`, ...) -> how these are spelled.
-    stops: further tokens that end an answer. Attribute `stop_ids`: all tokens after which an answer is over.
+    stops: further tokens that end an answer. Attributes: `source`, `tokenizer`; `stop_ids`, that end an answer.
     """
 
     def __init__(self, source: str, tokenizer: JsonTokenizer, names: Mapping[str, str], stops: Iterable[int] = ()):
-        self._source, self._tokenizer, self._names = source, tokenizer, dict(names)
+        self.source, self.tokenizer, self._names = source, tokenizer, dict(names)
         self._template = _compile(source)
         longest = sorted(filter(None, tokenizer.specials), key=len, reverse=True)
         self._special = "|".join(map(re.escape, longest))
@@ -57,13 +57,13 @@ class ChatTemplate:
         rendered, mark = self._render(messages, generation_prompt, variables)
         parts, at = [], 0
         for found in re.finditer(f"(?<!{mark})(?:{self._special})", rendered):
-            parts += [rendered[at : found.start()].replace(mark, ""), self._tokenizer.specials[found[0]]]
+            parts += [rendered[at : found.start()].replace(mark, ""), self.tokenizer.specials[found[0]]]
             at = found.end()
-        return self._tokenizer.encode_parts([*parts, rendered[at:].replace(mark, "")])
+        return self.tokenizer.encode_parts([*parts, rendered[at:].replace(mark, "")])
 
     def save(self, folder: Path) -> None:
         """Writes the template and its names of special tokens beside a tokenizer.json, as `transformers` reads them."""
-        replace_text(folder / TEMPLATE, self._source)
+        replace_text(folder / TEMPLATE, self.source)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self._names}
         for name, content in ((SETTINGS, settings), (GENERATION, {"eos_token_id": list(self.stop_ids)})):
             replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -75,8 +75,8 @@ class ChatTemplate:
         if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
             raise ValueError("a chat is a list of messages, at least one, each an object with role and content")
         given = {"messages": [{k: v for k, v in message.items() if v is not None} for message in messages], **variables}
-        mark = _unused(json.dumps(given, ensure_ascii=False, default=str) + self._source)
-        marker = _Marker(mark, self._tokenizer.specials)
+        mark = _unused(json.dumps(given, ensure_ascii=False, default=str) + self.source)
+        marker = _Marker(mark, self.tokenizer.specials)
         # a word that the program gives (reasoning_effort="low") is like a role
         marked = {key: marker.given(value, "role" if isinstance(value, str) else key) for key, value in given.items()}
         for name in ("tools", "documents"):

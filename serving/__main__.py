@@ -9,6 +9,8 @@ SERVE = "serve"  # what a first word that names no command means
 # command -> (module in serving/commands, what it does)
 COMMANDS = {
     SERVE: ("serve", "a model behind an address"),
+    "keys": ("keys", "who may use a server: create, list, rotate, revoke, roles"),
+    "audit": ("audit", "what was done on a server: verify, show"),
 }
 
 

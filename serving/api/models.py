@@ -1,0 +1,33 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from fastapi import APIRouter, Depends, Request
+
+from serving.access.gate import Caller, needs
+from serving.api.answers import Model, Models
+from serving.api.routes import READS, ends, service_of
+from serving.api.sending import answer
+from serving.errors import ApiError
+from serving.service import Service
+
+router = APIRouter()
+
+
+def _model(service: Service) -> Model:
+    shared = {"created": service.created, "max_model_len": service.engine.reach}
+    return Model(id=service.name, root=service.digest, **shared)
+
+
+@router.get("/v1/models", response_model=Models, responses=ends(*READS))
+async def models(request: Request, caller: Caller = Depends(needs("models"))):  # noqa: B008
+    """The models that the caller may use."""
+    service = service_of(request)
+    return answer(Models(data=[_model(service)] if service.sees(caller.identity) else []))
+
+
+@router.get("/v1/models/{model:path}", response_model=Model, responses=ends(*READS, 404))
+async def model(request: Request, model: str, caller: Caller = Depends(needs("models"))):  # noqa: B008
+    """One of them."""
+    service = service_of(request)
+    if model != service.name or not service.sees(caller.identity):
+        raise ApiError(404, f"the model {model[:100]!r} is not here", param="model", code="model_not_found")
+    return answer(_model(service))

@@ -1,0 +1,114 @@
+"""What the endpoints share: the engine, how its model is called, its tokenizer and chat template, and what runs."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol, TypeVar
+
+from data.chat import ChatTemplate
+from data.tokenizer import Tokenizer
+from inference.requests import EncodeRequest, EngineState, Listener, Request
+from serving.access.gate import Identity
+from serving.errors import ApiError
+from serving.lifecycle import Lifecycle
+from serving.running import Running
+from serving.spelling import Spelling
+from serving.watch import Told
+
+INLINE_CHARACTERS = 4096  # texts up to this are tokenized where they are: a thread would cost more
+BEAT_SECONDS = 10.0  # a step loop that has been still for longer is not ready
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What the server asks of an engine; `inference.engine` has one."""
+
+    tokenizer: Tokenizer
+    reach: int  # tokens of the longest sequence
+    encoder: bool
+    vocabulary: int
+
+    def submit(self, request: Request | EncodeRequest, listener: Listener) -> None:
+        """ValueError for what the model cannot do, Busy where there is no room."""
+
+    def abort(self, id: str) -> None:
+        """Ends a request within a step."""
+
+    def state(self) -> EngineState:
+        """A snapshot."""
+
+    def drain(self) -> None:
+        """Takes nothing new."""
+
+    def stop(self, seconds: float) -> bool:
+        """Ends what runs, after so many seconds."""
+
+
+@dataclass
+class Service:
+    """A model behind an address. To be made before the event loop runs or in it."""
+
+    engine: Engine
+    name: str  # of the model, as clients call it
+    digest: str  # of its weights
+    chat: ChatTemplate | None = None
+    begin: Sequence[int] = ()  # tokens that the model wants before every text
+    end: Sequence[int] = ()  # an encoder's, behind every text
+    created: int = field(default_factory=lambda: int(time.time()))
+    beat_seconds: float = BEAT_SECONDS
+    told: list[Told] = field(default_factory=list)  # called with the record of every request when it is over
+
+    def __post_init__(self):
+        self.lifecycle = Lifecycle(self.engine)
+        self.running = Running()
+        self.longest_token = int(self.engine.tokenizer.token_bytes.max())  # bytes
+        self.spelling = Spelling(self.engine.tokenizer)
+        # few: a text is tokenized on one core, and what waits here must not take the interpreter from the event loop
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the model."""
+        return self.engine.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of answers: the same for the same weights."""
+        return f"fp_{self.digest[:32]}"
+
+    def require(self, model: str | None) -> str:
+        """The model's name, if that is what is asked for. Raises ApiError 404."""
+        if model is not None and model != self.name:
+            message = f"the model {model[:100]!r} is not here; there is {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.name
+
+    def require_decoder(self) -> None:
+        """Raises ApiError where the model writes no text."""
+        if self.engine.encoder:
+            raise ApiError(400, f"{self.name} is an encoder: it answers /v1/embeddings", param="model")
+
+    def sees(self, identity: Identity) -> bool:
+        """Whether somebody may know of the model."""
+        return any(fnmatchcase(self.name, pattern) for pattern in identity.models)
+
+    @property
+    def ready(self) -> str | None:
+        """None if the next request would be served; else why not."""
+        state = self.engine.state()
+        if self.lifecycle.draining or state.draining:
+            return "draining"
+        if not state.ready:
+            return "the model is not warm"
+        silent = time.monotonic() - state.beat
+        return f"the step loop stands still for {silent:.0f} s" if silent > self.beat_seconds else None
+
+    async def in_thread(self, size: int, work: Callable[[], T]) -> T:
+        """The result of work on a text of so many characters; in a thread unless it is short."""
+        if size <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -1,0 +1,184 @@
+"""The server as the `openai` package sees it: sync, async, streamed, refused, and tried again."""
+
+import asyncio
+
+import openai
+import pytest
+from doubles import EngineDouble, OpenGate, chat_template, listening, saying, served
+
+from inference.requests import Piece
+
+PROMPT = [{"role": "user", "content": "say it"}]
+
+
+@pytest.fixture(scope="module")
+def template():
+    return chat_template()
+
+
+@pytest.fixture(scope="module")
+def engine(template):
+    return EngineDouble(tokenizer=template.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def gate():
+    return OpenGate()
+
+
+@pytest.fixture(scope="module")
+def address(engine, gate, template):
+    with listening(served(engine, gate, template)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_a_completion(client, gate):
+    answer = client.completions.create(model="double", prompt="the mesh", max_tokens=3, logprobs=1, echo=True)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason) == ("the meshabc", "length")
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.token_logprobs[0] is None
+    places = zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True)
+    assert all(choice.text[at:].startswith(token) for at, token in places)
+    assert answer.usage.completion_tokens == 3
+    assert answer.system_fingerprint == "fp_" + "d0" * 16
+    assert gate.admissions[-1].settled == [(200, answer.usage.prompt_tokens, 3)]
+
+
+def test_several_prompts_and_choices_are_numbered_by_prompt(client):
+    answer = client.completions.create(model="double", prompt=["a", "b"], n=2, max_tokens=2)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ab"), (1, "bc"), (2, "ab"), (3, "bc")]
+
+
+def test_a_chat(client, engine, template):
+    answer = client.chat.completions.create(
+        model="double", messages=PROMPT, max_completion_tokens=2, logprobs=True, top_logprobs=2, seed=3
+    )
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == ("ab", "assistant", "length")
+    assert [token.token for token in choice.logprobs.content] == ["a", "b"]
+    assert [len(token.top_logprobs) for token in choice.logprobs.content] == [2, 2]
+    asked = engine.submitted[-1]
+    assert list(asked.prompt) == template.encode(PROMPT, generation_prompt=True).tolist()
+    assert (asked.sampling.seed, asked.sampling.stop_ids) == (3, template.stop_ids)
+
+
+def test_a_streamed_chat(client, engine):
+    engine.script = saying("naïve 猫 😀")
+    try:
+        stream = client.chat.completions.create(
+            model="double", messages=PROMPT, stream=True, n=2, stream_options={"include_usage": True}
+        )
+        texts, ends, usage = ["", ""], {}, None
+        for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                ends[choice.index] = choice.finish_reason or ends.get(choice.index)
+    finally:
+        engine.script = engine.counting
+    assert texts == ["naïve 猫 😀"] * 2
+    assert ends == {0: "stop", 1: "stop"}
+    assert usage.completion_tokens == 2 * len("naïve 猫 😀".encode())
+
+
+def test_many_at_once(address):
+    async def all_of_them():
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
+
+            async def one(number):
+                if number % 2:
+                    answer = await client.completions.create(model="double", prompt=f"{number}", max_tokens=5)
+                    return answer.choices[0].text
+                stream = await client.completions.create(model="double", prompt="x", max_tokens=5, stream=True)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*map(one, range(24)))
+
+    assert asyncio.run(all_of_them()) == ["abcde"] * 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "param", "code"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"max_tokens": 5000}, openai.BadRequestError, "prompt", "context_length_exceeded"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
+        ({"extra_body": {"max_token": 1}}, openai.BadRequestError, "max_token", "unknown_parameter"),
+        ({"suffix": "x"}, openai.BadRequestError, "suffix", "unsupported_parameter"),
+        ({"best_of": 3}, openai.BadRequestError, "best_of", "unsupported_parameter"),
+    ],
+)
+def test_mistakes_are_told_as_openai_tells_them(client, arguments, kind, param, code):
+    with pytest.raises(kind) as caught:
+        client.completions.create(**{"model": "double", "prompt": "a", **arguments})
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert caught.value.request_id.startswith("req-")
+
+
+def test_tools_are_refused_with_a_reason(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(openai.BadRequestError, match="tools are not supported"):
+        client.chat.completions.create(model="double", messages=PROMPT, tools=[tool])
+    with pytest.raises(openai.BadRequestError, match="tools are not supported"):
+        client.chat.completions.create(model="double", messages=[*PROMPT, {"role": "tool", "content": "x"}])
+
+
+def test_a_fault_in_mid_stream_raises_and_no_done_comes(client, engine):
+    engine.script = lambda request, index: [Piece(index, "a", (1,)), Piece(index, finish="error", error="secret words")]
+    try:
+        stream = client.completions.create(model="double", prompt="a", stream=True)
+        with pytest.raises(openai.APIError, match="the engine failed") as caught:
+            list(stream)
+        assert "secret" not in str(caught.value.body)
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            client.completions.create(model="double", prompt="a")
+    finally:
+        engine.script = engine.counting
+
+
+def test_the_client_tries_again_where_there_was_no_room(address, client, engine):
+    engine.max_waiting = 0
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model="double", prompt="a")
+    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "2")
+    tried = []
+
+    def room(request):
+        tried.append(request)
+        if len(tried) == 2:
+            engine.max_waiting = 256
+
+    hooks = openai.DefaultHttpxClient(event_hooks={"request": [room]})
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=1, http_client=hooks) as client:
+        assert client.completions.create(model="double", prompt="a", max_tokens=1).choices[0].text == "a"
+    assert len(tried) == 2
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["double"]
+    assert client.models.retrieve("double").id == "double"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_embeddings_of_an_encoder_come_as_floats_and_as_base64():
+    with (
+        listening(served(EngineDouble(encoder=True))) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="any") as client,
+    ):
+        plain = client.embeddings.create(model="double", input=["ab", "c"], encoding_format="float")
+        packed = client.embeddings.create(model="double", input=[[97, 98], [99]])  # base64 is the package's own
+        with pytest.raises(openai.BadRequestError, match="dimensions"):
+            client.embeddings.create(model="double", input="a", dimensions=3)
+        with pytest.raises(openai.BadRequestError, match="encoder"):
+            client.completions.create(model="double", prompt="a")
+    assert [one.embedding for one in plain.data] == [one.embedding for one in packed.data]
+    assert plain.data[0].embedding[:2] == [97 / 256, 98 / 256]
+    assert plain.usage.prompt_tokens == 3
