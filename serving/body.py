@@ -28,6 +28,8 @@ def body_of(kind: type[Body]) -> Callable:
 
     async def read(request: Request) -> kind:
         raw = await read_bytes(request)
+        if getattr(request.app.state.gate, "texts", False):  # the operator wants them in the audit
+            request.state.audited_text = raw.decode(errors="replace")
         try:
             if len(raw) <= INLINE_BYTES:
                 return kind.model_validate_json(raw)

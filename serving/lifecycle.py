@@ -12,6 +12,7 @@ from typing import Protocol
 import uvicorn
 
 from serving.errors import ApiError
+from serving.patience import Patient
 
 logger = logging.getLogger("isomesh.serving")
 
@@ -81,7 +82,7 @@ def bound(host: str, port: int) -> socket.socket:
 def configured(app, **tls) -> uvicorn.Config:
     """How uvicorn is to run an application; tls: its own ssl_* settings."""
     return uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="warning",
+        app, http=Patient, ws="none", lifespan="off", log_config=None, log_level="warning",
         access_log=False, server_header=False, date_header=True, proxy_headers=False, backlog=2048,
         timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=int(SWEEP_SECONDS), **tls,
     )  # fmt: skip

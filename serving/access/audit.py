@@ -31,7 +31,8 @@ LARGEST = 64 * 2**20  # bytes of a file, after which the next one begins
 MOST_KEPT = 10_000  # records that wait for room on the disk
 CHAINS = 256  # processes that write into one folder at once
 START = "0" * 64
-LONGEST_FIELD = 256  # characters of text from outside
+LONGEST_FIELD = 256  # characters of words from outside
+LONGEST_TEXT = 2**16  # characters of a body, where bodies are asked for
 
 
 def signature(secret: bytes, chain: str, sequence: int, digest: str) -> str:
@@ -113,7 +114,7 @@ class Chain:
             self._rotate()
         known = {"sequence": self.sequence + 1, "time": record.get("time", self._clock()), "chain": self.name}
         lost = {"lost": self.lost} if self.lost else {}
-        fields = {name: _bounded(value) for name, value in record.items() if name != "time"}
+        fields = {name: _bounded(name, value) for name, value in record.items() if name != "time"}
         text = json.dumps({**known, **fields, **lost, "before": self.hash}, ensure_ascii=True, separators=(",", ":"))
         line = text.encode()
         _write_whole(self._file, line + b"\n", self._size)
@@ -209,8 +210,9 @@ def _write_whole(file: int, data: bytes, size: int) -> None:
         raise
 
 
-def _bounded(value):
-    return value[:LONGEST_FIELD] if isinstance(value, str) else value
+def _bounded(name: str, value):
+    longest = LONGEST_TEXT if name == "text" else LONGEST_FIELD
+    return value[:longest] if isinstance(value, str) else value
 
 
 def _field(line: bytes, name: str, default):

@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 15.0  # seconds that a request waits for a database that is away
 THREADS = 8
 COUNTED = ("chat", "completions", "embeddings")  # recorded when they end, with what they used
+BRIEF = ("tokens",)  # no admission of their own, but work all the same: each counts as a request
 UNSEEN = ("page", "state", "metrics", "models", "schema")  # recorded only where refused: they come every second
 REFUSALS = parse("20/second")  # of strangers that are recorded one by one
 TOO_LONG = "context_length_exceeded"
@@ -56,7 +58,7 @@ class Known(Identity):
 
 
 class Door:
-    """Implements serving.access.gate.Gate. `start` before the first request, `close` after the last."""
+    """Implements serving.access.gate.Gate. `start` before the first request, `close` after the last; in any thread."""
 
     def __init__(
         self,
@@ -78,24 +80,25 @@ class Door:
         self.quotas = Quotas(opened, self.replica)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="access")
         self._unsettled: deque[tuple[Taken, int, bool]] = deque()
-        self._beating: asyncio.Task | None = None
+        self._ending = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="access beat", daemon=True)
         self._strangers = strategies.FixedWindowRateLimiter(storage.MemoryStorage())
         self._unrecorded = 0
 
-    async def start(self) -> None:
-        """Says to the other replicas that this one lives, and goes on to."""
-        await self._run(self.quotas.beat)
-        self._beating = asyncio.create_task(self._beat())
+    def start(self) -> None:
+        """Says to the other replicas that this one lives, and goes on to. Raises Unreachable."""
+        self.quotas.beat()
+        self._beating.start()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Gives back what this replica holds, and writes down what is left to be written."""
-        if self._beating:
-            self._beating.cancel()
+        self._ending.set()
+        self._beating.join()
+        self._threads.shutdown()
         for work in (self._settle_rest, self.quotas.leave, self._copy_head):
             with contextlib.suppress(store.Unreachable):
-                await self._run(work)
-        await self._run(self.chain.close)
-        self._threads.shutdown()
+                work()
+        self.chain.close()
         self.store.close()
 
     # ---- who -------------------------------------------------------------------------------------------------
@@ -145,6 +148,9 @@ class Door:
             raise ApiError(403, f"role {identity.role!r} may not use {permission!r}", code="permission_denied")
         if permission in policy.ADMIN or self._strict:
             await self._record_first(identity, permission, request)
+        elif permission in BRIEF:
+            room = await self.admit(identity, request, permission=permission, model="", prompt_tokens=0, new_tokens=0)
+            await room.settle(200)
         elif permission not in (*COUNTED, *UNSEEN):
             await self._record(identity, permission, request, decision="allow")
 
@@ -152,7 +158,7 @@ class Door:
         self, identity: Identity, request: Request, *, permission: str, model: str, prompt_tokens: int, new_tokens: int
     ) -> "Room":
         """Raises ApiError: 403 for the model, 400 for more tokens than any request may have, 429 beyond the limits."""
-        record = {"model": model, "prompt_tokens": prompt_tokens}
+        record = {"model": model or None, "prompt_tokens": prompt_tokens}
         try:
             self._check_model(identity, permission, model)
             own = self._own_limits(identity)
@@ -183,7 +189,8 @@ class Door:
             self._unsettled.append((taking.result(), 0, False))
 
     def _check_model(self, identity: Identity, permission: str, model: str) -> None:
-        if not (self.roles.may(identity.role, permission, model) and policy.allows(identity.models, model)):
+        named = not model or policy.allows(identity.models, model)
+        if not (named and self.roles.may(identity.role, permission, model)):
             raise ApiError(403, f"no access to model {model[:100]!r}", param="model", code="permission_denied")
 
     def _own_limits(self, identity: Identity) -> Limits:
@@ -193,7 +200,7 @@ class Door:
         """Gives back and writes down in one go: both in one thread, and whatever fails, neither raises."""
         text = getattr(room.request.state, "audited_text", None) if self.texts else None
         counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "status": status, "text": text}
-        told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model, **counts)
+        told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model or None, **counts)
         ran = status < 500 or prompt_tokens + new_tokens > 0
         await asyncio.shield(self._run(lambda: self._settle(room.taken, prompt_tokens + new_tokens, ran, told)))
 
@@ -227,9 +234,13 @@ class Door:
         nobody = Identity("-", "-", "-")
         await self._record(nobody, "identify", request, decision="deny", status=401, reason=reason, **more)
 
-    def record_action(self, who: str, role: str, action: str, **told) -> None:
-        """Writes down what an admin is about to do, or raises OSError."""
-        self.chain.write({"who": who, "role": role, "action": action, "decision": "allow", **told}, sync=True)
+    async def ask(self, work: Callable[[], T]) -> T:
+        """Runs what needs the database in a thread, as for every request. Raises ApiError (503)."""
+        return await self._reach(work)
+
+    async def add(self, identity: Identity, action: str, request: Request, **told) -> None:
+        """Notes what came of an admin's action, whose permission is in the audit already."""
+        await self._record(identity, action, request, decision="allow", **told)
 
     # ---- threads and the database ----------------------------------------------------------------------------
 
@@ -244,24 +255,25 @@ class Door:
                 return await self._run(work)
             except store.Unreachable as error:
                 if time.monotonic() + pause > ends:
-                    log.error("the database of keys cannot be used: %s", type(error).__name__)
+                    log.error("the database of keys cannot be used: %s", error)
                     raise ApiError(503, "the keys cannot be looked up now", retry_after=5) from None
             await asyncio.sleep(pause)
             pause = min(1.0, 2 * pause)
 
-    async def _beat(self) -> None:
+    def _beat(self) -> None:
+        """Each second, in a thread of its own: records to the disk; each few seconds that we live."""
         beats = 0
-        while True:
-            await asyncio.sleep(1.0)
+        while not self._ending.wait(1.0):
             beats += 1
             with contextlib.suppress(OSError):
-                await self._run(self.chain.flush)
-            if beats % BEAT_SECONDS == 0 or self._unsettled:
-                try:
-                    for work in (self.quotas.beat, self._settle_rest, self._copy_head, self.store.tidy):
-                        await self._run(work)
-                except store.Unreachable as error:
-                    log.warning("the database of keys cannot be used: %s", type(error).__name__)
+                self.chain.flush()
+            if beats % BEAT_SECONDS and not self._unsettled:
+                continue
+            try:
+                for work in (self.quotas.beat, self._settle_rest, self._copy_head, self.store.tidy):
+                    work()
+            except store.Unreachable as error:
+                log.warning("the database of keys cannot be used: %s", error)
 
     def _settle_rest(self) -> None:
         while self._unsettled:
@@ -319,5 +331,5 @@ def _told(identity: Identity, action: str, request: Request, **told) -> dict:
     who = {"who": identity.name, "role": identity.role, "tenant": identity.tenant, "action": action}
     where = {"method": request.method, "path": request.url.path}
     where["address"] = request.client.host if request.client else None
-    where["request"] = getattr(request.state, "request_id", None)
+    where["request"] = getattr(getattr(request.state, "record", None), "id", None)
     return {name: value for name, value in {**who, **told, **where}.items() if value is not None}

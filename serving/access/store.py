@@ -298,7 +298,7 @@ def _prepare(store: Store, connection: Connection, secret: bytes) -> None:
     store.exclusive(connection, ["schema"])
     tables.create_all(connection)
     facts = {"schema": SCHEMA, "secret": hmac.new(secret, b"which secret", hashlib.sha256).hexdigest()}
-    found = dict(connection.execute(select(FACTS.c.name, FACTS.c.value)).tuples().all())
+    found = dict(connection.execute(select(FACTS.c.name, FACTS.c.value)).all())
     for name, value in facts.items():
         if name not in found:
             connection.execute(insert(FACTS), {"name": name, "value": value})

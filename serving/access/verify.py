@@ -65,7 +65,7 @@ def verify(folder: Path, chain: str, secret: bytes, copied: Mapping[str, tuple[i
     for line in lines(folder, chain):
         fault = _fault(before, line, chain)
         if fault:
-            blamed = before if fault == "altered" and before and _vouched(folder, chain, line) else line
+            blamed = before if fault == "altered" and before and _vouched(folder, chain, line, secret) else line
             return Verdict(chain, count, f"{blamed.where}: {_words(fault)}")
         first = line.sequence if first is None else first
         before, count = line, count + 1
@@ -100,14 +100,15 @@ def _fault(before: Line | None, line: Line, chain: str) -> str | None:
     return f"{before.sequence}>{line.sequence}"
 
 
-def _vouched(folder: Path, chain: str, line: Line) -> bool:
-    """Whether the line after this one knows it, so that it is the line before that was altered."""
+def _vouched(folder: Path, chain: str, line: Line, secret: bytes) -> bool:
+    """Whether what comes after this line, or the head, knows it: then it was the line before that was altered."""
     found = False
     for other in lines(folder, chain):
         if found:
             return other.record is not None and other.record.get("before") == line.hash
         found = other.where == line.where
-    return True
+    head = read_head(folder, chain, secret)
+    return head is not None and head[1] == line.hash
 
 
 def _words(fault: str) -> str:

@@ -23,6 +23,9 @@ def add_serve(parser: Parser) -> None:
         "--grace", type=seconds, default=GRACE_SECONDS, metavar="SECONDS",
         help="that what runs has to finish after SIGTERM (%(default)g)",
     )  # fmt: skip
+    from serving.access.guard import add_guard
+
+    add_guard(parser)
     parser.set_defaults(command=serve)
 
 
@@ -71,17 +74,35 @@ def seconds(text: str) -> float:
 
 def serve(options: argparse.Namespace) -> int:
     """Opens the model, warms the engine and serves until SIGTERM. Raises ValueError or OSError as `find_model`."""
+    from serving.access import guard
+    from serving.access import routes as keys
     from serving.app import create_app
     from serving.lifecycle import Server, bound, configured
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    secure = guard.tls(options)
     listener = bound(options.host, options.port)  # a port that is taken is told before a model is read
+    opened, door = guard.open_guard(options)
     service = open_service(options)
-    app = create_app(service, Everyone())
-    config = configured(app)
-    told = lambda: print(f"http://{shown(options.host)}:{listener.getsockname()[1]}", flush=True)
-    Server(config, service.lifecycle, options.grace, told).run([listener])
+    config = configured(create_app(service, door, [keys.router]), **secure)
+    address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
+    told = lambda: print(guard.first_key(options, opened, door, address, example(service)), flush=True)
+    door.start()
+    try:
+        Server(config, service.lifecycle, options.grace, told).run([listener])
+    finally:
+        door.close()
     return DONE
+
+
+def example(service) -> tuple[str, dict]:
+    """A request that the model answers: its path and body."""
+    if service.engine.encoder:
+        return "/v1/embeddings", {"model": service.name, "input": "Hello"}
+    if service.chat is None:
+        return "/v1/completions", {"model": service.name, "prompt": "Hello", "max_tokens": 16}
+    messages = [{"role": "user", "content": "Hello"}]
+    return "/v1/chat/completions", {"model": service.name, "messages": messages, "max_tokens": 16}
 
 
 def open_service(options: argparse.Namespace):
@@ -112,23 +133,3 @@ def open_service(options: argparse.Namespace):
 def shown(host: str) -> str:
     """An address as it stands in a URL."""
     return f"[{host}]" if ":" in host else host
-
-
-class Everyone:
-    """Lets everyone in."""
-
-    async def identify(self, request):
-        """Anybody."""
-        from serving.access.gate import Identity
-
-        return Identity("anybody", "admin", "anybody")
-
-    async def allow(self, identity, permission, request) -> None:
-        """Anything."""
-
-    async def admit(self, identity, request, **sizes):
-        """As much as anybody wants."""
-        return self
-
-    async def settle(self, status, prompt_tokens=0, new_tokens=0) -> None:
-        """Nothing was taken."""
