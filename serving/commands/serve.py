@@ -78,13 +78,14 @@ def serve(options: argparse.Namespace) -> int:
     from serving.access import routes as keys
     from serving.app import create_app
     from serving.lifecycle import Server, bound, configured
+    from serving.page import router as page
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     secure = guard.tls(options)
     listener = bound(options.host, options.port)  # a port that is taken is told before a model is read
     opened, door = guard.open_guard(options)
     service = open_service(options)
-    config = configured(create_app(service, door, [keys.router]), **secure)
+    config = configured(create_app(service, door, [keys.router, page.router]), **secure)
     address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
     told = lambda: print(guard.first_key(options, opened, door, address, example(service)), flush=True)
     door.start()

@@ -72,7 +72,7 @@ export async function* stream(path, body, signal) {
   const response = await ask(path, { body, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const broken = () => new Failure(0, "The connection was lost before the answer was complete.");
-  let rest = "";
+  let rest = "", whole = false;
   try {
     for (;;) {
       let part;
@@ -88,13 +88,17 @@ export async function* stream(path, body, signal) {
       for (const event of events) {
         const data = event.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim());
         if (!data.length) continue;
-        if (data[0] === "[DONE]") return;
+        if (data[0] === "[DONE]") {
+          whole = true;
+          return;
+        }
         const told = JSON.parse(data.join("\n"));
         if (told.error) throw new Failure(-1, `The answer broke off: ${told.error.message ?? "the server failed"}`);
         yield told;
       }
     }
   } finally {
-    reader.cancel().catch(() => {});
+    // behind [DONE] comes nothing more: read to the end, so that the connection can be used again
+    (whole ? reader.read() : reader.cancel()).catch(() => {});
   }
 }

@@ -121,7 +121,7 @@ class Browser:
     def wait(self, condition: str, seconds: float = SECONDS) -> None:
         """Waits until an expression is true."""
         until = time.monotonic() + seconds
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < until, f"not within {seconds} s: {condition}"
             time.sleep(0.05)
 
