@@ -177,7 +177,7 @@ class Browser:
                 found.append(json.dumps(about["args"]))
             elif method == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
                 found.append(about["entry"]["text"])
-            elif method == "Network.loadingFailed":
+            elif method == "Network.loadingFailed" and not about.get("canceled"):  # what nobody waits for any more
                 found.append(about["errorText"])
         return found
 
