@@ -22,6 +22,7 @@ from inference.choice import Choice, Observer
 from inference.compilations import Compilations
 from inference.engine_options import EngineOptions
 from inference.generate import check, trained_reach
+from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
 from inference.requests import Busy, EncodeRequest, EngineState, Listener, Request
 from inference.scheduler import Batch, Scheduler, Sequence
@@ -74,6 +75,7 @@ class Engine:
         self._state = EngineState()
         self._totals, self._finished = Counter(), Counter()
         self._compilations = Compilations()
+        self._grammars, self._making_grammars = None, threading.Lock()
         self._seeds = itertools.count(time.time_ns())
         self._thread: threading.Thread | None = None
         self._faults = 0
@@ -145,6 +147,8 @@ class Engine:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
         return not left
 
     # ---- the engine thread ----
@@ -295,6 +299,7 @@ class Engine:
             return
         piece = choice.end(finish, error=error) if piece is None else piece
         self._finished[finish] += 1
+        self._publish(ready=self._state.ready)
         self._hear(choice, piece)
         self._observe("finished", choice.request.id, finish)
         with self._changed:
@@ -346,15 +351,27 @@ class Engine:
         seed = next(self._seeds) if request.sampling.seed is None else request.sampling.seed
         request = replace(request, sampling=replace(request.sampling, seed=seed))
         most = min(tokens + max(1, request.sampling.max_tokens), self.reach)
+        matcher = self._matcher(request)
         choices: list[Choice] = []
         for index in range(request.n):
             sequence = Sequence(
                 list(request.prompt), most, shares=request.sampling.prompt_logprobs is None or index > 0,
                 scored=request.sampling.prompt_logprobs is not None and index == 0 and tokens > 1,
-                after=choices[0].sequence if choices else None,
+                after=choices[0].sequence if choices else None, waits=matcher is not None,
             )  # fmt: skip
-            choices.append(Choice(request, index, listener, sequence, self.tokenizer))
+            own = matcher and matcher.copy()
+            choices.append(Choice(request, index, listener, sequence, self.tokenizer, own))
         return choices
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Follows the grammar of a request, if it has one."""
+        grammar, ends = request.sampling.grammar, request.sampling.stop_ids
+        if grammar is None:
+            return None
+        with self._making_grammars:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.vocabulary)
+        return self._grammars.matcher(grammar, ends)
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

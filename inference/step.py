@@ -73,7 +73,9 @@ class Programs:
         opened = self.opened
         self.table = -(-self.length // self.block)
         with jax.set_mesh(opened.mesh):
-            self.outside, self.layers = unstack(opened.description, opened.params, opened.mesh, opened.dtype)
+            self.outside, self.block_modules, self.layers = unstack(
+                opened.description, opened.params, opened.mesh, opened.dtype
+            )
             self.batch_rows, self.even = splits("batch"), splits("residual")
         self.width = opened.description.shapes["tokens"]["weight"].shape[0]  # of the vocabulary, padded
         if "head" in opened.description.shapes:
@@ -145,8 +147,8 @@ class Programs:
         positions_BT = jnp.where(t < count_B[:, None], start_B[:, None] + t, self.table * self.block)
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
-        x_BTD, caches = run(model, description.block, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
-        pools = tuple((cache.k_PKH, cache.v_PKH) for cache in caches)
+        x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
+        pools = tuple((cache.k_KPH, cache.v_KPH) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
             scored = logprobs(model.logits(x_BTD).reshape(-1, self.width), after_BT.reshape(-1))

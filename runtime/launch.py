@@ -108,7 +108,7 @@ class ProcessGroup:
             stdout=output,
             stderr=output,
             start_new_session=True,  # else a terminal's Ctrl-C would reach it twice, once through us
-            preexec_fn=_die_with_launcher(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),
         )
         self._processes.append(process)
         for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -170,15 +170,15 @@ class ProcessGroup:
                 target.flush()
 
 
-def _die_with_launcher(launcher: int):
-    """For preexec_fn: the kernel ends the process when the launcher dies, even by kill -9. Linux only."""
+def die_with_parent(parent: int):
+    """For preexec_fn: the kernel ends the process when its parent, of this id, dies, even by kill -9. Linux only."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork
 
     def ask_kernel() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the call
+        if os.getppid() != parent:  # it died before the call
             os._exit(1)
 
     return ask_kernel

@@ -9,6 +9,10 @@ SERVE = "serve"  # what a first word that names no command means
 # command -> (module in serving/commands, what it does)
 COMMANDS = {
     SERVE: ("serve", "a model behind an address"),
+    "batch": ("batch", "a file of requests, answered in this process"),
+    "cluster": ("cluster", "replicas of it behind a balancer, started again when they fail"),
+    "roll": ("cluster", "replace the replicas of a cluster, one at a time, without losing a request"),
+    "replicas": ("cluster", "show the replicas of a cluster"),
     "keys": ("keys", "who may use a server: create, list, rotate, revoke, roles"),
     "audit": ("audit", "what was done on a server: verify, show"),
 }

@@ -9,6 +9,8 @@ from starlette.requests import ClientDisconnect, Request
 from serving.errors import ApiError
 
 MOST_BYTES = 4 << 20
+MOST_BRACKETS = 1 << 17  # a million small lists take seconds to look at, for all others, too
+MOST_MISTAKES = 1000  # that are looked at
 SECONDS = 30.0  # that a body may take to arrive
 INLINE_BYTES = 64 << 10  # bodies up to this are parsed where they are; larger ones in a thread
 
@@ -30,6 +32,8 @@ def body_of(kind: type[Body]) -> Callable:
         raw = await read_bytes(request)
         if getattr(request.app.state.gate, "texts", False):  # the operator wants them in the audit
             request.state.audited_text = raw.decode(errors="replace")
+        if raw.count(b"[") + raw.count(b"{") > MOST_BRACKETS:
+            raise ApiError(400, f"a body has at most {MOST_BRACKETS} brackets and braces", code="invalid_json")
         try:
             if len(raw) <= INLINE_BYTES:
                 return kind.model_validate_json(raw)
@@ -74,6 +78,8 @@ def _too_long() -> ApiError:
 
 def refusal(kind: type[Body], error: ValidationError) -> ApiError:
     """What a client is told of a body that is not as it has to be: the first mistake, and what would be right."""
+    if error.error_count() > MOST_MISTAKES:
+        return ApiError(400, f"the body has {error.error_count()} mistakes", code="invalid_value")
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     first = errors[0]
     if first["type"].startswith("json_"):

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import uvicorn
@@ -79,11 +80,26 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def configured(app, **tls) -> uvicorn.Config:
-    """How uvicorn is to run an application; tls: its own ssl_* settings."""
+def bound_to(path: Path) -> socket.socket:
+    """A unix socket at a path, not yet listening; who may enter its folder may use it. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+    except OSError as error:
+        raise OSError(f"cannot listen at {path}: {error.strerror or error}") from None
+    return listener
+
+
+def configured(app, *, behind: bool = False, **tls) -> uvicorn.Config:
+    """How uvicorn is to run an application.
+
+    behind: a balancer, the only one to reach us, whose X-Forwarded-For is believed. tls: uvicorn's ssl_* settings.
+    """
     return uvicorn.Config(
         app, http=Patient, ws="none", lifespan="off", log_config=None, log_level="warning",
-        access_log=False, server_header=False, date_header=True, proxy_headers=False, backlog=2048,
+        access_log=False, server_header=False, date_header=True, backlog=2048,
+        proxy_headers=behind, forwarded_allow_ips="*" if behind else None,
         timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=int(SWEEP_SECONDS), **tls,
     )  # fmt: skip
 

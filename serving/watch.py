@@ -18,6 +18,7 @@ from serving.errors import ApiError
 logger = logging.getLogger("isomesh.serving")
 
 LONGEST_FIELD = 200  # characters that a client's own words take in a line
+LOOKS = ("/livez", "/readyz")  # several a second, by who supervises: a line only where they find something
 GONE = 499  # in the log: the client went away before its answer was complete
 FAULT = ApiError(500, "the server failed on this request; its id is in the header x-request-id", code="internal_error")
 
@@ -112,7 +113,8 @@ class Watch:
         record.route = getattr(scope.get("route"), "path", "")
         if caller := scope["state"].get("caller"):
             record.who, record.role, record.tenant = (getattr(caller.identity, x) for x in ("name", "role", "tenant"))
-        logger.info("%s", record.line())
+        looks = record.status == 200 and record.path in LOOKS
+        logger.log(logging.DEBUG if looks else logging.INFO, "%s", record.line())
         for told in self._told:
             told(record)
 

@@ -26,6 +26,7 @@ ALLOWED = {
     # models behind an address: it opens one, gives it to the engine and guards the way there
     "serving": {
         *("inference", "data.chat", "data.tokenizer", "model.config", "runtime", "tracking.run_directory"),
+        "checkpoint.config",  # which checkpoint of a run
     },
     # measures models of runs and of training jobs with text, tasks and programs
     "evaluation": {"config.schema", "data", "inference", "model", "parallel", "runtime", "tracking", "training"},

@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 
 from serving.access import secrets
+from serving.access.audit import Chain
 from serving.access.door import Door, open_door
 from serving.access.opening import FOLDER, Opened, open_state
 from serving.access.tokens import Provider
@@ -41,6 +42,12 @@ def open_guard(options: argparse.Namespace) -> tuple[Opened, Door]:
 
     Raises ValueError or OSError.
     """
+    opened, provider = open_safe(options)
+    return opened, open_door(opened, provider, strict=options.audit_strict, texts=options.audit_texts)
+
+
+def open_safe(options: argparse.Namespace) -> tuple[Opened, Provider | None]:
+    """The state folder and the provider of tokens, if it is safe to listen. Raises ValueError or OSError."""
     provider = None
     if options.jwt_keys:
         provider = Provider(options.jwt_keys, options.jwt_issuer, options.jwt_audience)
@@ -48,7 +55,7 @@ def open_guard(options: argparse.Namespace) -> tuple[Opened, Door]:
         raise ValueError("--jwt-issuer and --jwt-audience say nothing without --jwt-keys")
     opened = open_state(options.state)
     require_safe(options, opened, provider)
-    return opened, open_door(opened, provider, strict=options.audit_strict, texts=options.audit_texts)
+    return opened, provider
 
 
 def require_safe(options: argparse.Namespace, opened: Opened, provider: Provider | None) -> None:
@@ -95,10 +102,12 @@ def tls_context(cert: Path, key: Path, clients: Path | None) -> ssl.SSLContext:
     return context
 
 
-def first_key(options: argparse.Namespace, opened: Opened, door: Door, address: str, ask: tuple[str, dict]) -> str:
+def first_key(
+    options: argparse.Namespace, opened: Opened, chain: Chain, address: str, ask: tuple[str, dict | None]
+) -> str:
     """What is printed when a server listens: its address, and at a first start a curl line with a key that works.
 
-    ask: (path, body) of a request that its model answers.
+    ask: (path, body) of a request that its model answers; no body: GET.
     """
     if not is_local(options.host):
         return address
@@ -106,9 +115,9 @@ def first_key(options: argparse.Namespace, opened: Opened, door: Door, address: 
     if made is None:
         return address
     key, text = made
-    door.chain.note({"who": "first start", "role": "admin", "action": "keys create", "subject": key.id})
+    chain.note({"who": "first start", "role": "admin", "action": "keys create", "subject": key.id})
     path, body = ask
     cert = ["--cacert", str(options.tls_cert)] if options.tls_cert else []
     words = ["curl", *cert, f"{address}{path}", "-H", f"Authorization: Bearer {text}"]
-    words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
     return f"{address}\nfirst start: this admin key is shown once; try\n{shlex.join(words)}"

@@ -58,7 +58,7 @@ class AllKeys(BaseModel):
     data: list[OneKey]
 
 
-def _shown(key: Key, kind: type[OneKey] = OneKey, **more) -> OneKey:
+def _shown(key: Key, kind: type[OneKey] = OneKey, /, **more) -> OneKey:
     same = {name: getattr(key, name) for name in OneKey.model_fields}
     return kind(**{**same, "models": list(key.models), "limits": dict(key.limits)}, **more)
 

@@ -36,7 +36,7 @@ NEUTRAL = (None, [], {}, "none", "", ["text"], False)
 
 Name = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-Ids = Annotated[list[TokenId], Field(max_length=MOST_IDS)]
+Ids = Annotated[list[TokenId], Field(max_length=MOST_IDS, fail_fast=True)]  # a million mistakes are not all told
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -114,9 +114,11 @@ class CompletionBody(Drawing):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
         | Annotated[Ids, Field(min_length=1)]
-        | Annotated[list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[
+            list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)
+        ]
     ) = Field(description=f"a string, a list of token ids, or a list of 1 to {MOST_CHOICES} of either")
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     echo: bool | None = None
@@ -178,9 +180,11 @@ class EmbeddingBody(Body):
     model: Name | None = None
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
         | Annotated[Ids, Field(min_length=1)]
-        | Annotated[list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[
+            list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)
+        ]
     ) = Field(description=f"a string, a list of token ids, or a list of 1 to {MOST_INPUTS} of either")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None

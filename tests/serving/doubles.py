@@ -66,8 +66,8 @@ class EngineDouble:
     """Keeps the interface of `inference.engine.Engine`; answers from a script, in a thread of its own, step by step."""
 
     def __init__(
-        self, script: Script | None = None, *, tokenizer: Tokenizer | None = None, seconds: float = 0.0, reach: int = 512,
-        encoder: bool = False, max_running: int = 8, max_waiting: int = 256,
+        self, script: Script | None = None, *, tokenizer: Tokenizer | None = None, seconds: float = 0.0,
+        reach: int = 512, encoder: bool = False, max_running: int = 8, max_waiting: int = 256,
     ):  # fmt: skip
         self.tokenizer = tokenizer or ByteTokenizer()
         self.counting = Counting(self.tokenizer)

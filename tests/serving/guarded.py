@@ -64,7 +64,11 @@ class Guarded:
         with contextlib.closing(http.client.HTTPConnection(where.hostname, where.port, timeout=20)) as connection:
             connection.request(method, path, body, told)
             response = connection.getresponse()
-            return Answer(response.status, dict(response.getheaders()), response.read().decode())
+            return Answer(
+                response.status,
+                {name.lower(): value for name, value in response.getheaders()},
+                response.read().decode(),
+            )
 
     def complete(self, key: str | None, prompt: str = "the mesh", max_tokens: int = 3, **more) -> Answer:
         """A completion."""

@@ -1,0 +1,64 @@
+"""The model that a command serves, as its options name it. JAX is not imported before it is opened."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from checkpoint.config import NEWEST, step
+from inference.options import SETTING, model
+from runtime.arguments import Parser
+
+if TYPE_CHECKING:
+    from serving.service import Service
+
+
+def add_model(parser: Parser) -> None:
+    """What is served, and how its engine is cut."""
+    parser.add_argument("model", metavar="MODEL", type=model, help="run directory, Hugging Face folder or .gguf file")
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="mesh and runtime")
+    parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint of a run (last)")
+    parser.add_argument("--name", help="what clients call the model (the name of its folder or file)")
+    parser.add_argument("--max-running", type=count, metavar="N", help="choices that are generated at once")
+    parser.add_argument("--cache-tokens", type=count, metavar="N", help="tokens that the cache holds, of all together")
+    parser.add_argument("--chunk", type=count, metavar="N", help="tokens of prompts that one step reads")
+    parser.add_argument("--max-waiting", type=count, metavar="N", help="requests that wait before others are refused")
+    parser.add_argument("--max-length", type=count, metavar="N", help="tokens of the longest sequence")
+    parser.add_argument("--cache-dtype", choices=("int8",), help="the cache in 8 bits instead of the model's own type")
+    parser.add_argument("--draft", metavar="MODEL", type=model, help="a small model that proposes tokens")
+    parser.add_argument("--speculation", choices=("none", "ngram", "draft"), help="who proposes tokens")
+
+
+# options that are settings of the engine
+ENGINE = ("max_running", "cache_tokens", "chunk", "max_waiting", "max_length", "cache_dtype", "speculation")
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return number
+
+
+def open_service(options: argparse.Namespace) -> "Service":
+    """The service of the model that the options name, its engine warm and running."""
+    from inference.engine import Engine
+    from inference.engine_options import EngineOptions
+    from inference.opening import chat_of, find_model
+    from serving.service import Service
+
+    if strange := next((word for word in options.settings if not SETTING.match(word)), None):
+        raise ValueError(f"{strange} is no setting: they are mesh.* and runtime.*, as in mesh.tensor=2")
+    found = find_model(options.model, options.settings)
+    given = {name: value for name in ENGINE if (value := getattr(options, name)) is not None}
+    if options.draft and "speculation" not in given:
+        given["speculation"] = "draft"
+    cut = EngineOptions(**given)
+    opened = found.open(options.step)
+    draft = find_model(options.draft, options.settings).open() if options.draft else None
+    try:
+        chat = chat_of(found.path)
+    except ValueError:  # it has none: it answers /v1/completions
+        chat = None
+    engine = Engine(opened, cut, draft)
+    engine.start()
+    return Service(engine, options.name or found.path.stem, opened.digest, chat, found.begin)

@@ -1,0 +1,58 @@
+"""Requests that schemathesis makes from the schema: every status that comes is documented, and none is a fault."""
+
+import pytest
+import schemathesis
+from doubles import EngineDouble, chat_template, served
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from serving.app import permission_of
+
+EXAMPLES = 12
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    template = chat_template()
+    app = served(EngineDouble(tokenizer=template.tokenizer, reach=256), chat=template)
+    yield app
+    app.state.service.engine.stop()
+
+
+@pytest.fixture
+def schema(decoder):
+    found = schemathesis.openapi.from_asgi("/openapi.json", decoder)
+    return found.exclude(path="/drain")  # after it, everything would be refused
+
+
+cases = schemathesis.pytest.from_fixture("schema")
+
+
+@cases.parametrize()
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+def test_no_undocumented_status_and_no_fault(case):
+    case.call_and_validate(checks=CHECKS)
+
+
+def test_every_route_has_a_permission_and_documents_its_errors(decoder):
+    schema = schemathesis.openapi.from_asgi("/openapi.json", decoder).raw_schema
+    for route in decoder.routes:
+        assert permission_of(route)
+        for method in route.methods:
+            statuses = schema["paths"][route.path][method.lower()]["responses"].keys()
+            assert "200" in statuses
+            assert "422" not in statuses
+            if permission_of(route) != "public":
+                assert {"401", "403", "429", "500", "503"} <= statuses
