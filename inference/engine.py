@@ -105,14 +105,14 @@ class Engine:
         """Takes a request. Raises ValueError for what cannot be answered, Busy where the queue is full or closed."""
         choices = self._choices(request, listener)
         with self._changed:
+            if request.id in self._ids:
+                raise ValueError(f"request {request.id} is there already")
             if self._draining or self._stopping:
                 raise Busy("the engine takes no new requests: it is stopping", retry_after=1.0)
             waiting = self._state.waiting + self._waiting
             if waiting + len(choices) > self.options.max_waiting:
                 wait = min(60.0, max(1.0, waiting * self._seconds_a_choice / self.options.max_running))
                 raise Busy(f"{waiting} choices are waiting, and at most {self.options.max_waiting} may", wait)
-            if request.id in self._ids:
-                raise ValueError(f"request {request.id} is there already")
             self._ids[request.id] = choices
             self._waiting += len(choices)
             self._tell(lambda: self._enqueue(choices))
@@ -153,7 +153,9 @@ class Engine:
         opened, options = self._opened, self.options
         blocks = -(-self.cache_tokens // options.block)
         self._compilations.listen()
-        self._programs = Programs(opened, options.max_running, blocks, options.block, self.reach, options.chunk)
+        self._programs = Programs(
+            opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype
+        )
         self._opened = replace(opened, params={})  # they lie in the programs now
         self._scheduler = Scheduler(
             Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
