@@ -27,6 +27,7 @@ class Sequence:
     most: int  # tokens to be reached
     shares: bool = True  # whether blocks that others computed may be read
     scored: bool = False  # whether the tokens of the prompt get log-probabilities while they are read
+    waits: bool = False  # whether each token has to be known before the next one is drawn
     after: "Sequence | None" = None  # whose prompt, the same one, is computed first
     arrival: int = field(default_factory=_arrivals.__next__)
     prompt: int = 0  # tokens of the prompt
@@ -190,6 +191,8 @@ class Scheduler:
         rows = []
         for sequence in list(self.running):
             if sequence.slot < 0 or sequence.reads or sequence.length >= sequence.most:
+                continue
+            if sequence.waits and sequence.pending:
                 continue
             if self._has_room(sequence, preempted):
                 rows.append(self._row(sequence, 1 + len(sequence.draft)))
