@@ -162,11 +162,6 @@ class Engine:
         opened, options = self._opened, self.options
         blocks = -(-self.cache_tokens // options.block)
         self._compilations.listen()
-<<<<<<< HEAD
-        self._programs = Programs(
-            opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype
-        )
-=======
         self._in_flight: deque[InFlight] = deque()
         self._lookahead = 0 if opened.mesh.devices.flat[0].platform == "cpu" else 1
         if self._encoder is not None:
@@ -176,8 +171,9 @@ class Engine:
             self._compilations.begin()
             self._publish(ready=True)
             return
-        self._programs = Programs(opened, options.max_running, blocks, options.block, self.reach, options.chunk)
->>>>>>> sampling
+        self._programs = Programs(
+            opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype
+        )
         self._opened = replace(opened, params={})  # they lie in the programs now
         self._scheduler = Scheduler(
             Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
