@@ -45,6 +45,10 @@ def add_cluster(parser: Parser) -> None:
         "--connections", type=count, default=512, metavar="N", help="of clients at a time; more wait (%(default)s)"
     )
     own.add_argument(
+        "--kept-body", type=count, default=256 << 10, metavar="BYTES",
+        help="of the largest body that is kept, to be sent again where its replica dies (%(default)s)",
+    )  # fmt: skip
+    own.add_argument(
         "--silent", type=seconds, default=3.0, metavar="SECONDS",
         help="without an answer to a look, after which a replica is killed (%(default)g)",
     )  # fmt: skip
@@ -119,7 +123,12 @@ def balancer_of(options: argparse.Namespace, place: Path) -> Balancer:
     """The balancer that the options ask for."""
     sockets = tuple(place / f"r{number}.sock" for number in range(1, options.replicas + 1))
     address = {"host": options.host, "port": options.port or free_port()}
-    own = {"routing": options.routing, "connections": options.connections, "body_bytes": MOST_BYTES}
+    own = {
+        "routing": options.routing,
+        "connections": options.connections,
+        "body_bytes": MOST_BYTES,
+        "kept_bytes": options.kept_body,
+    }
     tls = {name: getattr(options, name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
     return Balancer(place, sockets, **address, **own, **tls)
 
