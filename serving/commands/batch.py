@@ -13,8 +13,8 @@ def add_batch(parser: Parser) -> None:
     """The options of a batch."""
     parser.usage = "python -m serving batch IN.jsonl OUT.jsonl MODEL [options] [key=value ...]"
     parser.epilog = (
-        'A line of IN: {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}. Lines of OUT '
-        "come as they are finished; their field line is the number in IN. After an end of any kind the same command "
+        'A line of IN: {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}. Lines of '
+        "OUT come as they are finished; their field line is the number in IN. After an end of any kind the same command "
         "goes on where OUT ends."
     )
     parser.add_argument("source", metavar="IN.jsonl", type=Path, help="requests, one a line, as for the OpenAI API")
