@@ -31,7 +31,7 @@ MOST_REPLICAS = 64
 # Options of the server that the balancer takes over; a replica listens at a socket in their place.
 TAKEN_OVER = (
     *("model", "settings", "host", "port", "socket", "name", "state"),
-    *("insecure", "tls_cert", "tls_key", "tls_client_ca"),
+    *("insecure", "tls_cert", "tls_key", "tls_client_ca", "metrics_port"),
 )
 TRY = ("/v1/models", None)  # a request that every model answers
 
@@ -137,18 +137,24 @@ def balancer_of(options: argparse.Namespace, place: Path) -> Balancer:
 def replicas_of(options: argparse.Namespace, balancer: Balancer) -> list[Replica]:
     """The places of the replicas, each with its share of the GPUs."""
     watching = Watching(silent_seconds=options.silent, grace_seconds=options.grace)
-    command, environments = command_of(options), shares(options.replicas, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    environments = shares(options.replicas, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return [
-        Replica(number, socket, command, str(options.model), watching, {**os.environ, **environment})
+        Replica(
+            number, socket, command_of(options, number), str(options.model), watching, {**os.environ, **environment}
+        )
         for number, (socket, environment) in enumerate(zip(balancer.sockets, environments, strict=True), 1)
     ]
 
 
-def command_of(options: argparse.Namespace) -> Callable[[str, Path], Sequence[str]]:
-    """How a replica is started. All bear one name, so that a client need not know which weights answer it."""
+def command_of(options: argparse.Namespace, number: int) -> Callable[[str, Path], Sequence[str]]:
+    """How a replica is started. All bear one name, so that a client need not know which weights answer it.
+
+    The first has its metrics at --metrics-port, each other one at the port behind.
+    """
     serve = [sys.executable, "-m", "serving", "serve"]
     name = ["--name", options.name or Path(options.model).stem, "--state", str(options.state)]
-    given = [*options.settings, *name, *words(options)]
+    seen = ["--metrics-port", str(options.metrics_port + number - 1)] if options.metrics_port else []
+    given = [*options.settings, *name, *words(options), *seen]
     return lambda model, socket: [*serve, model, *given, "--socket", str(socket)]
 
 
