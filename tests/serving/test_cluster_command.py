@@ -35,7 +35,8 @@ def test_replicas_get_the_options_of_the_server(tmp_path):
         "--state",
         str(tmp_path),
     )
-    command = cluster.command_of(options("some/model", *own, *given))("other/model", Path("/s/r1.sock"))
+    own += ("--metrics-port", "9100")
+    command = cluster.command_of(options("some/model", *own, *given), 3)("other/model", Path("/s/r1.sock"))
     server = Parser()
     cluster.add_serve(server)
     read = server.parse_intermixed_args(command[command.index("serve") + 1 :])
@@ -43,7 +44,7 @@ def test_replicas_get_the_options_of_the_server(tmp_path):
     assert read.name == "model", "of the first weights, whatever comes later"
     assert (read.max_running, read.cache_dtype, read.audit_strict, read.grace) == (3, "int8", True, 7.0)
     assert (read.host, read.tls_cert, read.insecure) == ("127.0.0.1", None, False)
-    assert read.state == tmp_path
+    assert (read.state, read.metrics_port) == (tmp_path, 9102)
 
 
 def test_balancer_gets_the_rest(tmp_path):
