@@ -21,8 +21,9 @@ from serving.cluster import control
 from serving.cluster.balancer import ROUTINGS, Balancer
 from serving.cluster.replica import Replica, Watching, shares
 from serving.cluster.supervisor import Supervisor
-from serving.commands.serve import add_serve, count, seconds
+from serving.commands.serve import add_serve, seconds
 from serving.lifecycle import bound
+from serving.opening import count
 
 PLACE = "cluster"  # of its sockets, in the state folder
 LONGEST_SOCKET = 107  # bytes of a path that the system takes
