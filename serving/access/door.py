@@ -38,7 +38,7 @@ from serving.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 15.0  # seconds that a request waits for a database that is away
+PATIENCE = 30.0  # seconds that a request waits for a database that is away
 THREADS = 8
 COUNTED = ("chat", "completions", "embeddings")  # recorded when they end, with what they used
 BRIEF = ("tokens",)  # no admission of their own, but work all the same: each counts as a request

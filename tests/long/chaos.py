@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         port = free_port()
         chaos = Chaos(folder, state, models, database, port)
         chaos.admin = keys["admin"]
-        stack.enter_context(cluster(folder, state, models[0], port, environment))
+        process = stack.enter_context(cluster(folder, state, models[0], port, environment))
         clients = Clients(chaos.address, NAME, expected)
         names = ["user"] * max(1, options.clients - LIMITED_CLIENTS) + ["limited"] * LIMITED_CLIENTS
         began = time.monotonic()
@@ -305,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         async def whole() -> None:
             async with asyncio.timeout(300):
                 while not (chaos.place / control.SOCKET).exists():
+                    assert process.poll() is None, f"the cluster ended: see {folder / 'cluster.log'}"
                     await asyncio.sleep(0.1)
             await chaos.until_ready()
             await attack(chaos, clients, [(name, keys[name]) for name in names], options.rounds, options.only)
