@@ -55,6 +55,7 @@ def serve(options: argparse.Namespace) -> int:
     from serving.access import routes as keys
     from serving.app import create_app
     from serving.lifecycle import Server, bound, bound_to, configured
+    from serving.page import router as page
     from serving.seen import Seen
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
@@ -66,7 +67,7 @@ def serve(options: argparse.Namespace) -> int:
     seen = Seen(options.metrics_host, options.metrics_port, options.traces)
     opened, door = guard.open_guard(options)
     service = open_service(options)
-    routers = [keys.router, seen.over(service, service.engine.options.block)]
+    routers = [keys.router, page.router, seen.over(service, service.engine.options.block)]
     config = configured(create_app(service, door, routers), behind=behind, **secure)
 
     def told() -> None:

@@ -121,7 +121,7 @@ class Browser:
     def wait(self, condition: str, seconds: float = SECONDS) -> None:
         """Waits until an expression is true."""
         until = time.monotonic() + seconds
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < until, f"not within {seconds} s: {condition}"
             time.sleep(0.05)
 
@@ -177,7 +177,7 @@ class Browser:
                 found.append(json.dumps(about["args"]))
             elif method == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
                 found.append(about["entry"]["text"])
-            elif method == "Network.loadingFailed":
+            elif method == "Network.loadingFailed" and not about.get("canceled"):  # what nobody waits for any more
                 found.append(about["errorText"])
         return found
 
