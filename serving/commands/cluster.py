@@ -31,7 +31,7 @@ MOST_REPLICAS = 64
 # Options of the server that the balancer takes over; a replica listens at a socket in their place.
 TAKEN_OVER = (
     *("model", "settings", "host", "port", "socket", "name", "state", "metrics_port"),
-    *("insecure", "tls_cert", "tls_key", "tls_client_ca", "metrics_port"),
+    *("insecure", "tls_cert", "tls_key", "tls_client_ca"),
 )
 TRY = ("/v1/models", None)  # a request that every model answers
 

@@ -101,8 +101,9 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open(tmp_path / "log", "w"))
         cluster = stack.enter_context(process(*serve, stdout=subprocess.PIPE, stderr=log, env=runs.environment()))
-        said = cluster.stdout.readline()  # once a replica is ready
-        address, key = re.search(r"(http://[^/\s]+)/", said)[1], re.search(r"Bearer ([^'\"\s]+)", said)[1]
+        address = cluster.stdout.readline().strip()  # once a replica is ready
+        curl = next(line for line in cluster.stdout if line.startswith("curl "))
+        key = re.search(r"Bearer ([^'\"\s]+)", curl)[1]
         threading.Thread(target=cluster.stdout.read, daemon=True).start()
         (tmp_path / "key").write_text(key)
         config = yaml.safe_load((ALERTS / "prometheus.yml").read_text())
@@ -125,8 +126,8 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
         )
         prometheus = Prometheus(port)
         up = lambda: prometheus.query('up{job=~"isomesh-.*"}')
-        until(lambda: len(up()) == 3 and all(up().values()), 180)
-        until(lambda: prometheus.query("min(isomesh_ready)") == {(None, None): 1}, 60)
+        until(lambda: len(up()) == 3 and all(up().values()), 400)
+        until(lambda: prometheus.query("min(isomesh_ready)") == {(None, None): 1}, 400)
 
         # requests through the balancer are counted at the replicas
         for number in range(12):
@@ -146,8 +147,8 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
 
         # the run is seen, step by step
         step = lambda: next(iter(prometheus.query("isomesh_train_step").values()), 0)
-        first = until(step, 120)
-        until(lambda: step() > first, 30)
+        first = until(step, 300)
+        until(lambda: step() > first, 120)
         assert list(prometheus.query("isomesh_train_loss > 0"))
         assert prometheus.firing() == set()
 
@@ -155,5 +156,5 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
         os.killpg(trains.pid, signal.SIGKILL)
         os.killpg(cluster.pid, signal.SIGKILL)  # its replicas end with it
         wanted = {("ReplicaDown", target) for target in targets} | {("RunGone", f"127.0.0.1:{trainer}")}
-        until(lambda: wanted <= prometheus.firing(), 120)
+        until(lambda: wanted <= prometheus.firing(), 200)
         assert ("NoReplicaReady", None) in until(prometheus.firing, 60)
