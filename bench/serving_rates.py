@@ -30,7 +30,7 @@ from serving_weights import ROOT
 
 from serving import MIXED, requests_of, text_ids
 
-OVERHEAD_REQUESTS = 1000
+OVERHEAD_REQUESTS = 500
 
 
 @contextlib.contextmanager
