@@ -56,7 +56,7 @@ def works(ids: list[int], only: list[str]) -> list[dict]:
         {"name": "prefill", "requests": requests_of([(512, 1)], ids, 1), "slots": 1, "repeats": 5},
         {"name": "one", "requests": requests_of([(64, 96)], ids, 2), "slots": 1, "repeats": 3},
         {"name": "eight in turns", "requests": requests_of(MIXED, ids, 3), "slots": 1, "repeats": 1},
-        {"name": "eight", "requests": requests_of(MIXED, ids, 3), "slots": SLOTS, "repeats": 3},
+        {"name": "eight", "requests": requests_of(MIXED, ids, 3), "slots": SLOTS, "repeats": 2},
         {"name": "stream", "requests": requests_of(several, ids, 4), "slots": SLOTS, "repeats": 1},
         {"name": "sixty-four", "requests": requests_of([(128, 128)] * 64, ids, 5), "slots": 64, "repeats": 2},
     ]
