@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compress.grids import ZERO_PARTS, Grid, int8_grid, pack, unpack
+from compress.recipes import Recipe
 from model.forms import Forms, branch, replaced
 from model.heads import Embedding
 from model.matmul import project
 from model.projection import Projection, biased, param
-from model.specs import LAYERS, ParameterSpec, Specs, parameter_specs
+from model.specs import LAYERS, ParameterSpec, Specs, leaves, parameter_specs
 from model.transformer import Description
 from parallel.sharding import cast_and_gather, shard
 
 GROUPS = "_groups"  # width_groups, ffn_groups: rows of the sharding tables for what there are fewer of than of inputs
+ROUTER = "router"  # the part whose matrix is kept: it is small, and decides much
 STEP_DTYPE = "bfloat16"
 
 
@@ -73,7 +75,9 @@ class Int4:
         length = weight.shape[weight.contracted[-1]]
         size = math.gcd(length, self.group)
         if size < 4 or size % 2:
-            raise ValueError(f"a dim of {length} has no groups of {self.group}: they would be of {size}; choose another")
+            raise ValueError(
+                f"a dim of {length} has no groups of {self.group}: they would be of {size}; choose another"
+            )
         return length // size
 
     def module(self, part: Projection, specs: Specs) -> nnx.Module:
@@ -107,6 +111,24 @@ class Int8Rows:
 KINDS: dict[str, Callable[..., Any]] = {"int8": Int8, "int4": Int4, "int8-rows": Int8Rows}
 
 
+def forms_for(description: Description, recipe: Recipe, group: int, tables: bool) -> Forms:
+    """The forms of a recipe: of all matrices of the layers but the routers', and of the tables of tokens if asked for.
+
+    Raises ValueError where a matrix cannot be cut into groups.
+    """
+    form = Int8() if recipe.bits == 8 else Int4(group, scaled=recipe.method == "awq")
+    found = {}
+    for path, spec in leaves(description.specs):
+        *part, name = path
+        if name == "weight" and part[0] == LAYERS and spec.is_matrix and part[-1] != ROUTER:
+            found[tuple(part)] = form
+        elif name == "weight" and "vocab" in spec.axes and spec.is_table and tables:
+            found[tuple(part)] = Int8Rows()
+    for path, form in found.items():
+        form.specs(branch(description.specs, path))
+    return found
+
+
 def to_json(forms: Forms) -> dict:
     """What `from_json` makes the same forms of."""
     names = {kind: name for name, kind in KINDS.items()}
@@ -125,7 +147,9 @@ def dense(description: Description, params: dict) -> dict:
     for path in description.forms:
         weights = branch(params, path)
         kept = {name: value for name, value in weights.items() if name == "bias"}
-        weight = numbers_of({k: v for k, v in weights.items() if k not in kept}, branch(specs, path)["weight"], jnp.float32)
+        weight = numbers_of(
+            {k: v for k, v in weights.items() if k not in kept}, branch(specs, path)["weight"], jnp.float32
+        )
         params = replaced(params, path, kept | {"weight": weight})
     return params
 
@@ -172,7 +196,9 @@ def numbers(
     """The matrix (*batch, *in, *out) in `dtype`, by the numbers of its input and output dims."""
     if zero is None:
         batch = step.ndim - outputs
-        return weight.astype(dtype) * step.astype(dtype).reshape(*step.shape[:batch], *(1,) * inputs, *step.shape[batch:])
+        return weight.astype(dtype) * step.astype(dtype).reshape(
+            *step.shape[:batch], *(1,) * inputs, *step.shape[batch:]
+        )
     axis = weight.ndim - outputs - 1
     codes = unpack(weight, axis)
     grouped = (*codes.shape[:axis], step.shape[axis], -1, *codes.shape[axis + 1 :])

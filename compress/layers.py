@@ -57,7 +57,9 @@ def quantise(
             begun = jax.jit(partial(dense, around))(outside)
             walk = Walk(description, mesh, list(of_block(forms)), begun, samples_NT)
         matrices = {path: Matrix(description, target, mesh, path, method) for path in of_block(forms)}
-        cut = jax.jit(lambda stacked, row: jax.tree.map(lambda p: p[row], stacked), out_shardings=_layer(description, mesh))
+        cut = jax.jit(
+            lambda stacked, row: jax.tree.map(lambda p: p[row], stacked), out_shardings=_layer(description, mesh)
+        )
         for layer in range(config.layers):
             _quantise_layer(cut(params[LAYERS], np.int32(layer)), layer, matrices, walk)
             progress(layer + 1, config.layers)
@@ -100,7 +102,9 @@ class Matrix:
             {name: spec.of_one_layer() for name, spec in ours.items()}, ours,
         ))  # fmt: skip
         self._quantise = jax.jit(self._kept, out_shardings=one)
-        self.numbers = jax.jit(partial(numbers_of, spec=self.spec, dtype=jnp.float32), out_shardings=sharding(self.spec))
+        self.numbers = jax.jit(
+            partial(numbers_of, spec=self.spec, dtype=jnp.float32), out_shardings=sharding(self.spec)
+        )
         empty = lambda: {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in ours.items()}
         self.stacks = jax.jit(empty, out_shardings=all_)()
         put = lambda stacks, its, row: jax.tree.map(
