@@ -10,7 +10,7 @@ from model import parametrization
 from model.attention import attention
 from model.attention_rule import TokenInfo
 from model.config import ModelConfig
-from model.kv_cache import LayerCache
+from model.kv_cache import Cache
 from model.normalise import normalise
 from model.platforms import choices
 from model.projection import Projection, param
@@ -88,8 +88,8 @@ class Attention(nnx.Module):
         self.key_norm = Norm(c, specs["key_norm"], "rms") if c.qk_norm else None
 
     def __call__(
-        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         """y_BTD, and the cache with this call's keys and values written at their positions."""
         c = self.config
         q_BTNH = shard(self.query(x_BTD), "batch", "tokens", "heads", "head_dim")
@@ -100,17 +100,13 @@ class Attention(nnx.Module):
         if info.angles is not None:
             angles = angles_of_layer(info, window)
             q_BTNH, k_BSKH = rotate(q_BTNH, angles), rotate(k_BSKH, angles)
-        k_info = info
-        if cache is not None:
+        how = {"causal": c.causal, "window": window, "scale": parametrization.attention_scale(c)}
+        how |= {"softcap": c.attention_softcap, "windows": c.windows()}
+        if cache is None:
+            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, info, info, kernel=c.attention_kernel, **how)
+        else:
             cache = cache.write(info.positions_BT, k_BSKH, v_BSKH)
-            k_BSKH, v_BSKH = cache.k_BSKH.astype(x_BTD.dtype), cache.v_BSKH.astype(x_BTD.dtype)
-            # slot s holds position s, and the causal mask hides slots that are not written yet
-            k_info = TokenInfo(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None])
-        out_BTNH = attention(
-            q_BTNH, k_BSKH, v_BSKH, info, k_info,
-            causal=c.causal, window=window, scale=parametrization.attention_scale(c), softcap=c.attention_softcap,
-            windows=c.windows(), kernel=c.attention_kernel if cache is None else "plain",
-        )  # fmt: skip
+            out_BTNH = cache.attend(q_BTNH, info, **how)
         return self.out(shard(out_BTNH, "batch", "tokens", "heads", "head_dim")), cache
 
 

@@ -16,6 +16,11 @@ def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return _project(*alike(x, matrix))
 
 
+def project_by_output(x_BTI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+    """x (B, T, inputs) times a matrix (outputs, inputs): (B, T, outputs) in x's dtype."""
+    return _contract(x_BTI, matrix_OI, ((2,), (1,)), x_BTI.dtype)
+
+
 @jax.custom_vjp
 def _project(x, matrix):
     return _contract(x, matrix, _inner(x), x.dtype)

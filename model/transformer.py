@@ -16,7 +16,7 @@ from model.config import MASKED_LM, ModelConfig
 from model.forms import Forms, of_block, put_in, with_forms
 from model.heads import Embedding, VocabularyRows
 from model.initialise import draw_all
-from model.kv_cache import LayerCache
+from model.kv_cache import Cache
 from model.layers import Attention, FeedForward, Norm, activate, dropout, times
 from model.moe import MixtureOfExperts, RouterSums
 from model.platforms import choices
@@ -54,8 +54,8 @@ class Block(nnx.Module):
         info: TokenInfo,
         layer: jax.Array,
         window: jax.Array | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
         """x_BTD after the block, its cache, and the sums of its router, if it has one.
 
         `layer` is the index that separates dropout masks.
@@ -123,10 +123,10 @@ class Transformer(nnx.Module):
         dropout_keys_B: jax.Array | None = None,
         mask_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
         dtype=jnp.float32,
         remat: str = "none",
-    ) -> tuple[jax.Array, LayerCache | None, RouterSums | None]:
+    ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
         """Final hidden x_BTD in `dtype` (for `logits`), the cache with these tokens written, and the routers' sums by
         layer if there are experts.
 

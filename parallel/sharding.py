@@ -80,6 +80,12 @@ def _cast_backward(dtype, stored, witness, gradient):
 _cast.defvjp(_cast_forward, _cast_backward)
 
 
+def pin_parameter(value: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Pins the layout of a parameter with these dims, named by rows of PARAMETER_AXES, in a program that makes it."""
+    sizes = _sizes()
+    return jax.lax.with_sharding_constraint(value, _spec(PARAMETER_AXES, axes, value.shape, sizes)) if sizes else value
+
+
 def parameter_sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding:
     """The NamedSharding of a parameter with these dims, named by rows of PARAMETER_AXES."""
     return NamedSharding(mesh, _spec(PARAMETER_AXES, axes, shape, mesh.shape))

@@ -1,0 +1,373 @@
+"""The engine: many requests at once through one model, joining and leaving between steps.
+
+One thread owns the devices. `submit`, `abort` and `state` are called from any thread and never wait for a step: they
+leave word in an inbox, which the thread empties between steps. What a step brought is told to the request's listener.
+
+    submit -> inbox -> Scheduler.plan (who) -> Programs.run (tokens) -> Choice.take (text, ends) -> listener
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from inference.cache import Blocks
+from inference.choice import Choice, Observer
+from inference.compilations import Compilations
+from inference.engine_options import EngineOptions
+from inference.generate import check, trained_reach
+from inference.opening import Opened
+from inference.requests import Busy, EncodeRequest, EngineState, Listener, Request
+from inference.scheduler import Batch, Scheduler, Sequence
+from inference.step import Programs
+
+log = logging.getLogger("isomesh.inference")
+
+IDLE_SECONDS = 0.25  # between two beats of a loop that has nothing to do
+MOST_CACHED = 65536  # tokens of a cache whose size nobody said
+FAULTS = 3  # steps that fail one after the other until the engine counts as broken
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step that has begun."""
+
+    batch: Batch
+    result: object  # inference.drawing.Drawn or inference.step.Scores
+    began: float
+
+
+class Engine:
+    """Continuous batching over one model. `observer` may be set before `start`."""
+
+    def __init__(self, opened: Opened, options: EngineOptions | None = None, draft: Opened | None = None):
+        """Compiles nothing yet. Raises ValueError for options that do not fit the model."""
+        config, options = opened.config.model, options or EngineOptions()
+        self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.causal
+        self.vocabulary = config.vocab_size
+        trained = (
+            config.max_positions
+            if config.positions == "learned"
+            else trained_reach(config, opened.config.train.seq_len)
+        )
+        self.reach = min(options.max_length or trained, trained)  # tokens of the longest sequence
+        self.cache_tokens = options.cache_tokens or min(4 * self.reach, max(MOST_CACHED, self.reach))
+        if self.cache_tokens < self.reach:
+            raise ValueError(
+                f"cache_tokens={self.cache_tokens} hold no sequence of {self.reach} tokens: "
+                f"raise it, or set max_length={self.cache_tokens} or less"
+            )
+        self.observer = Observer()
+        self._opened, self._programs, self._scheduler = opened, None, None
+        self._changed = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._ids: dict[str, list[Choice]] = {}  # of requests that have not ended
+        self._waiting = 0  # choices that are in the inbox
+        self._draining = self._stopping = False
+        self._ended = threading.Event()
+        self._state = EngineState()
+        self._totals, self._finished = Counter(), Counter()
+        self._compilations = Compilations()
+        self._seeds = itertools.count(time.time_ns())
+        self._thread: threading.Thread | None = None
+        self._faults = 0
+        self._seconds_a_choice = 1.0  # lately
+
+    # ---- called from any thread ----
+
+    def start(self) -> None:
+        """Compiles all programs and starts the thread; returns when it is ready. Raises what went wrong."""
+        warm, failed = threading.Event(), []
+
+        def body():
+            try:
+                self._warm_up()
+            except BaseException as error:
+                failed.append(error)
+                return
+            finally:
+                warm.set()
+            self._loop()
+
+        self._thread = threading.Thread(target=body, name="engine", daemon=True)
+        self._thread.start()
+        warm.wait()
+        if failed:
+            raise failed[0]
+
+    def submit(self, request: Request | EncodeRequest, listener: Listener) -> None:
+        """Takes a request. Raises ValueError for what cannot be answered, Busy where the queue is full or closed."""
+        choices = self._choices(request, listener)
+        with self._changed:
+            if self._draining or self._stopping:
+                raise Busy("the engine takes no new requests: it is stopping", retry_after=1.0)
+            waiting = self._state.waiting + self._waiting
+            if waiting + len(choices) > self.options.max_waiting:
+                wait = min(60.0, max(1.0, waiting * self._seconds_a_choice / self.options.max_running))
+                raise Busy(f"{waiting} choices are waiting, and at most {self.options.max_waiting} may", wait)
+            if request.id in self._ids:
+                raise ValueError(f"request {request.id} is there already")
+            self._ids[request.id] = choices
+            self._waiting += len(choices)
+            self._tell(lambda: self._enqueue(choices))
+
+    def abort(self, id: str) -> None:
+        """Ends a request, whatever it does; nothing happens where there is none of this id."""
+        with self._changed:
+            self._tell(lambda: self._abort(id))
+
+    def state(self) -> EngineState:
+        """What the engine does now, at most one step old."""
+        state, draining = self._state, self._draining or self._stopping
+        return replace(state, waiting=state.waiting + self._waiting, draining=draining)
+
+    def drain(self) -> None:
+        """Takes no new requests from now on; those that are there go on."""
+        self._draining = True
+
+    def stop(self, seconds: float) -> bool:
+        """Drains, waits so long for what runs, aborts the rest and ends the thread. True if nothing was aborted."""
+        self.drain()
+        end = time.monotonic() + seconds
+        while self._ids and time.monotonic() < end and self._alive():
+            self._ended.wait(min(0.05, max(0.0, end - time.monotonic())))
+        left = list(self._ids)
+        for id in left:
+            self.abort(id)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+        return not left
+
+    # ---- the engine thread ----
+
+    def _warm_up(self) -> None:
+        opened, options = self._opened, self.options
+        blocks = -(-self.cache_tokens // options.block)
+        self._compilations.listen()
+        self._programs = Programs(opened, options.max_running, blocks, options.block, self.reach, options.chunk)
+        self._opened = replace(opened, params={})  # they lie in the programs now
+        self._scheduler = Scheduler(
+            Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
+            read_rows=self._programs.batch_rows,
+        )  # fmt: skip
+        self._programs.compile()
+        self._compilations.begin()
+        self._lookahead = 0 if opened.mesh.devices.flat[0].platform == "cpu" else 1
+        self._in_flight: deque[InFlight] = deque()
+        self._publish(ready=True)
+
+    def _loop(self) -> None:
+        """Turns until `stop`: the inbox, then a step, then the results of the oldest step that has begun."""
+        try:
+            while not self._stopping:
+                self._empty_inbox()
+                begun, ended = self._begin_step(), False
+                while self._in_flight and (not begun or len(self._in_flight) > self._lookahead):
+                    self._end_step(self._in_flight.popleft())
+                    ended = True
+                self._publish(ready=self._faults < FAULTS)
+                if not begun and not ended:
+                    self._wait()
+            self._empty_inbox()
+        except BaseException:
+            log.exception("the engine's thread ended")
+            for choice in [c for choices in list(self._ids.values()) for c in choices]:
+                self._finish(choice, "error", error="the engine has failed")
+            raise
+        finally:
+            self._publish(ready=False)
+            self._draining = True
+
+    def _tell(self, word: Callable[[], None]) -> None:
+        self._inbox.append(word)
+        self._changed.notify()
+
+    def _wait(self) -> None:
+        with self._changed:
+            if not self._inbox and not self._stopping:
+                self._changed.wait(IDLE_SECONDS)
+
+    def _empty_inbox(self) -> None:
+        while True:
+            with self._changed:
+                if not self._inbox:
+                    return
+                word = self._inbox.popleft()
+            word()
+
+    def _enqueue(self, choices: list[Choice]) -> None:
+        for choice in choices:
+            self._scheduler.add(choice.sequence)
+            self._totals["prompt_tokens"] += choice.index == 0 and choice.sequence.prompt
+        self._publish(ready=self._state.ready, taken=len(choices))
+        self._observe("queued", choices[0].request.id)
+
+    def _abort(self, id: str) -> None:
+        for choice in list(self._ids.get(id, ())):
+            self._finish(choice, "aborted")
+
+    def _begin_step(self) -> bool:
+        """Starts the next step, if there is one; True if it did."""
+        batch = self._scheduler.plan()
+        if batch is None:
+            return False
+        self._totals["preemptions"] += len(batch.preempted)
+        began = time.monotonic()
+        try:
+            for sequence in batch.begun:
+                self._began(sequence.owner)
+            if not batch.rows:
+                return True
+            masks = {}
+            for index, row in enumerate(batch.rows):
+                if row.draws and (mask := row.sequence.owner.mask()) is not None:
+                    masks[index] = mask
+            result = self._programs.run(batch.rows, masks, scores=batch.kind == "score")
+        except Exception as error:
+            self._fault(batch, error)
+            return True
+        self._in_flight.append(InFlight(batch, result, began))
+        return True
+
+    def _began(self, choice: Choice) -> None:
+        sequence = choice.sequence
+        self._programs.occupy(sequence.slot, choice.slot_values(self._programs.width))
+        if choice.begin():
+            self._totals["cached_prompt_tokens"] += choice.index == 0 and sequence.cached
+            self._observe("began", choice.request.id, sequence.cached)
+
+    def _end_step(self, step: InFlight) -> None:
+        """Reads what a step drew and hands it out."""
+        batch = step.batch
+        try:
+            result = jax.tree.map(np.asarray, step.result)
+        except Exception as error:
+            self._fault(batch, error)
+            return
+        self._faults = 0
+        tokens = 0
+        for index, row in enumerate(batch.rows):
+            choice = row.sequence.owner
+            if not row.valid:
+                continue
+            if batch.kind == "score":
+                choice.score(row, result, index)
+            elif row.draws:
+                tokens += 1
+                self._take(choice, row, result, index)
+        self._totals["steps"] += 1
+        read = sum(row.count for row in batch.rows) if batch.kind != "decode" else tokens
+        self._observe("stepped", batch.kind, time.monotonic() - step.began, read)
+
+    def _take(self, choice: Choice, row, drawn, index: int) -> None:
+        token = int(drawn.tokens_B[index])
+        self._scheduler.drew(row, [token])
+        try:
+            piece = choice.take(token, drawn, index)
+        except Exception as error:
+            log.exception("the text of request %s", choice.request.id)
+            self._finish(choice, "error", error=f"{type(error).__name__}: {error}")
+            return
+        self._totals["generated_tokens"] += len(piece.tokens)
+        if choice.sequence.length - choice.sequence.prompt == 1:
+            self._observe("first_token", choice.request.id)
+        if piece.finish is not None:
+            self._finish(choice, piece.finish, piece)
+        elif piece.text or piece.tokens or piece.prompt_logprobs is not None:
+            self._hear(choice, piece)
+
+    # ---- endings ----
+
+    def _finish(self, choice: Choice, finish: str, piece=None, error: str | None = None) -> None:
+        """The end of a choice: its blocks and its slot are free, its listener is told."""
+        self._scheduler.end(choice.sequence)
+        others = self._ids.get(choice.request.id, [])
+        if choice not in others:
+            return
+        piece = choice.end(finish, error=error) if piece is None else piece
+        self._finished[finish] += 1
+        self._publish(ready=self._state.ready)
+        self._hear(choice, piece)
+        self._observe("finished", choice.request.id, finish)
+        with self._changed:
+            others.remove(choice)
+            if not others:
+                del self._ids[choice.request.id]
+        lasted = time.monotonic() - choice.came
+        self._seconds_a_choice += 0.1 * (lasted - self._seconds_a_choice)
+
+    def _fault(self, batch: Batch, error: Exception) -> None:
+        """A step failed: the requests in it end, those beside it compute again what the cache has lost."""
+        log.error("a step of %d rows failed", len(batch.rows), exc_info=error)
+        self._faults += 1
+        self._in_flight.clear()
+        for owner in [row.sequence.owner for row in batch.rows] or [s.owner for s in batch.begun]:
+            self._finish(owner, "error", error=f"a step of the model failed: {type(error).__name__}")
+        for sequence in list(self._scheduler.running):
+            self._scheduler.preempt(sequence)
+        self._scheduler.blocks.forget()
+        self._programs.empty()
+
+    def _hear(self, choice: Choice, piece) -> None:
+        """Tells a listener; one that raises loses its request and nothing else."""
+        try:
+            choice.listener(piece)
+        except Exception:
+            log.exception("the listener of request %s", choice.request.id)
+            if piece.finish is None:
+                choice.listener = lambda piece: None
+                self._finish(choice, "aborted")
+
+    def _observe(self, event: str, *arguments) -> None:
+        try:
+            getattr(self.observer, event)(*arguments)
+        except Exception:
+            log.exception("the observer of the engine")
+
+    # ---- requests ----
+
+    def _choices(self, request: Request | EncodeRequest, listener: Listener) -> list[Choice]:
+        """The choices of a request. Raises ValueError for what cannot be answered."""
+        if isinstance(request, EncodeRequest):
+            raise ValueError("this model generates text; it does not encode")
+        check(self._opened.config.model, [list(request.prompt)], 0)
+        if not 1 <= request.n <= self.options.max_running:
+            raise ValueError(f"n={request.n} must be 1 to {self.options.max_running}")
+        if (tokens := len(request.prompt)) >= self.reach:
+            raise ValueError(f"a prompt of {tokens} tokens leaves no room in the {self.reach} that the model reaches")
+        seed = next(self._seeds) if request.sampling.seed is None else request.sampling.seed
+        request = replace(request, sampling=replace(request.sampling, seed=seed))
+        most = min(tokens + max(1, request.sampling.max_tokens), self.reach)
+        choices: list[Choice] = []
+        for index in range(request.n):
+            sequence = Sequence(
+                list(request.prompt), most, shares=request.sampling.prompt_logprobs is None or index > 0,
+                scored=request.sampling.prompt_logprobs is not None and index == 0 and tokens > 1,
+                after=choices[0].sequence if choices else None,
+            )  # fmt: skip
+            choices.append(Choice(request, index, listener, sequence, self.tokenizer))
+        return choices
+
+    def _alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _publish(self, ready: bool, taken: int = 0) -> None:
+        """A new snapshot; `taken` choices have come from the inbox into the queue."""
+        scheduler, totals = self._scheduler, self._totals
+        blocks = scheduler.blocks
+        with self._changed:
+            self._waiting -= taken
+            self._state = EngineState(
+                ready=ready, beat=time.monotonic(), waiting=len(scheduler.waiting), running=len(scheduler.running),
+                blocks=blocks.count, blocks_used=blocks.count - blocks.available, blocks_cached=blocks.cached,
+                compiles=self._compilations.count, finished=dict(self._finished), **totals,
+            )  # fmt: skip

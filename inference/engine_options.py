@@ -1,0 +1,34 @@
+"""The settings of an engine. No JAX here: command lines read them before anything slow is imported."""
+
+from dataclasses import dataclass
+
+CACHE_DTYPES = ("", "int8")
+SPECULATIONS = ("none", "ngram", "draft")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is given: sizes of its cache and its steps."""
+
+    max_running: int = 8  # sequences that are decoded at once
+    cache_tokens: int | None = None  # that the cache holds, over all sequences; None: four of the longest, at most 64k
+    block: int = 16  # tokens of a block: what memory is given out by
+    chunk: int = 256  # tokens of prompts that one step reads
+    max_waiting: int = 256  # choices in the queue; more are refused
+    max_length: int | None = None  # tokens of a sequence, prompt and text; None: what the model was made for
+    cache_dtype: str = ""  # "": as activations | int8: a quarter of float32, half of bfloat16
+    prefix_sharing: bool = True  # prompts that begin alike are computed once
+    speculation: str = "none"  # none | ngram (what followed the same tokens before) | draft (a smaller model)
+    drafted: int = 4  # tokens that are proposed at a time
+
+    def __post_init__(self):
+        for name in ("max_running", "block", "chunk", "max_waiting", "drafted"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("cache_tokens", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be 2 or more")
+        for name, choices in (("cache_dtype", CACHE_DTYPES), ("speculation", SPECULATIONS)):
+            if getattr(self, name) not in choices:
+                valid = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {valid}")

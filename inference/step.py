@@ -1,0 +1,192 @@
+"""The compiled programs of an engine: a few shapes, compiled ahead, and the arrays that they keep on the devices.
+
+A step takes B rows of at most T tokens, one row a sequence. It writes their keys and values into the blocks of the
+cache, and draws the token after each row's last. Everything that a step is told comes as one int32 array, so that one
+transfer starts it. The arrays that stay are donated: the cache is changed in place.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.drawing import EVERY_TOKEN, Drawn, Slots, draw, empty_slots, logprobs, note, occupy, slot_values
+from inference.opening import Opened
+from inference.requests import Sampling
+from inference.scheduler import Row
+from model.block_cache import BlockCache, make_pool
+from model.unstacked import run, unstack
+from parallel.sharding import replicated, shard, splits
+
+# Columns of a row before its tokens and its blocks.
+SLOT, START, COUNT, DRAWS, NEXT, HEADER = 0, 1, 2, 3, 4, 5
+NEWEST = -1  # instead of a token: the one that the slot drew last
+SMALLEST_READ = 16  # tokens that a part of a prompt is padded to at least
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """What stays on the devices between steps."""
+
+    pools: tuple  # of each layer
+    last_R: jax.Array  # the token that each slot drew last
+    slots: Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scores:
+    """Of each token of a part of a prompt: the log-probability of the token after it, and the likeliest ones."""
+
+    logprobs_BT: jax.Array
+    top_ids_BTK: jax.Array
+    top_logprobs_BTK: jax.Array
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a program: rows, tokens of each; whether the tokens' log-probabilities are wanted instead of a draw."""
+
+    rows: int
+    tokens: int
+    scores: bool = False
+
+
+@dataclass
+class Programs:
+    """Runs the steps of one model. Everything but `compile` is for the one thread that owns the arrays."""
+
+    opened: Opened
+    slots: int
+    blocks: int
+    block: int
+    length: int  # tokens of the longest sequence
+    chunk: int
+    compiled: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        opened = self.opened
+        self.table = -(-self.length // self.block)
+        with jax.set_mesh(opened.mesh):
+            self.outside, self.block_modules, self.layers = unstack(
+                opened.description, opened.params, opened.mesh, opened.dtype
+            )
+            self.batch_rows, self.even = splits("batch"), splits("residual")
+        self.width = opened.description.shapes["tokens"]["weight"].shape[0]  # of the vocabulary, padded
+        if "head" in opened.description.shapes:
+            self.width = opened.description.shapes["head"]["weight"].shape[0]
+        self.words = -(-self.width // 32)
+        self.empty()
+
+    # ---- the arrays ----
+
+    def empty(self) -> None:
+        """An empty cache and slots that nobody holds."""
+        config, entries = self.opened.config.model, self.blocks * self.block
+
+        def make():
+            pools = tuple(make_pool(config, entries, self.opened.dtype) for _ in range(config.layers))
+            last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
+            return Kept(pools, last_R, empty_slots(self.slots, self.width))
+
+        self.kept = None
+        with jax.set_mesh(self.opened.mesh):
+            self.kept = jax.jit(make)()
+        self.placed = jax.tree.map(lambda x: x.sharding, self.kept)
+
+    def occupy(self, slot: int, values: Slots) -> None:
+        """Says how a slot draws from now on; `values` are those of inference.drawing.slot_values."""
+        slots = self.compiled["occupy"](self.kept.slots, np.int32(slot), values)
+        self.kept = replace(self.kept, slots=slots)
+
+    # ---- the programs ----
+
+    def shapes(self) -> list[Shape]:
+        """All shapes of steps, a short list: powers of two for rows that decode, of four for tokens of prompts."""
+        rows = [self.batch_rows]
+        while rows[-1] < self.slots:
+            rows.append(rows[-1] * 2)
+        tokens = [self._even(min(SMALLEST_READ, self.chunk))]
+        while tokens[-1] < self.chunk:
+            tokens.append(self._even(min(tokens[-1] * 4, self.chunk)))
+        decode = [Shape(r, 1) for r in rows]
+        return [*decode, *(Shape(self.batch_rows, t) for t in tokens), Shape(self.batch_rows, tokens[-1], True)]
+
+    def compile(self) -> None:
+        """Compiles every program, and runs each once: some libraries set themselves up at the first call."""
+        mesh, opened = self.opened.mesh, self.opened
+        is_float32 = opened.dtype == jnp.float32
+        exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
+        with jax.set_mesh(mesh), exact:
+            values = slot_values(Sampling(), self.width, prompt=[0])
+            jitted = jax.jit(occupy, donate_argnums=0, out_shardings=self.placed.slots)
+            self.compiled["occupy"] = jitted.lower(self.kept.slots, np.int32(0), values).compile()
+            self.everything = {}
+            for shape in self.shapes():
+                everything = np.full((shape.rows, self.words), EVERY_TOKEN, np.uint32)
+                self.everything[shape.rows] = jax.device_put(everything, replicated(mesh))
+                step = jax.jit(
+                    partial(self._step, shape), donate_argnums=2, out_shardings=(self.placed, replicated(mesh))
+                )
+                rows = np.zeros((shape.rows, HEADER + shape.tokens + self.table), np.int32)
+                arguments = self.outside, self.layers, self.kept, rows, everything
+                self.compiled[shape] = step.lower(*arguments).compile()
+
+    def _step(self, shape: Shape, outside, layers, kept: Kept, rows_BX, allowed_BW):
+        description, T = self.opened.description, shape.tokens
+        slot_B, start_B, count_B, draws_B, next_B = (rows_BX[:, column] for column in range(HEADER))
+        tokens_BT, table_BM = rows_BX[:, HEADER : HEADER + T], rows_BX[:, HEADER + T :]
+        newest_B = kept.last_R.at[slot_B].get(mode="fill", fill_value=0)
+        tokens_BT = jnp.where(tokens_BT == NEWEST, newest_B[:, None], tokens_BT)
+        t = jnp.arange(T, dtype=jnp.int32)
+        positions_BT = jnp.where(t < count_B[:, None], start_B[:, None] + t, self.table * self.block)
+        caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
+        model = description.bind(outside)
+        x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
+        pools = tuple((cache.k_KPH, cache.v_KPH) for cache in caches)
+        if shape.scores:
+            after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
+            scored = logprobs(model.logits(x_BTD).reshape(-1, self.width), after_BT.reshape(-1))
+            return replace(kept, pools=pools), Scores(*(x.reshape(-1, T, *x.shape[1:]) for x in scored))
+        last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
+        drawn = draw(kept.slots, slot_B, model.logits(last_B1D)[:, 0], start_B + count_B, allowed_BW)
+        draws_B = draws_B > 0
+        last_R = kept.last_R.at[jnp.where(draws_B, slot_B, self.slots)].set(drawn.tokens_B, mode="drop")
+        return Kept(pools, last_R, note(kept.slots, slot_B, drawn.tokens_B, draws_B)), drawn
+
+    def _even(self, tokens: int) -> int:
+        return -(-tokens // self.even) * self.even
+
+    # ---- a step ----
+
+    def run(self, rows: Sequence[Row], masks: dict[int, np.ndarray], *, scores: bool = False) -> Drawn | Scores:
+        """Starts a step; what it returns is there when it is read. `masks` are of rows with a grammar, by index."""
+        longest = max(row.count for row in rows)
+        shape = min(
+            (s for s in self.compiled if isinstance(s, Shape) and s.rows >= len(rows) and s.tokens >= longest
+             and s.scores == scores),
+            key=lambda s: (s.tokens, s.rows),
+        )  # fmt: skip
+        T = shape.tokens
+        packed = np.zeros((shape.rows, HEADER + T + self.table), np.int32)
+        packed[:, SLOT] = self.slots
+        for index, row in enumerate(rows):
+            sequence = row.sequence
+            known = [*sequence.tokens[row.start : row.start + row.count - len(row.drafted)], *row.drafted]
+            packed[index, :HEADER] = sequence.slot, row.start, row.count, row.draws, 0
+            packed[index, HEADER : HEADER + row.count] = known or [NEWEST]
+            if scores:
+                packed[index, NEXT] = sequence.tokens[row.start + row.count]
+            packed[index, HEADER + T : HEADER + T + len(sequence.blocks)] = sequence.blocks
+        allowed = self.everything[shape.rows]
+        if masks:
+            allowed = np.full(allowed.shape, EVERY_TOKEN, np.uint32)
+            for index, mask in masks.items():
+                allowed[index, : len(mask)] = mask
+        self.kept, result = self.compiled[shape](self.outside, self.layers, self.kept, packed, allowed)
+        return result
