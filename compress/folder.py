@@ -44,9 +44,7 @@ def about(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path / MARK}: {error}") from None
     if body["format"] != FORMAT:
-        raise ValueError(
-            f"{path} is of format {body['format']}, and this code reads {FORMAT}: use its version"
-        )
+        raise ValueError(f"{path} is of format {body['format']}, and this code reads {FORMAT}: use its version")
     return body
 
 

@@ -6,7 +6,8 @@ vectors between two layers are kept, and of grams those of one group of one laye
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,11 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from compress.forms import Int4, dense, numbers_of, quantised_rows
+from compress.forms import Int4, Int8, dense, numbers_of, quantised_rows
 from compress.rounding import chosen
 from compress.watching import noted, watching
 from model.forms import Forms, Path, branch, of_block, replaced
-from model.specs import LAYERS, map_specs
+from model.specs import LAYERS, ParameterSpec, RandomKey, map_specs
 from model.transformer import Description, describe, rows_of
 from parallel.sharding import parameter_sharding, put_batch, splits
 
@@ -56,7 +57,7 @@ def quantise(
             outside = {name: value for name, value in found.items() if name != LAYERS}
             begun = jax.jit(partial(dense, around))(outside)
             walk = Walk(description, mesh, list(of_block(forms)), begun, samples_NT)
-        matrices = {path: Matrix(description, target, mesh, path, method) for path in of_block(forms)}
+        matrices = _matrices(description, target, mesh, method, of_block(forms))
         cut = jax.jit(
             lambda stacked, row: jax.tree.map(lambda p: p[row], stacked), out_shardings=_layer(description, mesh)
         )
@@ -91,33 +92,37 @@ def _layer(description: Description, mesh: Mesh) -> dict:
 class Matrix:
     """A matrix of all layers on its way into its form."""
 
-    def __init__(self, description: Description, target: Description, mesh: Mesh, path: Path, method: str):
-        """`path` leads to it in a block."""
-        place = (LAYERS, *path)
-        self.form, self.method = target.forms[place], method
-        self.spec = branch(description.specs, place)["weight"].of_one_layer()
-        ours = {name: spec for name, spec in branch(target.specs, place).items() if name != "bias"}
-        sharding = lambda spec: parameter_sharding(mesh, spec.shape, spec.axes)
-        one, all_ = ({name: sharding(spec) for name, spec in specs.items()} for specs in (
-            {name: spec.of_one_layer() for name, spec in ours.items()}, ours,
-        ))  # fmt: skip
-        self._quantise = jax.jit(self._kept, out_shardings=one)
-        self.numbers = jax.jit(
-            partial(numbers_of, spec=self.spec, dtype=jnp.float32), out_shardings=sharding(self.spec)
-        )
-        empty = lambda: {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in ours.items()}
-        self.stacks = jax.jit(empty, out_shardings=all_)()
-        put = lambda stacks, its, row: jax.tree.map(
-            lambda stack, one: jax.lax.dynamic_update_index_in_dim(stack, one, row, 0), stacks, its
-        )
-        self._put = jax.jit(put, donate_argnums=0, out_shardings=all_)
+    def __init__(self, programs: "Programs", stacks: dict):
+        """`stacks` hold what is kept of all layers, and begin as zeros."""
+        self._programs, self.stacks = programs, stacks
 
     def put(self, layer: int, weight: jax.Array, gram: jax.Array | None) -> dict:
         """Quantises that of a layer; returns what is kept of it."""
-        kept = self._quantise(weight, gram)
-        self.stacks = self._put(self.stacks, kept, np.int32(layer))
+        kept = self._programs.quantise(weight, gram)
+        self.stacks = self._programs.put(self.stacks, kept, np.int32(layer))
         jax.block_until_ready(self.stacks)  # else the host would run ahead, and hold many layers
         return kept
+
+    def numbers(self, kept: dict) -> jax.Array:
+        """What is kept of a layer, as numbers."""
+        return self._programs.numbers(kept)
+
+
+class Programs:
+    """What is compiled for all matrices of one shape, layout and form."""
+
+    def __init__(self, spec: ParameterSpec, form: Int8 | Int4, method: str, kept: dict[str, ParameterSpec], mesh: Mesh):
+        """`spec` is that of the float weight in one layer, `kept` those of what is kept of all layers."""
+        self.spec, self.form, self.method = spec, form, method
+        place = lambda spec: parameter_sharding(mesh, spec.shape, spec.axes)
+        one, all_ = map_specs(lambda spec: place(spec.of_one_layer()), kept), map_specs(place, kept)
+        self.quantise = jax.jit(self._kept, out_shardings=one)
+        self.numbers = jax.jit(partial(numbers_of, spec=spec, dtype=jnp.float32), out_shardings=place(spec))
+        empty = lambda: map_specs(lambda spec: jnp.zeros(spec.shape, spec.dtype), kept)
+        self.empty = jax.jit(empty, out_shardings=all_)
+        put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+        put_all = lambda stacks, its, row: jax.tree.map(lambda stack, one: put(stack, one, row), stacks, its)
+        self.put = jax.jit(put_all, donate_argnums=0, out_shardings=all_)
 
     def _kept(self, weight: jax.Array, gram: jax.Array | None) -> dict:
         spec = self.spec
@@ -131,6 +136,23 @@ class Matrix:
             return self.form.kept(spec, *chosen(self.form, self.method, w_nm, gram, group))
 
         return (jax.vmap(one) if self.spec.batch else one)(weight, gram)
+
+
+def _matrices(
+    description: Description, target: Description, mesh: Mesh, method: str, paths: Iterable[Path]
+) -> dict[Path, Matrix]:
+    """The matrices at these paths of a block; those alike share what is compiled."""
+    found, programs = {}, {}
+    plain = lambda spec: replace(spec, key=RandomKey(), std=0.0)  # what a parameter begins as does not matter here
+    for path in paths:
+        place = (LAYERS, *path)
+        spec, form = plain(branch(description.specs, place)["weight"].of_one_layer()), target.forms[place]
+        kept = {name: plain(one) for name, one in branch(target.specs, place).items() if name != "bias"}
+        key = spec, form, tuple(kept.items())
+        if key not in programs:
+            programs[key] = Programs(spec, form, method, kept, mesh)
+        found[path] = Matrix(programs[key], programs[key].empty())
+    return found
 
 
 class Walk:

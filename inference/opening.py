@@ -135,7 +135,7 @@ def read_weights(
         return Weights(load_pretrained(opened, description, mesh, dtype), None, opened.fingerprint())
     config = load_run(path)
     if read_forms(path) and not description.forms:
-        raise ValueError(f"{path} is compressed, and nothing is trained from its codes: begin from what it was made of")
+        raise ValueError(f"{path} is compressed, and codes are not trained: begin from what it was made of")
     stored = jnp.dtype(config.train.param_dtype)
     with closing(CheckpointStore(Path(config.checkpoint.dir or path / "checkpoints"), config.checkpoint)) as store:
         restored = restore(store, step, abstract_params(stored, description, mesh), description.specs)
