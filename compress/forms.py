@@ -165,7 +165,8 @@ def quantised_rows(weights: dict) -> dict:
     """What Int8Rows keeps of a table."""
     grid = int8_grid(weights["weight"].astype(jnp.float32).T)
     codes_VD = grid.encode(weights["weight"].astype(jnp.float32).T).T
-    return {**weights, "weight": codes_VD.astype(jnp.int8), "step": grid.step_Gm[0]}
+    step_V = jnp.where((codes_VD != 0).any(axis=1), grid.step_Gm[0], 0)  # padding is zero throughout
+    return {**weights, "weight": codes_VD.astype(jnp.int8), "step": step_V}
 
 
 def _outputs(weight: ParameterSpec) -> tuple[int, ...]:

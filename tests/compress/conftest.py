@@ -14,7 +14,7 @@ from runtime.config import RuntimeConfig
 from tests.runs import corpus
 from training.config import TrainConfig
 
-MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, vocab_multiple=16)
+MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, vocab_multiple=1)
 
 
 @pytest.fixture(autouse=True, scope="session")

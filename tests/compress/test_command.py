@@ -30,11 +30,16 @@ from inference.requests import Request, Sampling
 from tests.runs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
+DEVICES = ["runtime.platform=cpu", "runtime.cpu_devices=8"]
 FEW = ["--samples", "8", "--length", "32", "--heldout", "8", "--group", "16"]
 
 
 def compress(*arguments) -> int:
-    return main(parse([str(argument) for argument in arguments]))
+    return main(parse([*(str(argument) for argument in arguments), *DEVICES]))
+
+
+def found(path, *mesh: str):
+    return find_model(path, [*mesh, *DEVICES])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def small(run):
 
 @pytest.fixture(scope="module")
 def opened(small):
-    return find_model(small, ["mesh.fsdp=2", "mesh.data=4"]).open()
+    return found(small, "mesh.fsdp=2", "mesh.data=4").open()
 
 
 def test_what_it_cost_is_told(small):
@@ -65,12 +70,12 @@ def test_what_it_cost_is_told(small):
 
 
 def test_provenance(run, small):
-    told, found = about(small), find_model(run)
+    told = about(small)
     assert told["source"]["path"] == str(run)
     assert told["source"]["step"] == 7
     assert len(told["source"]["digest"]) == 64
     assert told["recipe"]["name"] == "int4-gptq"
-    assert told["calibration"]["path"] == found.config.data.path
+    assert told["calibration"]["path"] == find_model(run).config.data.path
     assert Int4(16) in find_model(small).forms.values()
 
 
@@ -93,7 +98,7 @@ def test_the_engine_serves_it(small, opened):
     with jax.set_mesh(opened.mesh):
         sample = SampleConfig(tokens=6, temperature=0.0)
         theirs = generate(opened.description, opened.params, [list(prompt)], sample, dtype=opened.dtype)[0]
-    model = find_model(small, ["mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"]).open()
+    model = found(small, "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2").open()
     engine = Engine(model, EngineOptions(max_running=2, cache_tokens=128, chunk=16))
     engine.start()
     try:
@@ -110,10 +115,12 @@ def test_the_engine_serves_it(small, opened):
 
 def test_it_is_exported_as_numbers(small, tmp_path):
     """As a Hugging Face folder of the same model, which gives the same logits."""
-    export_weights(parse_transfer(["export", str(small), str(tmp_path / "hf"), "--family", "llama", "mesh.data=8"]))
+    export_weights(
+        parse_transfer(["export", str(small), str(tmp_path / "hf"), "--family", "llama", "mesh.data=8", *DEVICES])
+    )
     texts = []
     for path in (small, tmp_path / "hf"):
-        model = find_model(path, ["mesh.data=8"]).open()
+        model = found(path, "mesh.data=8").open()
         with jax.set_mesh(model.mesh):
             sample = SampleConfig(tokens=8, temperature=0.0)
             texts += generate(model.description, model.params, [[1, 2, 3]], sample, dtype=model.dtype)
@@ -136,7 +143,7 @@ def test_damage_is_named(small, tmp_path, file):
     altered[len(altered) // 2] ^= 1
     file.write_bytes(bytes(altered))
     with pytest.raises(ValueError, match=r"damaged|digest"):
-        find_model(path, ["mesh.data=8"]).open()
+        found(path, "mesh.data=8").open()
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -177,10 +184,13 @@ def test_a_kill_leaves_nothing_that_opens(run, tmp_path):
     """Killed while the folder is being filled."""
     out = tmp_path / "out"
     words = [str(run), str(out), "--recipe", "int8", *FEW, "--generate", "0", "mesh.data=8"]
-    stop = "import time, sys; from compress.options import parse; import compress.__main__ as m;" \
-        "m.write_mark = lambda *a: (print('filled', flush=True), time.sleep(60)); m.main(parse(sys.argv[1:]))"  # fmt: skip
+    stop = (
+        "import time, sys; from compress.options import parse; import compress.__main__ as m\n"
+        "m.write_mark = lambda *a: (print('filled', flush=True), time.sleep(60))\n"
+        "m.main(parse(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", stop, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", stop, *words, *DEVICES], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "filled\n"
     os.kill(process.pid, signal.SIGKILL)
@@ -189,4 +199,4 @@ def test_a_kill_leaves_nothing_that_opens(run, tmp_path):
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out-")
     assert compress(*words) == 0  # the same command again
-    assert find_model(out, ["mesh.data=8"]).forms
+    assert found(out, "mesh.data=8").forms

@@ -37,9 +37,8 @@ def measured(tmp_path_factory):
     with jax.set_mesh(model.mesh):
         calibration = rows_of_text(text, "train", ROWS, LENGTH)[:, :-1]
         heldout = rows_of_text(text, "heldout", ROWS, LENGTH)
-        loss = lambda description, params: losses_of(
-            Scorer(description, params, model.mesh, model.dtype), heldout
-        ).mean()
+        scorer = lambda description, params: Scorer(description, params, model.mesh, model.dtype)
+        loss = lambda description, params: losses_of(scorer(description, params), heldout).mean()
         whole, changes = loss(model.description, model.params), {}
         for name in ("int8", "int4", "int4-gptq"):
             recipe = RECIPES[name]
