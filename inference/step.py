@@ -6,7 +6,9 @@ transfer starts it. The arrays that stay are donated: the cache is changed in pl
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -126,11 +128,11 @@ class Programs:
         return [*decode, *(Shape(self.batch_rows, t) for t in tokens), Shape(self.batch_rows, tokens[-1], True)]
 
     def compile(self) -> None:
-        """Compiles every program, and runs each once: some libraries set themselves up at the first call."""
+        """Compiles every program, several at a time."""
         mesh, opened = self.opened.mesh, self.opened
         is_float32 = opened.dtype == jnp.float32
         exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
-        with jax.set_mesh(mesh), exact:
+        with jax.set_mesh(mesh), exact, ThreadPoolExecutor(os.cpu_count()) as pool:
             values = slot_values(Sampling(), self.width, prompt=[0])
             jitted = jax.jit(occupy, donate_argnums=0, out_shardings=self.placed.slots)
             self.compiled["occupy"] = jitted.lower(self.kept.slots, np.int32(0), values).compile()
@@ -143,7 +145,8 @@ class Programs:
                 )
                 rows = np.zeros((shape.rows, HEADER + shape.tokens + self.table), np.int32)
                 arguments = self.outside, self.layers, self.kept, rows, everything
-                self.compiled[shape] = step.lower(*arguments).compile()
+                self.compiled[shape] = pool.submit(step.lower(*arguments).compile)
+            self.compiled |= {shape: self.compiled[shape].result() for shape in self.shapes()}
 
     def _step(self, shape: Shape, outside, layers, kept: Kept, rows_BX, allowed_BW):
         description, T = self.opened.description, shape.tokens
