@@ -155,10 +155,14 @@ class Programs:
         newest_B = kept.last_R.at[slot_B].get(mode="fill", fill_value=0)
         tokens_BT = jnp.where(tokens_BT == NEWEST, newest_B[:, None], tokens_BT)
         t = jnp.arange(T, dtype=jnp.int32)
-        positions_BT = jnp.where(t < count_B[:, None], start_B[:, None] + t, self.table * self.block)
+        there_BT = t < count_B[:, None]
+        positions_BT = jnp.where(there_BT, start_B[:, None] + t, self.table * self.block)
+        places_BT = jnp.where(there_BT, positions_BT, start_B[:, None])
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
-        x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
+        x_BTD, caches = run(
+            model, self.block_modules, layers, tokens_BT, positions_BT, places_BT, caches, self.opened.dtype
+        )
         pools = tuple((cache.keys, cache.values) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
