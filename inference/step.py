@@ -70,6 +70,7 @@ class Programs:
     block: int
     length: int  # tokens of the longest sequence
     chunk: int
+    cache_dtype: str = ""  # int8, or "" for that of activations
     drafted: int = 0  # proposals that a step checks in a row
     compiled: dict = field(default_factory=dict)
 
@@ -94,7 +95,8 @@ class Programs:
         config, entries = self.opened.config.model, self.blocks * self.block
 
         def make():
-            pools = tuple(make_pool(config, entries, self.opened.dtype) for _ in range(config.layers))
+            dtype = self.cache_dtype or self.opened.dtype
+            pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
             last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
             return Kept(pools, last_R, empty_slots(self.slots, self.width))
 
@@ -154,7 +156,7 @@ class Programs:
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
         x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
-        pools = tuple((cache.k_KPH, cache.v_KPH) for cache in caches)
+        pools = tuple((cache.keys, cache.values) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
             scored = logprobs(model.logits(x_BTD).reshape(-1, self.width), after_BT.reshape(-1))
@@ -197,7 +199,7 @@ class Programs:
 
     def run(self, rows: Sequence[Row], masks: dict[int, np.ndarray], *, scores: bool = False) -> Drawn | Scores:
         """Starts a step; what it returns is there when it is read. `masks` are of rows with a grammar, by index."""
-        longest, drafts = max(row.count for row in rows), any(row.drafted for row in rows)
+        longest, drafts = max(row.count for row in rows), self.drafted > 0 and any(row.drafted for row in rows)
         shape = min(
             (s for s in self.compiled if isinstance(s, Shape) and s.rows >= len(rows) and s.tokens >= longest
              and s.scores == scores and s.drafts == drafts),
