@@ -206,7 +206,7 @@ class Programs:
 
     def run(self, rows: Sequence[Row], masks: dict[int, np.ndarray], *, scores: bool = False) -> Drawn | Scores:
         """Starts a step; what it returns is there when it is read. `masks` are of rows with a grammar, by index."""
-        longest, drafts = max(row.count for row in rows), any(row.drafted for row in rows)
+        longest, drafts = max(row.count for row in rows), self.drafted > 0 and any(row.drafted for row in rows)
         shape = min(
             (s for s in self.compiled if isinstance(s, Shape) and s.rows >= len(rows) and s.tokens >= longest
              and s.scores == scores and s.drafts == drafts),
