@@ -25,6 +25,7 @@ from inference.engine_options import EngineOptions
 from inference.generate import check, trained_reach
 from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
+from inference.proposals import Proposals
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
 from inference.scheduler import Batch, Row, Scheduler, Sequence
 from inference.speculation import accepted
@@ -70,6 +71,7 @@ class Engine:
         self._opened, self._programs, self._scheduler = opened, None, None
         self._encoder = Encoder(opened, options.max_running, self.reach) if self.encoder else None
         self._encodes = EncodeQueue()
+        self._proposals = Proposals(options, opened, self.reach, draft)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._ids: dict[str, list[Choice]] = {}  # of requests that have not ended
@@ -176,6 +178,7 @@ class Engine:
             opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype,
             drafted=0 if options.speculation == "none" else options.drafted,
         )  # fmt: skip
+        self._proposals.warm_up(blocks)
         self._opened = replace(opened, params={})  # they lie in the programs now
         self._scheduler = Scheduler(
             Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
@@ -245,7 +248,7 @@ class Engine:
         if self._encodes:
             self._encode()
             return True
-        self._propose()
+        self._proposals.propose(self._scheduler)
         batch = self._scheduler.plan()
         if batch is None:
             return False
@@ -261,6 +264,7 @@ class Engine:
                 if row.draws and (mask := row.sequence.owner.mask()) is not None:
                     masks[index] = mask
             result = self._programs.run(batch.rows, masks, scores=batch.kind == "score")
+            self._proposals.follow(batch)
         except Exception as error:
             self._fault(batch, error)
             return True
@@ -334,16 +338,6 @@ class Engine:
         self._totals["steps"] += 1
         read = sum(row.count for row in batch.rows) if batch.kind != "decode" else tokens
         self._observe("stepped", batch.kind, time.monotonic() - step.began, read)
-
-    def _propose(self) -> None:
-        """Tokens that may come next, for the sequences that draw one."""
-        if self.options.speculation == "none":
-            return
-        for sequence in self._scheduler.running:
-            room = sequence.most - sequence.length - 1
-            ready = not (sequence.reads or sequence.pending)
-            most = min(self.options.drafted, room) if ready else 0
-            sequence.draft = sequence.owner.propose(most) if most > 0 else []
 
     def _take_all(self, choice: Choice, row: Row, drawn, first: int) -> int:
         """What a row drew, from the place `first` on, with the proposals that were right; the number of tokens."""

@@ -139,6 +139,14 @@ class Scheduler:
         sequence.computed += 1
         self._name_full(sequence)
 
+    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives a running sequence blocks for so many tokens, if there are free ones."""
+        needed = self.blocks.blocks_for(tokens) - len(sequence.blocks)
+        if needed > 0 and (taken := self.blocks.take(needed)) is not None:
+            sequence.blocks += taken
+            needed = 0
+        return needed <= 0
+
     # ---- beginning ----
 
     def _begin(self) -> list[Sequence]:

@@ -1,11 +1,16 @@
 """Proposals change the number of steps and nothing else: text with them is text without, greedy and sampled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from engines import Heard, ask, assert_as_generated, mix, opened, run_mix, started
+from engines import REACH, Heard, ask, assert_as_generated, mix, opened, run_mix, started
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers_of_all_kinds import byte_level
 
+from inference.engine import Engine
+from inference.engine_options import EngineOptions
 from inference.grammar import written
 from inference.requests import Request, Sampling
 from inference.speculation import NgramProposer, accepted
@@ -93,6 +98,43 @@ def test_rows_with_and_without_proposals_share_steps(engines):
             assert one.done.wait(60)
         texts.append({name: (one.tokens(), one.text(), one.finish()) for name, one in heard.items()})
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("draft", "right"), [("grouped", 0.9), ("scaled-rope", 0.0)])
+def test_a_smaller_model_proposes_and_the_text_stays(engines, draft, right):
+    """The model itself is nearly always right; another one is nearly always wrong. Neither changes a text."""
+    options = EngineOptions(
+        max_running=4, block=4, chunk=16, cache_tokens=2 * REACH, speculation="draft", drafted=3, max_length=REACH
+    )
+    engine = Engine(opened("grouped"), options, draft=opened(draft))
+    engine.start()
+    asked = mix(4)
+    assert_as_generated(opened("grouped"), asked, run_mix(engine, asked))
+    for index, how in enumerate(
+        ({}, {"temperature": 0.8, "seed": 2}, {"temperature": 0.5, "presence_penalty": 1.0, "seed": 3})
+    ):
+        ours, theirs = (ask(one, f"{draft} {index}", REPEATING, max_tokens=20, **how) for one in (engine, engines[1]))
+        assert ours.tokens() == theirs.tokens()
+    before = engine.state()
+    ask(engine, f"{draft} alone", REPEATING, max_tokens=24)
+    after = engine.state()
+    drafted = after.drafted_tokens - before.drafted_tokens
+    assert drafted > 0
+    assert (after.accepted_tokens - before.accepted_tokens) / drafted >= right
+    assert after.steps - before.steps < 24 or not right
+    assert after.compiles == 0
+    assert engine.stop(20)
+
+
+def test_a_smaller_model_that_does_not_fit_is_told():
+    wrong = EngineOptions(max_length=REACH, speculation="draft")
+    with pytest.raises(ValueError, match="go together"):
+        Engine(opened("grouped"), wrong)
+    with pytest.raises(ValueError, match="go together"):
+        Engine(opened("grouped"), EngineOptions(max_length=REACH), draft=opened("grouped"))
+    other = replace(opened("grouped"), tokenizer=byte_level())
+    with pytest.raises(ValueError, match="another tokenizer"):
+        Engine(opened("grouped"), wrong, draft=other)
 
 
 def test_repetitions_take_fewer_steps(engines):
