@@ -8,6 +8,7 @@ import pytest
 
 import performance.__main__ as performance
 import scaling.__main__ as scaling
+import serving.__main__ as serving
 import tracking.__main__ as tracking
 from config import command_line, compose, layout
 from evaluation import options as evaluation
@@ -48,6 +49,10 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         return
     if words[:2] == ["-m", "scaling"]:
         commands.parser("scaling", "", scaling.COMMANDS, words[2]).parse_intermixed_args(words[3:])
+        return
+    if words[:2] == ["-m", "serving"]:
+        name, rest = (words[2], words[3:]) if words[2] in serving.COMMANDS else (serving.SERVE, words[2:])
+        commands.parser("serving", "", serving.COMMANDS, name).parse_intermixed_args(rest)
         return
     if words[:2] == ["-m", "tracking"]:
         assert tracking.options(words[2:]).runs

@@ -38,7 +38,7 @@ from serving.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 15.0  # seconds that a request waits for a database that is away
+PATIENCE = 30.0  # seconds that a request waits for a database that is away
 THREADS = 8
 COUNTED = ("chat", "completions", "embeddings")  # recorded when they end, with what they used
 BRIEF = ("tokens",)  # no admission of their own, but work all the same: each counts as a request
@@ -201,8 +201,9 @@ class Door:
         text = getattr(room.request.state, "audited_text", None) if self.texts else None
         counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "status": status, "text": text}
         told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model or None, **counts)
-        ran = status < 500 or prompt_tokens + new_tokens > 0
-        await asyncio.shield(self._run(lambda: self._settle(room.taken, prompt_tokens + new_tokens, ran, told)))
+        ran = status < 500 or new_tokens > 0  # else the server had no room for it, or failed: it costs nothing
+        used = prompt_tokens + new_tokens if ran else 0
+        await asyncio.shield(self._run(lambda: self._settle(room.taken, used, ran, told)))
 
     def _settle(self, taken: Taken, used: int, ran: bool, told: Mapping) -> None:
         self.chain.note(told)

@@ -21,16 +21,17 @@ from serving.cluster import control
 from serving.cluster.balancer import ROUTINGS, Balancer
 from serving.cluster.replica import Replica, Watching, shares
 from serving.cluster.supervisor import Supervisor
-from serving.commands.serve import add_serve, count, seconds
+from serving.commands.serve import add_serve, seconds
 from serving.lifecycle import bound
+from serving.opening import count
 
 PLACE = "cluster"  # of its sockets, in the state folder
 LONGEST_SOCKET = 107  # bytes of a path that the system takes
 MOST_REPLICAS = 64
 # Options of the server that the balancer takes over; a replica listens at a socket in their place.
 TAKEN_OVER = (
-    *("model", "settings", "host", "port", "socket", "name", "state"),
-    *("insecure", "tls_cert", "tls_key", "tls_client_ca", "metrics_port"),
+    *("model", "settings", "host", "port", "socket", "name", "state", "metrics_port"),
+    *("insecure", "tls_cert", "tls_key", "tls_client_ca"),
 )
 TRY = ("/v1/models", None)  # a request that every model answers
 

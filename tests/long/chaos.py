@@ -43,7 +43,7 @@ OUTAGE_SECONDS = 10.0
 TRAINED = ("train.steps=150", "optimizer.lr=1e-2", "train.seq_len=512", "train.batch_size=2")
 SPARSE = ("checkpoint.every=150", "train.eval_every=0")
 PROMPTS = ("the mesh", "a run is", "what its", "loss sees", "of a run", "is not what", "mesh mesh", "its loss")
-TOKENS = (8, 40, 200)
+TOKENS = (8, 40, 400)
 PLATFORM = ("runtime.platform=cpu", "runtime.compile_cache=null")  # that of the tests is on already
 
 
@@ -80,6 +80,7 @@ class Fault:
     began: float
     ended: float = 0.0
     out_after: float | None = None  # seconds until the balancer sent nothing more to the replica
+    again: int = 0  # requests that the balancer sent a second time
     back_after: float | None = None  # seconds until all replicas were ready again
 
 
@@ -117,6 +118,10 @@ class Chaos:
         rows = csv.DictReader(self.balancer("show stat").removeprefix("# ").splitlines())
         return next(row for row in rows if row["pxname"] == "replicas" and row["svname"] == name)
 
+    def sent_again(self) -> int:
+        """How many requests so far; haproxy counts each time."""
+        return int(self.stat("BACKEND")["wretr"]) + int(self.stat("BACKEND")["wredis"])
+
     def up(self, number: int) -> bool:
         """Whether haproxy sends new requests to a replica."""
         return self.stat(f"r{number}")["status"].startswith("UP")
@@ -127,6 +132,7 @@ class Chaos:
         fault = Fault(name, time.monotonic())
         self.faults.append(fault)
         print(f"{name} ...", file=sys.stderr, flush=True)
+        before = self.sent_again()
         watch = asyncio.create_task(self._watch_out(fault, out)) if out else None
         yield fault
         if watch:
@@ -134,7 +140,7 @@ class Chaos:
         await self.until_ready()
         fault.back_after = time.monotonic() - fault.began
         await asyncio.sleep(2.0)
-        fault.ended = time.monotonic()
+        fault.ended, fault.again = time.monotonic(), self.sent_again() - before
 
     async def _watch_out(self, fault: Fault, number: int) -> None:
         while self.up(number):
@@ -231,6 +237,7 @@ def table(clients: Clients, faults: list[Fault]) -> list[dict]:
         out = [fault.out_after for fault in of if fault.out_after is not None]
         facts = {"fault": name, "times": len(of), "out_s": round(max(out), 2) if out else None}
         facts |= {"back_s": round(max(fault.back_after for fault in of), 1), "longest_s": round(longest, 1)}
+        facts["again"] = sum(fault.again for fault in of)
         rows.append(
             {
                 **facts,
@@ -290,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         port = free_port()
         chaos = Chaos(folder, state, models, database, port)
         chaos.admin = keys["admin"]
-        stack.enter_context(cluster(folder, state, models[0], port, environment))
+        process = stack.enter_context(cluster(folder, state, models[0], port, environment))
         clients = Clients(chaos.address, NAME, expected)
         names = ["user"] * max(1, options.clients - LIMITED_CLIENTS) + ["limited"] * LIMITED_CLIENTS
         began = time.monotonic()
@@ -298,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         async def whole() -> None:
             async with asyncio.timeout(300):
                 while not (chaos.place / control.SOCKET).exists():
+                    assert process.poll() is None, f"the cluster ended: see {folder / 'cluster.log'}"
                     await asyncio.sleep(0.1)
             await chaos.until_ready()
             await attack(chaos, clients, [(name, keys[name]) for name in names], options.rounds, options.only)

