@@ -150,7 +150,8 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
         first = until(step, 300)
         until(lambda: step() > first, 120)
         assert list(prometheus.query("isomesh_train_loss > 0"))
-        assert prometheus.firing() == set()
+        ended = {"ReplicaDown", "NoReplicaReady", "RunGone", "RunStalled", "CompiledWhileServing"}
+        assert not ended & {name for name, _ in prometheus.firing()}
 
         # both come to an end that nobody asked for
         os.killpg(trains.pid, signal.SIGKILL)
