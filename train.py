@@ -48,8 +48,10 @@ from runtime.exit_codes import DONE, FAULT, MISTAKE, PREEMPTED
 from runtime.start import start, transfer_guard
 from runtime.stop import StopSignal
 from tracking.console import Console, human
+from tracking.prometheus import exporter
 from tracking.reporting import introduce
 from tracking.run_directory import RunDirectory
+from tracking.sinks import Sink
 from training.feed import Feed
 from training.heldout import HeldOut, Progress
 from training.job import Job, make_job
@@ -80,11 +82,12 @@ def train(config: Config, began: float) -> int:
     config = in_processes(config, jax.default_backend(), jax.process_count())
     mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
     run = RunDirectory(Path(config.run.dir))
-    with run.held() if primary else nullcontext():
-        return train_in(run, config, mesh, began)
+    about = (run.path.name, config.train.steps)
+    with run.held() if primary else nullcontext(), exporter(config.metrics, *about, primary) as sinks:
+        return train_in(run, config, mesh, began, sinks)
 
 
-def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float) -> int:
+def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float, sinks: list[Sink]) -> int:
     """The run, in a directory that no other process may enter meanwhile."""
     primary = jax.process_index() == 0
     dtype = agreed(lambda: compute_dtype(config, run.holds_results(), jax.default_backend()))
@@ -138,7 +141,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         facts = {"data": f"{config.data.source}, {human(corpora.training_tokens)} tokens of {config.tokenizer.kind}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
         told = (facts | feed.told, feed.stream.metrics)
-        reporter = introduce(config, run, job, console, *told, peak, memory, compile_s, began, restored)
+        reporter = introduce(config, run, job, console, *told, peak, memory, compile_s, began, restored, sinks)
         meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)
         # at this point the step is compiled, and all that is told of it has somewhere to go

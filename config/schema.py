@@ -76,6 +76,7 @@ OWN = {
     "run": ("id",),
     "weights": ("path",),
     "wandb": tuple(one.name for one in fields(WandbConfig)),
+    "metrics": ("prometheus_port", "prometheus_host"),
 }
 
 

@@ -67,6 +67,7 @@ class Programs:
     block: int
     length: int  # tokens of the longest sequence
     chunk: int
+    cache_dtype: str = ""  # int8, or "" for that of activations
     compiled: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -90,7 +91,8 @@ class Programs:
         config, entries = self.opened.config.model, self.blocks * self.block
 
         def make():
-            pools = tuple(make_pool(config, entries, self.opened.dtype) for _ in range(config.layers))
+            dtype = self.cache_dtype or self.opened.dtype
+            pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
             last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
             return Kept(pools, last_R, empty_slots(self.slots, self.width))
 
@@ -148,7 +150,7 @@ class Programs:
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
         x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
-        pools = tuple((cache.k_KPH, cache.v_KPH) for cache in caches)
+        pools = tuple((cache.keys, cache.values) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
             scored = logprobs(model.logits(x_BTD).reshape(-1, self.width), after_BT.reshape(-1))

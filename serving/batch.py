@@ -44,7 +44,7 @@ class Owner:
 
 
 class Output:
-    """The lines that are done. Use it in `with`; raises ValueError where another batch writes, or the lines are not its."""
+    """The lines that are done. Use it in `with`; raises ValueError where another batch writes, or it is no output."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -68,7 +68,7 @@ class Service:
         self.longest_token = int(self.engine.tokenizer.token_bytes.max())  # bytes
         self.spelling = Spelling(self.engine.tokenizer)
         # few: a text is tokenized on one core, and what waits here must not take the interpreter from the event loop
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self.threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -111,4 +111,4 @@ class Service:
         """The result of work on a text of so many characters; in a thread unless it is short."""
         if size <= INLINE_CHARACTERS:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)

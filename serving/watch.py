@@ -32,6 +32,7 @@ class Record:
     path: str
     address: str
     client_id: str | None  # what the client calls it, cleaned
+    traceparent: str | None = None  # of the trace that its client has begun
     began: float = field(default_factory=time.monotonic)
     route: str = ""  # the path as it is declared; empty where there is none
     status: int = 0
@@ -85,6 +86,7 @@ class Watch:
             path=cleaned(scope["path"]),
             address=(scope.get("client") or ("",))[0],
             client_id=cleaned(own, 64) if own else None,
+            traceparent=cleaned(header(scope, b"traceparent") or "", 64) or None,
         )
         scope.setdefault("state", {})["record"] = record
 

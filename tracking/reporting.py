@@ -19,7 +19,7 @@ from performance.throughput import Spent, Throughput
 from tracking.console import Console, bytes_text, duration, human
 from tracking.metrics_file import MetricsFile, last_value
 from tracking.run_directory import RunDirectory
-from tracking.sinks import Sinks, TensorBoardSink, WandbSink
+from tracking.sinks import Sink, Sinks, TensorBoardSink, WandbSink
 from training.config import TrainConfig, short_warmup_warning
 
 log = logging.getLogger("isomesh.train")
@@ -100,6 +100,8 @@ class Reporter:
         self.meter.finished()
         loss, norm, size = (metrics[f"train/{name}"] for name in ("loss", "grad_norm", "param_norm"))
         healthy, every = all(map(math.isfinite, (loss, norm, size))), self.config.log_every
+        spiked = healthy and metrics["train/loss_spike"] > SPIKE
+        self.sinks.stepped(step, metrics, finite=healthy, spiked=spiked)
         if not healthy:
             skips, applied = self.config.nonfinite == "skip", math.isfinite(loss) and math.isfinite(norm)
             then = "the update was skipped" if skips else "stopping before it"
@@ -107,7 +109,7 @@ class Reporter:
                 then = "entries that would overflow stay as they were" + ("" if skips else "; stopping after it")
             values = f"loss {loss}, gradient norm {norm}, parameter norm after it {size}"
             log.warning("step %d is not finite: %s; %s", step, values, then)
-        elif metrics["train/loss_spike"] > SPIKE:
+        elif spiked:
             log.warning(
                 "step %d: loss %.4f lies %.1f deviations above its mean", step, loss, metrics["train/loss_spike"]
             )
@@ -149,12 +151,13 @@ def introduce(
     compile_s: float,
     began: float,
     restored,
+    more: list[Sink],
 ) -> Reporter:
     """Says what is about to be trained, and opens all that its metrics go to.
 
     `config` is the whole of a run's, `job` its training.job.Job, `facts` what else the header says, `read` gives the
     metrics of the data before a step, `memory` is the compiled step's, `restored` the checkpoint that it goes on from
-    or None, `began` the clock when the process began.
+    or None, `began` the clock when the process began, `more` the sinks that are open already.
     Raises OSError where metrics.jsonl cannot be cut to the step that the run goes on from.
     """
     t, mesh, primary = config.train, job.mesh, jax.process_index() == 0
@@ -172,18 +175,18 @@ def introduce(
     elif primary and run.set_metrics_aside():
         console.warn(f"{run.path} had metrics and no checkpoint: starting anew, the old lines are kept beside")
     meter = Throughput(flops, peak, mesh.size, job.schedule, began, compile_s, earlier)
-    return Reporter(t, first, meter, open_sinks(config, run, peak, first, primary=primary), console, read)
+    return Reporter(t, first, meter, open_sinks(config, run, peak, first, more, primary=primary), console, read)
 
 
-def open_sinks(config, run: RunDirectory, peak: Peak, first: int, *, primary: bool) -> Sinks:
-    """Where the metrics of a run go, ready for what comes after step `first`; `config` is the whole of a run's.
+def open_sinks(config, run: RunDirectory, peak: Peak, first: int, more: list[Sink], *, primary: bool) -> Sinks:
+    """Where the metrics of a run go, besides `more`, ready for what comes after step `first`.
 
-    Raises OSError where metrics.jsonl cannot be cut to that step.
+    `config` is the whole of a run's. Raises OSError where metrics.jsonl cannot be cut to that step.
     """
     sinks = [MetricsFile(run.metrics), *([TensorBoardSink(run.path / "tb")] if config.metrics.tensorboard else [])]
     logged = asdict(config) | {"peak": asdict(peak)}
     sinks.append(WandbSink(**asdict(config.wandb), run_id=config.run.id, config=logged, directory=run.path))
-    sinks = Sinks(sinks, primary)
+    sinks = Sinks([*sinks, *more], primary)
     sinks.resume(first)
     sinks.start()
     return sinks

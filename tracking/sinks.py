@@ -1,4 +1,7 @@
-"""Where a run's metrics are written: metrics.jsonl, W&B, TensorBoard. What they mean: docs/metrics.md."""
+"""Where a run's metrics are written: metrics.jsonl, W&B, TensorBoard. What they mean: docs/metrics.md.
+
+Prometheus' is in prometheus.py.
+"""
 
 import contextlib
 import dataclasses
@@ -31,10 +34,16 @@ class WandbConfig:
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
     tensorboard: bool = False  # also write TensorBoard event files (needs the extra `tensorboard`)
+    prometheus_port: int = 0  # process 0 answers Prometheus here, at /metrics; 0: off
+    prometheus_host: str = "127.0.0.1"  # the address of that port; 0.0.0.0: other machines may read the metrics
 
     def __post_init__(self):
         if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
             raise ValueError(NO_TENSORBOARD)
+        if not 0 <= self.prometheus_port < 2**16:
+            raise ValueError(f"metrics.prometheus_port={self.prometheus_port} is no port: 1 to {2**16 - 1}, 0 for none")
+        if not self.prometheus_host:
+            raise ValueError("metrics.prometheus_host is empty; 127.0.0.1 is this machine, 0.0.0.0 all")
 
 
 NO_TENSORBOARD = "tensorboardX is not installed; install the extra `tensorboard`, or set metrics.tensorboard=false"
@@ -49,6 +58,7 @@ class Sink:
     def start(self) -> None: ...
     def resume(self, step: int) -> None: ...
     def log(self, step: int, metrics: dict) -> None: ...
+    def stepped(self, step: int, metrics: dict, *, finite: bool, spiked: bool) -> None: ...  # every step that is done
     def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None: ...
     def close(self) -> None: ...
 
@@ -70,6 +80,10 @@ class Sinks(Sink):
     def log(self, step: int, metrics: dict) -> None:
         for sink in self.sinks:
             sink.log(step, metrics)
+
+    def stepped(self, step: int, metrics: dict, *, finite: bool, spiked: bool) -> None:
+        for sink in self.sinks:
+            sink.stepped(step, metrics, finite=finite, spiked=spiked)
 
     def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
         for sink in self.sinks:

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Sequence
 
+from inference.grammar import written
 from inference.requests import Sampling
 from serving.api.bodies import LONGEST_GRAMMAR, Drawing
 from serving.errors import ApiError
 from serving.service import Service
+
+KINDS = {"json": "json_schema", "grammar": "lark"}  # as clients call them -> as inference.grammar does
 
 
 def sampling_of(
@@ -38,7 +41,7 @@ def sampling_of(
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            grammar=grammar_of(service, body),
+            grammar=grammar_of(body),
         )
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_value") from None
@@ -56,7 +59,7 @@ def _bias(service: Service, given: dict[str, float]) -> dict[int, float]:
     return found
 
 
-def grammar_of(service: Service, body: Drawing) -> str | None:
+def grammar_of(body: Drawing) -> str | None:
     """What the text must match, as `inference.grammar` makes it; None for anything. Raises ApiError 400."""
     asked = {field: made for field, made in _constraints(body) if made is not None}
     if not asked:
@@ -64,7 +67,10 @@ def grammar_of(service: Service, body: Drawing) -> str | None:
     if len(asked) > 1:
         raise ApiError(400, f"give one of {', '.join(asked)}", param=[*asked][1], code="invalid_value")
     ((field, (kind, source)),) = asked.items()
-    raise ApiError(400, "constrained output is not supported", param=field, code="unsupported_parameter")
+    try:
+        return written(KINDS.get(kind, kind), source)
+    except ValueError as error:
+        raise ApiError(400, f"{field}: {error}", param=field, code="invalid_grammar") from None
 
 
 def _constraints(body: Drawing):
@@ -79,7 +85,7 @@ def _constraints(body: Drawing):
         for name in names if holder is not None else ():
             value, kind = getattr(holder, name), name.removeprefix("guided_").rstrip("_")
             shown = name if field == "guided" else f"{field}.{kind}"
-            yield shown, None if value is None else ("json_schema" if kind == "json" else kind, _source(shown, value))
+            yield shown, None if value is None else (kind, _source(shown, value))
 
 
 def _of_format(form) -> tuple[str, str] | None:

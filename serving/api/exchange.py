@@ -85,13 +85,25 @@ class Exchange:
         service.running.add(self._entry)
         service.lifecycle.at_work += 1
         for number, part in enumerate(parts):
+            self._left[number] = self._work.n
             try:
-                service.engine.submit(part, self._answers.listener(number))
+                await self._submit(part, number)
             except Busy as busy:
                 raise ApiError(503, f"{busy}", code="overloaded", retry_after=busy.retry_after) from None
             except ValueError as error:
                 raise ApiError(400, f"{error}", code="invalid_value") from None
-            self._left[number] = self._work.n
+
+    async def _submit(self, part: Request | EncodeRequest, number: int) -> None:
+        """Gives a part to the engine; in a thread where it has a grammar, which may take seconds to compile."""
+        engine, listener = self.service.engine, self._answers.listener(number)
+        if isinstance(part, EncodeRequest) or part.sampling.grammar is None:
+            return engine.submit(part, listener)
+        submitted = self.service.threads.submit(engine.submit, part, listener)
+        try:
+            await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:  # the client is gone, but the thread may still submit
+            submitted.add_done_callback(lambda _: engine.abort(part.id))
+            raise
 
     async def next(self) -> tuple[int, Piece | Encoded] | None:
         """The next piece, with the number of its prompt; None after the last. Raises ApiError for one that failed."""
@@ -101,7 +113,7 @@ class Exchange:
         if isinstance(piece, Encoded):
             self._left[number] = 0
             if piece.error is not None:
-                raise self._failed(piece.error)
+                raise self._aborted() if piece.error == "aborted" else self._failed(piece.error)
             return number, piece
         self.new_tokens += len(piece.tokens)
         self.cached_tokens += piece.cached_tokens

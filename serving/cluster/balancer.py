@@ -1,11 +1,13 @@
 """The balancer before the replicas: haproxy, its configuration as text, and what it is told while it runs.
 
-What its configuration rests on, found by killing and stopping replicas of haproxy 2.6 (tests/long/test_cluster.py):
-a request is sent again to another replica as long as nothing of the answer has come, if it is held whole in one buffer
-(`option http-buffer-request`, a buffer as large as the largest body) and the first replica closes its connection,
-refuses it or answers 503. A stopped process keeps its connections open, so that nothing is sent again before the
-supervisor kills it. `on-marked-down shutdown-sessions` would not wait for that, but would also cut the streams of a
-replica that drains or is slow for a moment. After the first byte a broken connection is passed on as such.
+What its configuration rests on, found by killing and stopping replicas of haproxy 2.6
+(tests/long/test_cluster_haproxy.py): a request is sent again to another replica as long as nothing of the answer has
+come, if it is held whole in one buffer (`option http-buffer-request`) and the first replica closes its connection,
+refuses it or answers 503. haproxy copies such a buffer whole, whatever is in it, so that every request pays for a large
+one: 4 MiB cost milliseconds. Bodies of more than `kept_bytes` pass, but are not sent again. A stopped process keeps its
+connections open, so that nothing is sent again before the supervisor kills it; `on-marked-down shutdown-sessions` would
+not wait for that, but would also cut the streams of a replica that drains or is slow for a moment. After the first byte
+a broken connection is passed on as such.
 """
 
 import asyncio
@@ -47,7 +49,8 @@ class Balancer:
     host: str = "127.0.0.1"
     port: int = 8000
     routing: str = "least"
-    body_bytes: int = 1 << 20  # of the largest body that a replica takes
+    body_bytes: int = 4 << 20  # of the largest body that a replica takes
+    kept_bytes: int = 256 << 10  # of the largest body that can be sent again; two such buffers a request that waits
     connections: int = 512  # of clients at a time; more wait to be accepted
     silence: float = 600.0  # seconds until the first byte of an answer, and between two pieces of it
     tls_cert: Path | None = None
@@ -100,7 +103,7 @@ global
   stats socket unix@{quoted(self.admin)} mode 600 level admin
   maxconn {self.connections}
   nbthread {min(4, os.cpu_count() or 1)}
-  tune.bufsize {self.body_bytes + HEADERS_BYTES}
+  tune.bufsize {self.kept_bytes + HEADERS_BYTES}
 defaults
   mode http
   timeout connect 1s

@@ -12,10 +12,10 @@ from serving.opening import add_model, open_service
 def add_batch(parser: Parser) -> None:
     """The options of a batch."""
     parser.usage = "python -m serving batch IN.jsonl OUT.jsonl MODEL [options] [key=value ...]"
+    line = '{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
     parser.epilog = (
-        'A line of IN: {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}. Lines of OUT '
-        "come as they are finished; their field line is the number in IN. After an end of any kind the same command "
-        "goes on where OUT ends."
+        f"A line of IN: {line}. Lines of OUT come as they are finished; their field `line` is the number in IN. After "
+        "an end of any kind the same command goes on where OUT ends."
     )
     parser.add_argument("source", metavar="IN.jsonl", type=Path, help="requests, one a line, as for the OpenAI API")
     parser.add_argument("output", metavar="OUT.jsonl", type=Path, help="their answers; what is there is not done again")

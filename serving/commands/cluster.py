@@ -30,7 +30,7 @@ MOST_REPLICAS = 64
 # Options of the server that the balancer takes over; a replica listens at a socket in their place.
 TAKEN_OVER = (
     *("model", "settings", "host", "port", "socket", "name", "state"),
-    *("insecure", "tls_cert", "tls_key", "tls_client_ca"),
+    *("insecure", "tls_cert", "tls_key", "tls_client_ca", "metrics_port"),
 )
 TRY = ("/v1/models", None)  # a request that every model answers
 
@@ -44,6 +44,10 @@ def add_cluster(parser: Parser) -> None:
     own.add_argument(
         "--connections", type=count, default=512, metavar="N", help="of clients at a time; more wait (%(default)s)"
     )
+    own.add_argument(
+        "--kept-body", type=count, default=256 << 10, metavar="BYTES",
+        help="of the largest body that is kept, to be sent again where its replica dies (%(default)s)",
+    )  # fmt: skip
     own.add_argument(
         "--silent", type=seconds, default=3.0, metavar="SECONDS",
         help="without an answer to a look, after which a replica is killed (%(default)g)",
@@ -119,7 +123,12 @@ def balancer_of(options: argparse.Namespace, place: Path) -> Balancer:
     """The balancer that the options ask for."""
     sockets = tuple(place / f"r{number}.sock" for number in range(1, options.replicas + 1))
     address = {"host": options.host, "port": options.port or free_port()}
-    own = {"routing": options.routing, "connections": options.connections, "body_bytes": MOST_BYTES}
+    own = {
+        "routing": options.routing,
+        "connections": options.connections,
+        "body_bytes": MOST_BYTES,
+        "kept_bytes": options.kept_body,
+    }
     tls = {name: getattr(options, name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
     return Balancer(place, sockets, **address, **own, **tls)
 
@@ -127,18 +136,24 @@ def balancer_of(options: argparse.Namespace, place: Path) -> Balancer:
 def replicas_of(options: argparse.Namespace, balancer: Balancer) -> list[Replica]:
     """The places of the replicas, each with its share of the GPUs."""
     watching = Watching(silent_seconds=options.silent, grace_seconds=options.grace)
-    command, environments = command_of(options), shares(options.replicas, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    environments = shares(options.replicas, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return [
-        Replica(number, socket, command, str(options.model), watching, {**os.environ, **environment})
+        Replica(
+            number, socket, command_of(options, number), str(options.model), watching, {**os.environ, **environment}
+        )
         for number, (socket, environment) in enumerate(zip(balancer.sockets, environments, strict=True), 1)
     ]
 
 
-def command_of(options: argparse.Namespace) -> Callable[[str, Path], Sequence[str]]:
-    """How a replica is started. All bear one name, so that a client need not know which weights answer it."""
+def command_of(options: argparse.Namespace, number: int) -> Callable[[str, Path], Sequence[str]]:
+    """How a replica is started. All bear one name, so that a client need not know which weights answer it.
+
+    The first has its metrics at --metrics-port, each other one at the port behind.
+    """
     serve = [sys.executable, "-m", "serving", "serve"]
     name = ["--name", options.name or Path(options.model).stem, "--state", str(options.state)]
-    given = [*options.settings, *name, *words(options)]
+    seen = ["--metrics-port", str(options.metrics_port + number - 1)] if options.metrics_port else []
+    given = [*options.settings, *name, *words(options), *seen]
     return lambda model, socket: [*serve, model, *given, "--socket", str(socket)]
 
 

@@ -24,6 +24,9 @@ def add_serve(parser: Parser) -> None:
         "--grace", type=seconds, default=GRACE_SECONDS, metavar="SECONDS",
         help="that what runs has to finish after SIGTERM (%(default)g)",
     )  # fmt: skip
+    parser.add_argument("--metrics-port", type=port, metavar="N", help="GET /metrics there without a key (none)")
+    parser.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="of that port (%(default)s)")
+    parser.add_argument("--traces", metavar="URL", help="of a collector: http://127.0.0.1:4318 (none)")
     from serving.access.guard import add_guard
 
     add_guard(parser)
@@ -53,6 +56,7 @@ def serve(options: argparse.Namespace) -> int:
     from serving.app import create_app
     from serving.lifecycle import Server, bound, bound_to, configured
     from serving.page import router as page
+    from serving.seen import Seen
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("isomesh").setLevel(logging.INFO)
@@ -60,9 +64,11 @@ def serve(options: argparse.Namespace) -> int:
     secure = {} if behind else guard.tls(options)
     # a port that is taken is told before a model is read
     listener = bound_to(options.socket) if behind else bound(options.host, options.port)
+    seen = Seen(options.metrics_host, options.metrics_port, options.traces)
     opened, door = guard.open_guard(options)
     service = open_service(options)
-    config = configured(create_app(service, door, [keys.router, page.router]), behind=behind, **secure)
+    routers = [keys.router, page.router, seen.over(service, service.engine.options.block)]
+    config = configured(create_app(service, door, routers), behind=behind, **secure)
 
     def told() -> None:
         if not behind:  # else the balancer's address counts
@@ -73,6 +79,7 @@ def serve(options: argparse.Namespace) -> int:
     try:
         Server(config, service.lifecycle, options.grace, told).run([listener])
     finally:
+        seen.close()
         door.close()
     return DONE
 

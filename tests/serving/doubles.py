@@ -60,6 +60,8 @@ class _Running:
     request: Request | EncodeRequest
     listener: Listener
     left: list[list[Piece]] = field(default_factory=list)  # of each choice
+    queued: bool = False  # the observer knows
+    begun: set[int] = field(default_factory=set)  # choices that have a first token
 
 
 class EngineDouble:
@@ -161,17 +163,28 @@ class EngineDouble:
                 time.sleep(0.01)
             self._state["beat"] = time.monotonic()
             self._state["steps"] += 1
+            began, decoding = time.monotonic(), sum(len(one.begun) for one in steps)
             for one in steps:
                 self._step(one)
             if self.seconds:
                 time.sleep(self.seconds)
+            self._observe("stepped", "decode" if decoding else "read", time.monotonic() - began, decoding)
+
+    def _observe(self, event: str, *about) -> None:
+        if self.observer is not None:
+            getattr(self.observer, event)(*about)
 
     def _admit(self) -> None:
+        for one in self._waiting:
+            if not one.queued:
+                one.queued = True
+                self._observe("queued", one.request.id)
         while self._waiting and len(self._running) < self.max_running:
             one = self._waiting.pop(0)
             if isinstance(one.request, Request):
                 one.left = [list(self.script(one.request, index)) for index in range(one.request.n)]
             self._running[one.request.id] = one
+            self._observe("began", one.request.id, 0)
 
     def _end_aborted(self) -> None:
         for id in self._aborting:
@@ -181,7 +194,9 @@ class EngineDouble:
             for index, left in enumerate(one.left if one is not None else ()):
                 if left:
                     self._finish(one, Piece(index, finish="aborted"))
-            if one is not None and isinstance(one.request, Request) and not one.left:
+            if one is not None and isinstance(one.request, EncodeRequest):
+                one.listener(Encoded(error="aborted"))
+            elif one is not None and not one.left:
                 for index in range(one.request.n):
                     self._finish(one, Piece(index, finish="aborted"))
         self._aborting.clear()
@@ -189,6 +204,7 @@ class EngineDouble:
     def _finish(self, one: _Running, piece: Piece) -> None:
         self._finished[piece.finish] = self._finished.get(piece.finish, 0) + 1
         one.listener(piece)
+        self._observe("finished", one.request.id, piece.finish)
 
     def _step(self, one: _Running) -> None:
         if isinstance(one.request, EncodeRequest):
@@ -197,6 +213,9 @@ class EngineDouble:
         for left in one.left:
             if left:
                 piece = left.pop(0)
+                if piece.tokens and piece.index not in one.begun:
+                    one.begun.add(piece.index)
+                    self._observe("first_token", one.request.id)
                 self._state["generated_tokens"] += len(piece.tokens)
                 self._finish(one, piece) if piece.finish else one.listener(piece)
         if not any(one.left):

@@ -104,7 +104,7 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path):
     command = [sys.executable, "-c", PROGRAM, tmp_path / "in", tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out, kills = tmp_path / "out", 0
-    while kills < 3:
+    while kills < 2:
         before = out.stat().st_size if out.exists() else 0
         running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
         while running.poll() is None and (out.stat().st_size if out.exists() else 0) < before + 3000:

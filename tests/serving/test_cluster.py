@@ -82,13 +82,13 @@ def alive(pid: int) -> bool:
 
 
 def test_configuration_has_what_keeps_requests(tmp_path):
-    text = Balancer(tmp_path, (tmp_path / "r1.sock", tmp_path / "r2.sock"), body_bytes=4 << 20).text()
+    text = Balancer(tmp_path, (tmp_path / "r1.sock", tmp_path / "r2.sock"), kept_bytes=1 << 20).text()
     lines = [line.strip() for line in text.splitlines()]
     for line in ("retry-on conn-failure empty-response 503", "option redispatch 1", "option http-buffer-request"):
         assert line in lines
     assert "shutdown-sessions" not in text, "it would cut the streams of a replica that drains"
     (buffer,) = (int(line.split()[1]) for line in lines if line.startswith("tune.bufsize"))
-    assert buffer >= (4 << 20) + 8192, "a body of the largest size fits a buffer with its headers"
+    assert buffer >= (1 << 20) + 8192, "a body that is kept fits a buffer with its headers"
     assert sum(line.endswith(" check") for line in lines) == sum(line.endswith(" backup") for line in lines) == 2
 
 

@@ -1,11 +1,13 @@
 """The server as the `openai` package sees it: sync, async, streamed, refused, and tried again."""
 
 import asyncio
+import json
 
 import openai
 import pytest
 from doubles import EngineDouble, OpenGate, chat_template, listening, saying, served
 
+from inference.grammar import written
 from inference.requests import Piece
 
 PROMPT = [{"role": "user", "content": "say it"}]
@@ -182,3 +184,43 @@ def test_embeddings_of_an_encoder_come_as_floats_and_as_base64():
     assert [one.embedding for one in plain.data] == [one.embedding for one in packed.data]
     assert plain.data[0].embedding[:2] == [97 / 256, 98 / 256]
     assert plain.usage.prompt_tokens == 3
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "source"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            "json_schema",
+            None,
+        ),
+        ({"extra_body": {"guided_json": SCHEMA}}, "json_schema", None),
+        ({"extra_body": {"guided_regex": "[ab]+"}}, "regex", "[ab]+"),
+        ({"extra_body": {"response_format": {"type": "regex", "regex": "[ab]+"}}}, "regex", "[ab]+"),
+        ({"extra_body": {"guided_choice": ["yes", "no"]}}, "choice", '["yes", "no"]'),
+        ({"extra_body": {"structured_outputs": {"grammar": 'start: "a"'}}}, "lark", 'start: "a"'),
+    ],
+)
+def test_constraints_reach_the_engine(client, engine, asked, kind, source):
+    client.chat.completions.create(model="double", messages=PROMPT, max_tokens=2, **asked)
+    expected = written(kind, json.dumps(SCHEMA) if source is None else source)
+    assert engine.submitted[-1].sampling.grammar == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ({"guided_json": "no JSON"}, "invalid_grammar"),
+        ({"guided_regex": "a" * 20_000}, "invalid_grammar"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, None),
+    ],
+)
+def test_constraints_that_cannot_be_are_refused(client, asked, code):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="double", messages=PROMPT, extra_body=asked)
+    assert caught.value.code == code
