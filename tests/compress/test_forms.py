@@ -17,9 +17,9 @@ from model.transformer import describe
 from parallel.mesh import AXES, make_mesh
 
 DENSE = ModelConfig(
-    layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, vocab_size=40, vocab_multiple=8, bias="all"
+    layers=1, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, vocab_size=40, vocab_multiple=8, bias="all"
 )
-EXPERTS = replace(DENSE, layers=1, experts=4, shared_experts=1, ffn=24, bias="none", tied_embeddings=False)
+EXPERTS = replace(DENSE, experts=4, shared_experts=1, ffn=24, bias="none", tied_embeddings=False)
 GROUP = 16
 TOKENS_NT = np.random.default_rng(0).integers(0, 40, (8, 16)).astype(np.int32)
 
@@ -50,9 +50,7 @@ def logits(mesh, description, params, dtype=jnp.float32) -> np.ndarray:
         return np.asarray(jax.jit(run)(params, jnp.asarray(TOKENS_NT)))
 
 
-@pytest.mark.parametrize(
-    ("config", "recipe"), [(DENSE, "int8"), (DENSE, "int4"), (DENSE, "int4-awq"), (EXPERTS, "int4")]
-)
+@pytest.mark.parametrize(("config", "recipe"), [(DENSE, "int8"), (DENSE, "int4-awq"), (EXPERTS, "int4")])
 def test_a_quantised_model_computes_what_its_numbers_say(config, recipe):
     """As the float model with the dequantised matrices does; in bfloat16, too, within its rounding."""
     mesh, (plain, params), (description, codes) = made(config, recipe)
@@ -66,14 +64,14 @@ def test_a_quantised_model_computes_what_its_numbers_say(config, recipe):
         np.testing.assert_allclose(narrow, ours, rtol=0, atol=0.1 * np.abs(ours).max())
 
 
-MESHES = [{"tensor": 2}, {"fsdp": 4, "data": 2}, {"fsdp": 2, "tensor": 2}]
+MESHES = [{"fsdp": 2, "tensor": 2}, {"expert": 2, "tensor": 2}]
 
 
-@pytest.mark.parametrize("axes", [*MESHES, {"expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_a_mesh_changes_nothing(axes):
     """Plain rounding gives the same codes bit by bit, and the model the same logits."""
     config, named = (EXPERTS if "expert" in axes else DENSE), tuple(axes.items())
-    recipe = "int8" if "expert" in axes else "int4"
+    recipe = "int4"
     mesh, _, (description, codes) = made(config, recipe, named)
     one_mesh, _, (one, one_codes) = made(config, recipe)
     jax.tree.map(np.testing.assert_array_equal, codes, one_codes)
@@ -81,18 +79,16 @@ def test_a_mesh_changes_nothing(axes):
     np.testing.assert_allclose(logits(mesh, description, codes), theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("recipe", ["int4-gptq", "int4-awq"])
-def test_calibration_on_a_mesh(recipe):
-    """What is summed in another order turns a code here or there at most."""
-    _, _, (_, codes) = made(DENSE, recipe, (("fsdp", 2), ("tensor", 2)))
-    mesh, (plain, params), (description, one) = made(DENSE, recipe)
+def test_calibration_on_a_mesh():
+    """What is summed in another order turns a code here or there at most; the result is better than plain rounding."""
+    _, _, (_, codes) = made(DENSE, "int4-gptq", (("fsdp", 2), ("tensor", 2)))
+    mesh, (plain, params), (description, one) = made(DENSE, "int4-gptq")
     same = [np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (codes, one)), strict=True)]
     assert min(same) > 0.97
-    if recipe == "int4-gptq":
-        _, _, (rounded, its) = made(DENSE, "int4")
-        whole = logits(mesh, plain, params)
-        off = lambda description, params: np.square(logits(mesh, description, params) - whole).mean()
-        assert off(description, one) < 0.8 * off(rounded, its)
+    _, _, (rounded, its) = made(DENSE, "int4")
+    whole = logits(mesh, plain, params)
+    off = lambda description, params: np.square(logits(mesh, description, params) - whole).mean()
+    assert off(description, one) < 0.8 * off(rounded, its)
 
 
 def test_experts_are_calibrated_by_their_own_tokens():
@@ -119,8 +115,8 @@ def test_codes_are_split_like_the_matrix():
     with jax.set_mesh(mesh := mesh_of(fsdp=4)):
         forms = forms_for(describe(DENSE), RECIPES["int4"], GROUP, tables=True)
         query = describe(DENSE, forms=forms).shardings(mesh)[LAYERS]["attention"]["query"]
-        assert query["weight"].shard_shape((2, 16, 4, 8)) == (2, 4, 4, 8)
-        assert query["step"].shard_shape((2, 2, 4, 8)) == (2, 2, 4, 8)
+        assert query["weight"].shard_shape((1, 16, 4, 8)) == (1, 4, 4, 8)
+        assert query["step"].shard_shape((1, 2, 4, 8)) == (1, 2, 4, 8)
 
 
 def test_codes_are_gathered_as_codes():
