@@ -6,7 +6,9 @@ transfer starts it. The arrays that stay are donated: the cache is changed in pl
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -126,11 +128,11 @@ class Programs:
         return [*decode, *(Shape(self.batch_rows, t) for t in tokens), Shape(self.batch_rows, tokens[-1], True)]
 
     def compile(self) -> None:
-        """Compiles every program, and runs each once: some libraries set themselves up at the first call."""
+        """Compiles every program, several at a time."""
         mesh, opened = self.opened.mesh, self.opened
         is_float32 = opened.dtype == jnp.float32
         exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
-        with jax.set_mesh(mesh), exact:
+        with jax.set_mesh(mesh), exact, ThreadPoolExecutor(os.cpu_count()) as pool:
             values = slot_values(Sampling(), self.width, prompt=[0])
             jitted = jax.jit(occupy, donate_argnums=0, out_shardings=self.placed.slots)
             self.compiled["occupy"] = jitted.lower(self.kept.slots, np.int32(0), values).compile()
@@ -143,7 +145,8 @@ class Programs:
                 )
                 rows = np.zeros((shape.rows, HEADER + shape.tokens + self.table), np.int32)
                 arguments = self.outside, self.layers, self.kept, rows, everything
-                self.compiled[shape] = step.lower(*arguments).compile()
+                self.compiled[shape] = pool.submit(step.lower(*arguments).compile)
+            self.compiled |= {shape: self.compiled[shape].result() for shape in self.shapes()}
 
     def _step(self, shape: Shape, outside, layers, kept: Kept, rows_BX, allowed_BW):
         description, T = self.opened.description, shape.tokens
@@ -152,10 +155,14 @@ class Programs:
         newest_B = kept.last_R.at[slot_B].get(mode="fill", fill_value=0)
         tokens_BT = jnp.where(tokens_BT == NEWEST, newest_B[:, None], tokens_BT)
         t = jnp.arange(T, dtype=jnp.int32)
-        positions_BT = jnp.where(t < count_B[:, None], start_B[:, None] + t, self.table * self.block)
+        there_BT = t < count_B[:, None]
+        positions_BT = jnp.where(there_BT, start_B[:, None] + t, self.table * self.block)
+        places_BT = jnp.where(there_BT, positions_BT, start_B[:, None])
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
-        x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
+        x_BTD, caches = run(
+            model, self.block_modules, layers, tokens_BT, positions_BT, places_BT, caches, self.opened.dtype
+        )
         pools = tuple((cache.keys, cache.values) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))

@@ -37,7 +37,9 @@ def test_there_are_200():
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh", "options", "count"), PLACES, ids=[f"{m}-{dict(mesh)}-{len(o)}" for m, mesh, o, _ in PLACES]
+    ("model", "mesh", "options", "count"),
+    PLACES,
+    ids=["-".join([m, *(f"{axis}{size}" for axis, size in mesh), *o]) for m, mesh, o, _ in PLACES],
 )
 def test_every_mix_equals_generate(model, mesh, options, count):
     engine = started(model, mesh, **options)
