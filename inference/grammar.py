@@ -84,14 +84,15 @@ class Grammars:
         """
         with self._lock:
             compiled = self._compiled.get(grammar)
-            if compiled is None:
-                self._trials.check(grammar)
-                compiled = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
-                _raise_error_of(compiled)
-                self._compiled[grammar] = compiled
-                if len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
+        if compiled is None:  # others need not wait meanwhile
+            self._trials.check(grammar)
+            compiled = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
+            _raise_error_of(compiled)
+        with self._lock:
+            self._compiled[grammar] = compiled
             self._compiled.move_to_end(grammar)
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
             return Matcher(compiled.deep_copy(), self._ordinary_W, (self._eos_id, *ends))
 
     def close(self) -> None:
