@@ -4,6 +4,7 @@ Every measurement is a process alone (bench/peers/serving_*), and they take turn
 All answer the same requests in token ids, greedily, as many new tokens as asked for. One JSON line for each process and
 work and one for each ratio of medians, printed and, with --out, appended to a file. `--install` fetches llama.cpp,
 prebuilt, with npm. Peers: transformers (generate), llama.cpp, llama.cpp-q4 (the 4-bit file as it was published).
+On a GPU: --device gpu --model llama_1b --dtype bfloat16 --works one,sixty-four --peers transformers.
 """
 
 import argparse
@@ -18,12 +19,24 @@ import time
 from pathlib import Path
 
 from peers import machine
-from serving_weights import DTYPES, FOLDER, ROOT, bytes_a_token, hugging_face, published, wide_gguf
+from serving_weights import (
+    DTYPES,
+    FOLDER,
+    PUBLISHED,
+    ROOT,
+    SMOLLM2,
+    bytes_a_token,
+    folder_of,
+    hugging_face,
+    published,
+    wide_gguf,
+)
 
 OURS, PEERS = "isomesh", ("transformers", "llama.cpp", "llama.cpp-q4")
 NPM = "node-llama-cpp@3.22.1"
 LONGEST = 1024  # tokens of the longest sequence
 SLOTS = 8
+ALL = ("prefill", "one", "eight in turns", "eight", "stream")
 # (prompt tokens, new tokens) of the eight: both from short to long, in no common order
 MIXED = [(96, 32), (384, 96), (24, 160), (192, 16), (48, 64), (256, 24), (128, 128), (64, 48)]
 
@@ -43,10 +56,13 @@ def works(ids: list[int], only: list[str]) -> list[dict]:
         {"name": "prefill", "requests": requests_of([(512, 1)], ids, 1), "slots": 1, "repeats": 5},
         {"name": "one", "requests": requests_of([(64, 96)], ids, 2), "slots": 1, "repeats": 3},
         {"name": "eight in turns", "requests": requests_of(MIXED, ids, 3), "slots": 1, "repeats": 1},
-        {"name": "eight", "requests": requests_of(MIXED, ids, 3), "slots": SLOTS, "repeats": 3},
+        {"name": "eight", "requests": requests_of(MIXED, ids, 3), "slots": SLOTS, "repeats": 2},
         {"name": "stream", "requests": requests_of(several, ids, 4), "slots": SLOTS, "repeats": 1},
+        {"name": "sixty-four", "requests": requests_of([(128, 128)] * 64, ids, 5), "slots": 64, "repeats": 2},
     ]
-    return [work for work in every if not only or work["name"] in only]
+    if unknown := set(only) - {work["name"] for work in every}:
+        raise ValueError(f"--works {unknown.pop()} is unknown; choose of {', '.join(work['name'] for work in every)}")
+    return [work for work in every if work["name"] in (only or ALL)]
 
 
 def text_ids() -> list[int]:
@@ -57,21 +73,24 @@ def text_ids() -> list[int]:
     return Tokenizer.from_file(str(hugging_face() / "tokenizer.json")).encode(text).ids
 
 
-def command(peer: str, dtype: str) -> list[str]:
+def command(peer: str, given: argparse.Namespace) -> list[str]:
     """The process of a peer."""
     scripts = ROOT / "bench/peers"
     if peer.startswith("llama.cpp"):
-        file = published() if peer == "llama.cpp-q4" else wide_gguf(dtype)
+        file = published() if peer == "llama.cpp-q4" else wide_gguf(given.dtype)
         return ["node", str(scripts / "serving_llama.mjs"), str(FOLDER / "node_modules"), str(file)]
-    if peer == "transformers":
-        return [sys.executable, str(scripts / "serving_transformers.py"), str(hugging_face()), dtype, "cpu"]
-    return [sys.executable, str(scripts / f"serving_{peer}.py"), *([str(hugging_face()), dtype] if peer == OURS else [])]
+    device = {"transformers": ["cuda" if given.device == "gpu" else "cpu"], OURS: []}
+    words = [] if peer == "bandwidth" else [str(folder_of(given.model)), given.dtype, *device[peer]]
+    return [sys.executable, str(scripts / f"serving_{peer}.py"), *words]
 
 
-def run(peer: str, dtype: str, job: dict) -> list[dict]:
+def run(peer: str, given: argparse.Namespace, job: dict) -> list[dict]:
     """Runs one process to its end and returns its lines. Raises ValueError with the end of what it said if it fails."""
-    text = json.dumps(job)
-    done = subprocess.run(command(peer, dtype), cwd=ROOT, input=text, capture_output=True, text=True)
+    platform = {"JAX_PLATFORMS": "cpu" if given.device == "cpu" else "cuda"}
+    done = subprocess.run(
+        command(peer, given), cwd=ROOT, input=json.dumps(job), capture_output=True, text=True,
+        env=os.environ | platform,
+    )  # fmt: skip
     if done.returncode:
         raise ValueError(f"{peer} failed with {done.returncode}: {(done.stderr or done.stdout).strip()[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -109,47 +128,51 @@ def main(given: argparse.Namespace) -> None:
     if any(peer.startswith("llama.cpp") for peer in peers) and not (FOLDER / "node_modules").exists():
         raise ValueError(f"{FOLDER / 'node_modules'} is missing; make it with: python bench/serving.py --install")
     todo = works(text_ids(), given.works.split(",") if given.works else [])
-    cores, engine = len(os.sched_getaffinity(0)), json.loads(given.engine)
-    job = {"works": todo, "slots": SLOTS, "longest": LONGEST, "threads": cores, "engine": engine}
+    if given.model != SMOLLM2 and any(peer.startswith("llama.cpp") for peer in peers):
+        raise ValueError(f"llama.cpp has only {SMOLLM2}: leave it out of --peers")
+    cores, slots = len(os.sched_getaffinity(0)), max(work["slots"] for work in todo)
+    engine = {"cache_tokens": slots * LONGEST} | json.loads(given.engine)
+    job = {"works": todo, "slots": slots, "longest": LONGEST, "threads": cores, "engine": engine}
+    about = {"model": given.model, "dtype": given.dtype, "device": given.device}
     lines, bandwidth, first = [], 0.0, {}
 
     def tell(line: dict) -> None:
-        text = json.dumps(line | {"machine": machine()})
+        text = json.dumps({"kind": line["kind"]} | about | line | {"machine": machine()})
         print(text, flush=True)
         if given.out:
             with open(given.out, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     for number in range(given.rounds):
-        bandwidth = max(bandwidth, run("bandwidth", given.dtype, {})[0]["bytes_per_s"])
+        bandwidth = max(bandwidth, run("bandwidth", given, {})[0]["bytes_per_s"])
         for peer in (*([] if given.without else [OURS]), *peers):
-            answered = {line["name"]: line for line in run(peer, given.dtype, job)}
+            answered = {line["name"]: line for line in run(peer, given, job)}
             for work in todo:
                 timed = answered[work["name"]]["runs"]
-                about = {"kind": "serving", "work": work["name"], "dtype": given.dtype, "peer": peer, "round": number}
+                head = {"kind": "serving", "work": work["name"], "peer": peer, "round": number}
                 at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                lines.append({**about, **medians([speed(work, one) for one in timed]), "at": at})
+                lines.append({**head, **medians([speed(work, one) for one in timed]), "at": at})
                 tell(lines[-1])
                 first.setdefault((work["name"], peer), timed[0]["answers"])
             if peer == OURS:
-                tell({"kind": "engine", "dtype": given.dtype, "start_s": answered["start"]["seconds"]} | answered["end"])
+                tell({"kind": "engine", "start_s": answered["start"]["seconds"]} | answered["end"])
     tell({"kind": "bandwidth", "bytes_per_s": bandwidth})
-    for line in summary(lines, todo, bandwidth, first, given.dtype):
+    for line in summary(lines, bandwidth, first, given):
         tell(line)
 
 
-def summary(lines: list[dict], todo: list[dict], bandwidth: float, first: dict, dtype: str) -> list[dict]:
+def summary(lines: list[dict], bandwidth: float, first: dict, given: argparse.Namespace) -> list[dict]:
     """One line a work and server: its median, ours over it, how far texts are the same, its share of the bandwidth."""
     found, grouped = [], {}
     for line in lines:
         grouped.setdefault((line["work"], line["peer"]), []).append(line)
     for (work, peer), rows in grouped.items():
         value = lambda rows: statistics.median(row["tokens_per_s"] for row in rows)
-        told = {"kind": "serving ratio", "dtype": dtype, "work": work, "peer": peer, "tokens_per_s": value(rows)}
+        told = {"kind": "serving ratio", "work": work, "peer": peer, "tokens_per_s": value(rows)}
         if work == "one":
             decoded = statistics.median(row["decode_tokens_per_s"] for row in rows)
-            kind = "as published" if peer == "llama.cpp-q4" else dtype
-            told |= {"decode_tokens_per_s": decoded, "share_of_bandwidth": decoded * bytes_a_token(kind) / bandwidth}
+            read = bytes_a_token(given.model, PUBLISHED if peer == "llama.cpp-q4" else given.dtype)
+            told |= {"decode_tokens_per_s": decoded, "share_of_bandwidth": decoded * read / bandwidth}
         if peer != OURS and (ours := grouped.get((work, OURS))):
             pairs = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours, rows, strict=True)]
             told |= {"ratio": value(ours) / value(rows), "low": min(pairs), "high": max(pairs)}
@@ -164,8 +187,10 @@ def summary(lines: list[dict], todo: list[dict], bandwidth: float, first: dict, 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--model", default=SMOLLM2, help="smollm2, or a preset of conf/model with random weights")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--peers", default=",".join(PEERS), help="by commas")
-    parser.add_argument("--works", default="", help="by commas: prefill, one, eight in turns, eight, stream; else all")
+    parser.add_argument("--works", default="", help=f"by commas; else {', '.join(ALL)}; also sixty-four")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--engine", default="{}", help="options of isomesh's engine, as JSON")
     parser.add_argument("--without", action="store_true", help="peers alone, without isomesh")

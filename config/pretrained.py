@@ -37,6 +37,8 @@ def beginning_of(path: str, load_run: Callable, *, allow_pickle: bool = False) -
 
 
 def _of_run(folder: Path, config) -> Beginning:
+    if (folder / "compressed").exists():
+        raise ValueError(f"{FROM}={folder} is compressed, and codes are not trained: give what it was made of")
     checkpoints = Path(config.checkpoint.dir or folder / "checkpoints")
     manifests = sorted(checkpoints.glob(f"*[0-9]/{MANIFEST}"))
     if not manifests:

@@ -1,7 +1,7 @@
 """Tokenizers: plain bytes, byte-level BPE or unigram trained on the corpus, or one from published files.
 
 All have the same face: `vocab_size`, `eos_id`, `encode`, `encode_batch`, `decode`, `bytes_of`, `joins_bytes`,
-`token_bytes`, `begin_ids`, `digest`, `save`. What to print of new tokens, `inference.detokenizer` tells.
+`token_bytes`, `begin_ids`, `end_ids`, `digest`, `save`. What to print of new tokens, `inference.detokenizer` tells.
 No special token ever comes out of a text, whatever the text spells: the end of a document can be trusted as its border,
 and only a chat template (`data.chat`) writes the marks of its turns.
 """
@@ -84,7 +84,7 @@ class ByteTokenizer:
     eos_id = 0
     digest = hashlib.sha256(b"bytes").hexdigest()
     joins_bytes = False
-    begin_ids = ()
+    begin_ids = end_ids = ()
 
     def __init__(self):
         self.token_bytes = np.ones(self.vocab_size, np.int32)
@@ -132,7 +132,7 @@ class JsonTokenizer:
 
     `token_bytes` is exact for byte-level tokenizers without normalisation (GPT-2, Llama 3, those trained here). One
     that rewrites its text (a prefixed space, NFC, lower case) is counted by the text that its tokens spell.
-    `begin_ids` are the special tokens that its models want in front of a sequence; `encode` does not give them.
+    `begin_ids` and `end_ids` are the special tokens that its models want around a sequence; `encode` gives neither.
     Special tokens have names of their own while in use, which no text can spell: `encode` makes ordinary tokens of
     everything, and only `encode_parts` gives special ones, where it is told to.
     """
@@ -165,9 +165,9 @@ class JsonTokenizer:
         self.token_bytes = self._count_bytes(vocab)
         around = self._tokenizer.encode("a", add_special_tokens=True).ids
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        self.begin_ids = next(
-            (tuple(around[:i]) for i in range(len(around)) if around[i : i + len(plain)] == plain), ()
-        )
+        at = next((i for i in range(len(around)) if around[i : i + len(plain)] == plain), None)
+        self.begin_ids = () if at is None else tuple(around[:at])
+        self.end_ids = () if at is None else tuple(around[at + len(plain) :])
 
     def _count_bytes(self, vocab: dict[str, int]) -> np.ndarray:
         byte_level = '"ByteLevel"' in self._spec

@@ -10,6 +10,7 @@ from inference.drawing import Drawn, Slots, slot_values
 from inference.grammar import Matcher
 from inference.requests import Listener, Piece, Request, TokenLogprob
 from inference.scheduler import Row, Sequence
+from inference.speculation import NgramProposer, may_speculate
 from inference.step import Scores
 from inference.text import Text
 
@@ -48,6 +49,7 @@ class Choice:
         self._ends = set(sampling.stop_ids)
         self._matcher, self._mask = matcher, None if matcher is None else matcher.mask()
         self._eos = None if sampling.ignore_eos and matcher is None else tokenizer.eos_id
+        self._proposer = NgramProposer() if may_speculate(sampling) else None
         self._cached: int | None = None  # tokens found in the cache when it began
         self._told = False  # whether there was a first piece
         self._scores: list[TokenLogprob | None] = [None]
@@ -70,6 +72,10 @@ class Choice:
     def mask(self) -> np.ndarray | None:
         """Words of the tokens that a grammar allows next; None without a grammar."""
         return self._mask
+
+    def propose(self, most: int) -> list[int]:
+        """Up to so many tokens that may come next."""
+        return self._proposer.propose(self.sequence.tokens, most) if self._proposer is not None else []
 
     def score(self, row: Row, scores: Scores, index: int) -> None:
         """Takes the log-probabilities of the tokens after those of a row."""

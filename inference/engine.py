@@ -26,7 +26,8 @@ from inference.generate import check, trained_reach
 from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
-from inference.scheduler import Batch, Scheduler, Sequence
+from inference.scheduler import Batch, Row, Scheduler, Sequence
+from inference.speculation import accepted
 from inference.step import Programs
 
 log = logging.getLogger("isomesh.inference")
@@ -172,8 +173,9 @@ class Engine:
             self._publish(ready=True)
             return
         self._programs = Programs(
-            opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype
-        )
+            opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype,
+            drafted=0 if options.speculation == "none" else options.drafted,
+        )  # fmt: skip
         self._opened = replace(opened, params={})  # they lie in the programs now
         self._scheduler = Scheduler(
             Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
@@ -243,6 +245,7 @@ class Engine:
         if self._encodes:
             self._encode()
             return True
+        self._propose()
         batch = self._scheduler.plan()
         if batch is None:
             return False
@@ -319,6 +322,7 @@ class Engine:
             return
         self._faults = 0
         tokens = 0
+        places = 1 + self.options.drafted if any(row.drafted for row in batch.rows) else 1  # that a row draws at
         for index, row in enumerate(batch.rows):
             choice = row.sequence.owner
             if not row.valid:
@@ -326,15 +330,37 @@ class Engine:
             if batch.kind == "score":
                 choice.score(row, result, index)
             elif row.draws:
-                tokens += 1
-                self._take(choice, row, result, index)
+                tokens += self._take_all(choice, row, result, index * places)
         self._totals["steps"] += 1
         read = sum(row.count for row in batch.rows) if batch.kind != "decode" else tokens
         self._observe("stepped", batch.kind, time.monotonic() - step.began, read)
 
-    def _take(self, choice: Choice, row, drawn, index: int) -> None:
+    def _propose(self) -> None:
+        """Tokens that may come next, for the sequences that draw one."""
+        if self.options.speculation == "none":
+            return
+        for sequence in self._scheduler.running:
+            room = sequence.most - sequence.length - 1
+            ready = not (sequence.reads or sequence.pending)
+            most = min(self.options.drafted, room) if ready else 0
+            sequence.draft = sequence.owner.propose(most) if most > 0 else []
+
+    def _take_all(self, choice: Choice, row: Row, drawn, first: int) -> int:
+        """What a row drew, from the place `first` on, with the proposals that were right; the number of tokens."""
+        tokens = accepted(row.drafted, drawn.tokens_B[first : first + 1 + len(row.drafted)].tolist())
+        self._totals["drafted_tokens"] += len(row.drafted)
+        self._totals["accepted_tokens"] += len(tokens) - 1
+        self._scheduler.drew(row, tokens[:1])
+        self._take(choice, drawn, first)
+        for place, token in enumerate(tokens[1:], first + 1):
+            if row.sequence.ended:
+                break
+            self._scheduler.grew(row.sequence, token)
+            self._take(choice, drawn, place)
+        return len(tokens)
+
+    def _take(self, choice: Choice, drawn, index: int) -> None:
         token = int(drawn.tokens_B[index])
-        self._scheduler.drew(row, [token])
         try:
             piece = choice.take(token, drawn, index)
         except Exception as error:
@@ -424,7 +450,8 @@ class Engine:
             sequence = Sequence(
                 list(request.prompt), most, shares=request.sampling.prompt_logprobs is None or index > 0,
                 scored=request.sampling.prompt_logprobs is not None and index == 0 and tokens > 1,
-                after=choices[0].sequence if choices else None, waits=matcher is not None,
+                after=choices[0].sequence if choices else None,
+                waits=matcher is not None or self.options.speculation != "none",
             )  # fmt: skip
             own = matcher and matcher.copy()
             choices.append(Choice(request, index, listener, sequence, self.tokenizer, own))

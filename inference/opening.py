@@ -5,7 +5,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from checkpoint.digests import MANIFEST
 from checkpoint.huggingface.load import load as load_pretrained
 from checkpoint.huggingface.opened import SMALL_FILES, open_pretrained
 from checkpoint.store import CheckpointStore, Restored
+from compress.folder import read_forms
 from config.compose import load, load_run, overridden
 from config.layout import model_requirements
 from config.pretrained import FROM
@@ -26,7 +27,8 @@ from data.chat import ChatTemplate, open_chat
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from inference.generate import trained_reach
 from inference.options import GROUPS
-from model.specs import Specs
+from model.forms import Forms
+from model.specs import Specs, map_specs
 from model.transformer import Description, describe
 from parallel.mesh import MeshConfig, make_mesh, resolve
 from runtime.config import RuntimeConfig
@@ -59,6 +61,7 @@ class Found:
     config: Config  # its mesh and runtime are those of this program, not of the training
     tokenizer: Tokenizer
     begin: tuple[int, ...] = ()  # tokens that the model wants before every text
+    forms: Forms = field(default_factory=dict)  # of its parameters, where it is compressed
 
     @property
     def reach(self) -> int:
@@ -78,7 +81,7 @@ class Found:
             raise ValueError(f"mesh.pipe={config.mesh.pipe}: stages are for training; use data, fsdp, expert or tensor")
         mesh = make_mesh(resolve(config.mesh, jax.device_count(), model_requirements(config.model)))
         with jax.set_mesh(mesh):
-            description = describe(config.model)
+            description = describe(config.model, forms=self.forms)
             read = read_weights(self.path, description, mesh, jnp.dtype(config.train.param_dtype), step)
         dtype = jnp.dtype(config.train.compute_dtype_on(jax.default_backend()))
         shared = self.path, config, self.tokenizer, mesh, description
@@ -103,7 +106,8 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
     config = overridden(replace(config, mesh=MeshConfig(), runtime=alone), list(overrides), groups)
     tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
     trained_here = directory.config.exists() and not directory.imported.exists()  # runs are trained without
-    return Found(directory.path, config, tokenizer, () if trained_here else tuple(tokenizer.begin_ids))
+    begin = () if trained_here else tuple(tokenizer.begin_ids)
+    return Found(directory.path, config, tokenizer, begin, read_forms(directory.path))
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:
@@ -122,7 +126,7 @@ class Weights(NamedTuple):
 def read_weights(
     path: Path, description: Description, mesh: Mesh, dtype: jnp.dtype, step: str | int = NEWEST
 ) -> Weights:
-    """The parameters of what lies at a path, straight onto the mesh.
+    """The parameters of what lies at a path, straight onto the mesh. `description` is of what they are there.
 
     step: of a run its checkpoint: last, best or a number. Raises ValueError or OSError for what the user can mend.
     """
@@ -130,12 +134,15 @@ def read_weights(
         opened = open_pretrained(path)
         return Weights(load_pretrained(opened, description, mesh, dtype), None, opened.fingerprint())
     config = load_run(path)
+    if read_forms(path) and not description.forms:
+        raise ValueError(f"{path} is compressed, and codes are not trained: begin from what it was made of")
     stored = jnp.dtype(config.train.param_dtype)
     with closing(CheckpointStore(Path(config.checkpoint.dir or path / "checkpoints"), config.checkpoint)) as store:
         restored = restore(store, step, abstract_params(stored, description, mesh), description.specs)
     params = restored.state["params"]
     if stored != dtype:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        own = map_specs(lambda spec: spec.dtype is not None, description.specs)
+        params = jax.tree.map(lambda p, own: p if own else p.astype(dtype), params, own)
     return Weights(params, restored.step, _digest(restored))
 
 
@@ -176,8 +183,9 @@ def chat_of(path: Path) -> ChatTemplate:
 
 def abstract_params(dtype: jnp.dtype, description: Description, mesh: Mesh) -> dict:
     """The part of a training state that a model's user needs, with its layout on the mesh."""
-    leaf = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
-    return {"params": jax.tree.map(leaf, description.shapes, description.shardings(mesh))}
+    stored = map_specs(lambda spec: spec.dtype or dtype, description.specs)
+    leaf = lambda shape, sharding, dtype: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+    return {"params": jax.tree.map(leaf, description.shapes, description.shardings(mesh), stored)}
 
 
 def restore(store: CheckpointStore, step: str | int, abstract: dict, specs: Specs) -> Restored:

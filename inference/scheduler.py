@@ -133,6 +133,12 @@ class Scheduler:
         sequence.computed += len(tokens) - 1
         self._name_full(sequence)
 
+    def grew(self, sequence: Sequence, token: int) -> None:
+        """A proposal was right: its keys and values are in the cache, and the token after it is known."""
+        sequence.tokens.append(token)
+        sequence.computed += 1
+        self._name_full(sequence)
+
     # ---- beginning ----
 
     def _begin(self) -> list[Sequence]:

@@ -33,18 +33,26 @@ class Embedding(nnx.Module):
         self.padded = specs["weight"].shape[0] > config.vocab_size
         self.weight = param(specs["weight"])
 
+    def table(self, dtype) -> jax.Array:
+        """All rows, (V, D)."""
+        return cast_and_gather(self.weight, dtype)
+
+    def look_up(self, rows_BT: jax.Array, dtype) -> jax.Array:
+        """These rows, x_BTD; for a row that is not there, some other."""
+        # pinned also for the backward pass: the table's gradient is summed where the tokens are, then scattered
+        return jnp.take(shard(self.table(dtype), "vocab", "width"), rows_BT, axis=0, mode="clip")
+
     def embed(self, tokens_BT: jax.Array, dtype) -> jax.Array:
         """The tokens' rows, x_BTD."""
-        # pinned also for the backward pass: the table's gradient is summed where the tokens are, then scattered
-        table_VD = shard(cast_and_gather(self.weight, dtype), "vocab", "width")
-        rows_BT = tokens_BT - first_row(table_VD.shape[0])
-        here_BT = (rows_BT >= 0) & (rows_BT < table_VD.shape[0])
-        x_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, rows_BT, axis=0, mode="clip"), 0)
+        rows = self.weight.shape[0]
+        rows_BT = tokens_BT - first_row(rows)
+        here_BT = (rows_BT >= 0) & (rows_BT < rows)
+        x_BTD = jnp.where(here_BT[..., None], self.look_up(rows_BT, dtype), 0)
         return shard(sum_over_stages(x_BTD), "batch", "residual", "width")
 
     def rows(self, dtype, bias: nnx.Param | None = None) -> VocabularyRows:
         """All rows, with the bias of their logits if there is one; inside a pipeline those of this stage."""
-        table_VD = cast_and_gather(self.weight, dtype)
+        table_VD = self.table(dtype)
         rows = table_VD.shape[0]
         bias_V = None if bias is None else cast_and_gather(bias, jnp.float32)
         return VocabularyRows(table_VD, first_row(rows) + jnp.arange(rows, dtype=jnp.int32), bias_V)

@@ -144,7 +144,7 @@ class MixtureOfExperts(nnx.Module):
             shard(experts_BTJ, "batch", "tokens", None),
             shard(weights_BTJ, "batch", "tokens", None),
             [m.matrix(x_BTD.dtype) for m in stacks],
-            [m.weight.axes[-3:] for m in stacks],
+            [m.axes for m in stacks],
             expert,
             capacity=capacity,
         )

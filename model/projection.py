@@ -1,6 +1,7 @@
 """The one door through which tokens meet the weights of a block: what replaces it changes how all matrices are kept.
 
-Adapters, quantised weights and other formats are classes with the two methods of `Projection`, put in its place.
+Adapters, quantised weights and other formats are classes with the two methods of `Projection`, put in its place (see
+model/forms.py).
 """
 
 import jax
@@ -10,13 +11,22 @@ from flax import nnx
 from model import low_precision
 from model.matmul import add_bias, project
 from model.platforms import choices
-from model.specs import ParameterSpec, Specs
+from model.specs import LAYERS, ParameterSpec, Specs
 from parallel.sharding import cast_and_gather
 
 
 def param(spec: ParameterSpec) -> nnx.Param:
     """The place of a parameter in a module, filled when the module is bound to arrays."""
-    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), axes=spec.axes)
+    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype or jnp.float32), axes=spec.axes)
+
+
+def biased(y: jax.Array, bias: nnx.Param | None, *, frozen: bool = False) -> jax.Array:
+    """y (B, T, ...out) plus a bias (...out), if there is one, in y's dtype. A frozen one has no gradient."""
+    if bias is None:
+        return y
+    bias = cast_and_gather(bias, jnp.float32)  # its gradient is a sum over all tokens, wanted in float32
+    bias = jax.lax.stop_gradient(bias) if frozen else bias
+    return add_bias(y, bias) if choices().narrow_bias else (y + bias).astype(y.dtype)
 
 
 class Projection(nnx.Module):
@@ -28,6 +38,11 @@ class Projection(nnx.Module):
         self.bias = param(specs["bias"]) if "bias" in specs else None
         self.matmul_dtype, self.frozen_bias = matmul_dtype, frozen_bias
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the dims of one layer's weight."""
+        return tuple(name for name in self.weight.axes if name != LAYERS)
+
     def matrix(self, dtype) -> jax.Array:
         """The weight as a matmul in `dtype` needs it: for weights that are not multiplied with all tokens alike."""
         return cast_and_gather(self.weight, dtype)
@@ -35,9 +50,4 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product in x's dtype."""
         multiply = low_precision.dot if self.matmul_dtype == "float8" else project
-        y = multiply(x, self.matrix(x.dtype))
-        if self.bias is None:
-            return y
-        bias = cast_and_gather(self.bias, jnp.float32)  # its gradient is a sum over all tokens, wanted in float32
-        bias = jax.lax.stop_gradient(bias) if self.frozen_bias else bias
-        return add_bias(y, bias) if choices().narrow_bias else (y + bias).astype(y.dtype)
+        return biased(multiply(x, self.matrix(x.dtype)), self.bias, frozen=self.frozen_bias)

@@ -44,6 +44,7 @@ class ParameterSpec:
     contracted: tuple[int, ...] = ()  # the dims that a token's vector is multiplied with; none: a vector or a table
     batch: tuple[int, ...] = ()  # dims that number matrices, each drawn from a key of its own: layers, experts
     rows: int | None = None  # of a table whose last rows are padding: the rows before, which are no padding
+    dtype: str | None = None  # of what is kept so whatever floats are kept in: codes of quantised matrices
 
     @property
     def is_matrix(self) -> bool:

@@ -1,7 +1,7 @@
 """The decoder stack: embedding, scanned blocks, final norm, head."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import jax
@@ -13,6 +13,7 @@ from model import parametrization
 from model.attention_kernels import is_kernel
 from model.attention_rule import TokenInfo
 from model.config import MASKED_LM, ModelConfig
+from model.forms import Forms, of_block, put_in, with_forms
 from model.heads import Embedding, VocabularyRows
 from model.initialise import draw_all
 from model.kv_cache import Cache
@@ -22,7 +23,7 @@ from model.platforms import choices
 from model.projection import Projection, param
 from model.rotary import rope_angles
 from model.saved import stackable
-from model.specs import Specs, map_specs, parameter_specs
+from model.specs import LAYERS, Specs, map_specs, parameter_specs
 from parallel.sharding import cast_and_gather, parameter_sharding, shard, splits
 
 policies = jax.checkpoint_policies
@@ -267,21 +268,23 @@ class Description:
     specs: Specs  # a ParameterSpec for each parameter, those of layers stacked
     slots: tuple[int, ...]  # the layer in each row of the stacked layers; -1: a row of zeros
     context_style: str  # ring | ulysses | gather: how attention crosses the context axis
+    forms: Forms = field(default_factory=dict)  # what stands in the place of some parts; `specs` has their parameters
 
     @cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The modules without their parameters."""
-        return nnx.graphdef(Transformer(self.config, self.specs, self.context_style))
+        return nnx.graphdef(put_in(Transformer(self.config, self.specs, self.context_style), self.specs, self.forms))
 
     @cached_property
     def block(self) -> nnx.GraphDef:
         """The modules of one layer."""
-        return nnx.graphdef(Block(self.config, self.specs["layers"]))
+        specs = self.specs[LAYERS]
+        return nnx.graphdef(put_in(Block(self.config, specs), specs, of_block(self.forms)))
 
     @cached_property
     def shapes(self) -> dict:
-        """A ShapeDtypeStruct for each parameter, float32."""
-        return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), self.specs)
+        """A ShapeDtypeStruct for each parameter, float32 but for those of forms that have a dtype of their own."""
+        return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype or jnp.float32), self.specs)
 
     def shardings(self, mesh: Mesh) -> dict:
         """The NamedSharding of each parameter."""
@@ -296,11 +299,14 @@ class Description:
         return nnx.merge(self.graphdef, self.shapes | params)
 
 
-def describe(config: ModelConfig, slots: tuple[int, ...] | None = None, context_style: str = "ring") -> Description:
+def describe(
+    config: ModelConfig, slots: tuple[int, ...] | None = None, context_style: str = "ring", forms: Forms | None = None
+) -> Description:
     """The Description of a model on the mesh in context; nothing is allocated.
 
     `slots` is the layer in each row of the stacked layers, as a pipeline wants them; by default 0, 1, 2 ...
     """
     slots = tuple(range(config.layers)) if slots is None else slots
     specs = parameter_specs(config, vocab_parts=splits("vocab", stored=True), rows=len(slots))
-    return Description(config, specs, slots, context_style)
+    forms = forms or {}
+    return Description(config, with_forms(specs, forms), slots, context_style, forms)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from model.forms import of_block, put_in
 from model.heads import Embedding
 from model.kv_cache import Cache
 from model.matmul import project_by_output
@@ -49,7 +50,8 @@ def unstack(description: Description, params: dict, mesh: Mesh, dtype) -> tuple[
     in `dtype`, and as the platform likes them.
     """
     specs = map_specs(lambda spec: spec.of_one_layer(), description.specs[LAYERS])
-    graphdef = nnx.graphdef(_turned(Block(description.config, specs), specs))
+    block = put_in(Block(description.config, specs), specs, of_block(description.forms))
+    graphdef = nnx.graphdef(_turned(block, specs))
 
     def of_layer(stacked, row):
         block = nnx.merge(description.block, jax.tree.map(lambda p: p[row], stacked))
@@ -106,6 +108,6 @@ def run(
 def _in_dtype(module: nnx.Module, dtype) -> nnx.Module:
     """The module with those of its parameters in `dtype` that it would cast to it when it computes."""
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, Projection | Embedding) and isinstance(part.weight.get_value(), jax.Array):
+        if type(part) in (Projection, Embedding) and isinstance(part.weight.get_value(), jax.Array):
             part.weight.set_value(cast_and_gather(part.weight, dtype))
     return module

@@ -20,6 +20,8 @@ PARAMETER_AXES = {
     "types": (),  # kinds of tokens: two rows
     "features": (),  # the outputs of a head's own matrix, which a norm or a token's vector needs whole
     "norm": (),  # vectors: too small to be worth a gather
+    "width_groups": ("fsdp",),  # of a quantised matrix: groups of inputs, or codes that share a byte, as the inputs
+    "ffn_groups": ("tensor",),
     "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.run.slots
 }
 
@@ -33,9 +35,11 @@ ACTIVATION_AXES = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
+    "width_groups": (),
+    "ffn_groups": ("tensor",),
     "experts": ("expert",),  # of the matrices that a dispatch is handed
     "vocab": ("tensor",),
 }
 
 # Dims that stay whole, instead of being refused, when the mesh does not divide them.
-REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads", "layers"})
+REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads", "layers", "width_groups", "ffn_groups"})

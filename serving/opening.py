@@ -61,4 +61,5 @@ def open_service(options: argparse.Namespace) -> "Service":
         chat = None
     engine = Engine(opened, cut, draft)
     engine.start()
-    return Service(engine, options.name or found.path.stem, opened.digest, chat, found.begin)
+    end = found.tokenizer.end_ids if engine.encoder else ()  # an encoder reads whole texts
+    return Service(engine, options.name or found.path.stem, opened.digest, chat, found.begin, end)

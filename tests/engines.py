@@ -46,6 +46,7 @@ MODELS = {
 REACH = 80  # tokens of the longest sequence
 NEW = 24  # tokens of the longest text
 ROWS = 8  # prompts of one call of the reference
+TIE = 5e-5  # of logits about 1 in float32
 
 
 @functools.cache
@@ -64,16 +65,33 @@ def opened(model: str, mesh: tuple[tuple[str, int], ...] = ()) -> Opened:
 
 
 def references(opened: Opened, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    """NEW greedy tokens of each prompt, by `generate`, in calls of one shape."""
+    """The greedy tokens of each prompt by `generate`, in calls of one shape: NEW, or those before the first tie.
+
+    Where the two likeliest tokens are a rounding error apart, either is right, and what follows depends on it.
+    """
     texts = []
+    sample = SampleConfig(tokens=NEW, temperature=0.0)
     with jax.set_mesh(opened.mesh):
         for start in range(0, len(prompts), ROWS):
             part = [list(prompt) for prompt in prompts[start : start + ROWS]]
-            part += [[1] * (REACH - NEW)] * (ROWS + 1 - len(part))  # one of full length, so that all calls are alike
-            texts += generate(opened.description, opened.params, part, SampleConfig(tokens=NEW, temperature=0.0))[
-                : len(prompts[start : start + ROWS])
-            ]
+            part += [[1] * (REACH - NEW)] * (ROWS - len(part) % ROWS)  # of full length, so that all calls are alike
+            part = (part + [[1] * (REACH - NEW)] * ROWS)[: 2 * ROWS]
+            new = generate(opened.description, opened.params, part, sample)
+            tokens_BT = np.zeros((len(part), REACH), np.int32)
+            for row, (prompt, text) in enumerate(zip(part, new, strict=True)):
+                tokens_BT[row, : len(prompt) + NEW] = prompt + text
+            gaps_BT = np.asarray(_gaps(opened.description.bind(opened.params), tokens_BT))
+            for row, prompt in enumerate(prompts[start : start + ROWS]):
+                close = gaps_BT[row, len(prompt) - 1 :][:NEW] < TIE
+                texts.append(new[row][: close.argmax() if close.any() else NEW])
     return texts
+
+
+@jax.jit
+def _gaps(model, tokens_BT):
+    """How far the likeliest token after each one is before the second."""
+    top_BT2, _ = jax.lax.top_k(model.logits(model(tokens_BT)[0]), 2)
+    return top_BT2[..., 0] - top_BT2[..., 1]
 
 
 class Heard:

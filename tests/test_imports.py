@@ -16,11 +16,13 @@ ALLOWED = {
     "performance": {"model", "parallel", "runtime", "training.config"},  # what a program costs; settings of a step
     "training": {"performance", "model", "parallel", "runtime", "data"},
     "checkpoint": {"model", "parallel", "runtime"},
+    # models made small, of what lies below them: what opens a model reads its forms, and so lies above
+    "compress": {"checkpoint", "data", "model", "parallel", "runtime"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
     "inference": {"checkpoint.config", "data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # a run's model for the programs that use it: it reads what training wrote
     "inference/opening.py": {
-        *("checkpoint", "config", "data.tokenizer", "model", "parallel", "runtime"),
+        *("checkpoint", "compress.folder", "config", "data.tokenizer", "model", "parallel", "runtime"),
         *("data.chat", "tracking.run_directory", "training.job", "training.state"),
     },
     # models behind an address: it opens one, gives it to the engine and guards the way there
@@ -64,6 +66,7 @@ ENTRY_POINTS = {
     "parallel/pipeline/__main__.py",
     "inference/__main__.py",
     "checkpoint/huggingface/__main__.py",
+    "compress/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",
     "serving/__main__.py",

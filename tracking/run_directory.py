@@ -51,6 +51,11 @@ class RunDirectory:
         """Where the weights came from, in a directory that holds nothing but imported ones."""
         return self.path / "imported.json"
 
+    @property
+    def compressed(self) -> Path:
+        """How the parameters were compressed, in a directory that holds nothing but a compressed model."""
+        return self.path / "compressed"
+
     def files(self, checkpoints: Path) -> dict[str, Path]:
         """What there is for a person to look at, by what it holds."""
         written = {"metrics": self.metrics, "checkpoints": checkpoints, "config": self.config, "log": self.log}
@@ -59,8 +64,10 @@ class RunDirectory:
     def holds_results(self) -> bool:
         """Whether a run has got anywhere here; one that ended at its first mistake leaves a config.yaml only.
 
-        Raises ValueError where imported weights lie here, which are no run.
+        Raises ValueError where imported or compressed weights lie here, which are no run.
         """
+        if self.compressed.exists():
+            raise ValueError(f"{self.path} holds a compressed model, which is no run: set another run.dir")
         if self.imported.exists():
             raise ValueError(f"{self.path} holds imported weights: begin a run from them with model.from={self.path}")
         return self.metrics.exists() or (self.path / "checkpoints").exists()

@@ -27,6 +27,7 @@ from checkpoint.huggingface.export import export
 from checkpoint.huggingface.load import load
 from checkpoint.huggingface.opened import SMALL_FILES, open_pretrained
 from checkpoint.store import CheckpointStore
+from compress.forms import dense
 from config import compose
 from config.layout import model_requirements
 from config.pretrained import FROM
@@ -102,7 +103,8 @@ def export_weights(options: argparse.Namespace) -> None:
         written |= {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.tokenizer.eos_id}
     texts.setdefault("generation_config.json", json.dumps(eos | {"do_sample": True}, indent=2) + "\n")
     with jax.set_mesh(model.mesh):
-        size = export(options.folder, model.config.model, written, model.params, dtype, texts)
+        params = dense(model.description, model.params) if found.forms else model.params
+        size = export(options.folder, model.config.model, written, params, dtype, texts)
     seconds = time.perf_counter() - began
     said = f"{written['model_type']}, {size / 1e9:.2f} GB of {dtype}"
     print(f"{options.folder}: {said} in {seconds:.1f} s", file=sys.stderr)

@@ -201,8 +201,9 @@ class Door:
         text = getattr(room.request.state, "audited_text", None) if self.texts else None
         counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "status": status, "text": text}
         told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model or None, **counts)
-        ran = status < 500 or prompt_tokens + new_tokens > 0
-        await asyncio.shield(self._run(lambda: self._settle(room.taken, prompt_tokens + new_tokens, ran, told)))
+        ran = status < 500 or new_tokens > 0  # else the server had no room for it, or failed: it costs nothing
+        used = prompt_tokens + new_tokens if ran else 0
+        await asyncio.shield(self._run(lambda: self._settle(room.taken, used, ran, told)))
 
     def _settle(self, taken: Taken, used: int, ran: bool, told: Mapping) -> None:
         self.chain.note(told)

@@ -113,7 +113,7 @@ class Exchange:
         if isinstance(piece, Encoded):
             self._left[number] = 0
             if piece.error is not None:
-                raise self._failed(piece.error)
+                raise self._aborted() if piece.error == "aborted" else self._failed(piece.error)
             return number, piece
         self.new_tokens += len(piece.tokens)
         self.cached_tokens += piece.cached_tokens

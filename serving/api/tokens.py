@@ -6,7 +6,6 @@ from serving.access.gate import Caller, needs
 from serving.api.answers import Text, TokenizerInfo, Tokens
 from serving.api.bodies import DetokenizeBody, TokenizeBody
 from serving.api.messages import read_messages
-from serving.api.prompts import bound
 from serving.api.routes import READS, SENDS, ends, service_of
 from serving.api.sending import answer
 from serving.body import body_of
@@ -21,7 +20,7 @@ async def tokenize(
     caller: Caller = Depends(needs("tokens")),  # noqa: B008
     body: TokenizeBody = Depends(body_of(TokenizeBody)),  # noqa: B008
 ):
-    """The tokens of a prompt or of a chat, as the model would read them. No special token comes out of a text."""
+    """The tokens of a prompt, however long, or of a chat, as the model would read them. A text has no special ones."""
     service = service_of(request)
     service.require(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -29,7 +28,6 @@ async def tokenize(
     if body.messages is not None:
         ids = await read_messages(service, body.messages, generation_prompt=body.add_generation_prompt is not False)
     else:
-        bound(service, [body.prompt], "prompt")
         ids = await service.in_thread(len(body.prompt), lambda: service.tokenizer.encode(body.prompt).tolist())
         if body.add_special_tokens is not False:
             ids = [*service.begin, *ids, *service.end]

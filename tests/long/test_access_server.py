@@ -14,7 +14,7 @@ import urllib.request
 
 import pytest
 import trustme
-from replicas import ROOT, TESTS, Postgres, environment, server
+from replicas import ROOT, TESTS, Postgres, environment, free_port, server
 
 from serving.access.opening import open_state
 
@@ -237,6 +237,29 @@ def test_kill_9_in_the_midst_leaves_a_right_audit_and_the_next_start_goes_on(sta
     altered = b'"decision":"allow"' in lines[0]
     assert (done.returncode, f"{files[0]}:1: altered" in done.stdout) == ((3, True) if altered else (0, False)), done
     assert open_state(state).keys.find(key)
+
+
+def test_the_documents_examples_run_as_written(tmp_path):
+    """docs/access.md in one shell, in order, from an empty home."""
+    (tmp_path / "config.json").write_text("{}")
+    shim = tmp_path / "python"
+    fake = f'shift 3; exec {sys.executable} {TESTS}/guarded_server.py {tmp_path} "$@"'
+    shim.write_text(f'#!/bin/sh\nif [ "$3" = runs/mine ]; then {fake}; fi\nexec {sys.executable} "$@"\n')
+    shim.chmod(0o755)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "access.md").read_text(), re.DOTALL)
+    port = free_port()
+    script = "\n".join(blocks).replace("8000", str(port))
+    wait = f"until curl -s http://127.0.0.1:{port}/livez; do sleep 0.2; done\n"
+    first, rest = script.split("\n", 1)
+    env = environment(HOME=str(tmp_path), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    script = f"set -e\n{first}\n{wait}{rest}\nkill %1; wait %1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done
+    said = done.stdout
+    assert "text_completion" in said
+    assert "Authorization: Bearer im-" in said
+    assert "as they were written" in said
+    assert "analyst" in said
 
 
 def _quietly(address: str, key: str, body: dict) -> None:

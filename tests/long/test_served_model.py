@@ -24,7 +24,7 @@ WINDOW, LIMIT, TOKENS = 512, 4, 24
 TASKS = ("cloze", "common_sense", "grammar", "opposites", "capitals", "arithmetic", "patterns")
 QUESTION = "What is the capital of France?"
 CHAT = [{"role": "user", "content": QUESTION}]
-CUT = ("--max-length", str(WINDOW), "--max-running", "4", "--chunk", "64", "--name", "smollm2")
+CUT = ("--max-length", str(WINDOW), "--max-running", "2", "--chunk", "64", "--name", "smollm2")
 # these programs are to run as fast as for a user: the flags of the tests are for compiling
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 

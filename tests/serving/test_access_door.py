@@ -132,6 +132,14 @@ def test_what_was_not_generated_is_given_back(server):
     assert server.complete(key, "the mesh", 0).status == 429
 
 
+def test_what_the_server_has_no_room_for_costs_nothing(server):
+    key = server.key(limits={"requests_a_minute": 1, "tokens_a_minute": 50})
+    server.engine.max_waiting = 0
+    assert [server.complete(key, "the mesh", 30).status for _ in range(3)] == [503] * 3
+    server.engine.max_waiting = 256
+    assert [server.complete(key, "the mesh", 30).status for _ in range(2)] == [200, 429]
+
+
 def test_limits_of_a_role_together(server):
     keys = [server.key("two") for _ in range(3)]
     assert sorted(server.complete(key).status for key in keys) == [200, 200, 429]

@@ -1,16 +1,20 @@
 """Roles: what no line allows is refused, on every route that there is."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from doubles import EngineDouble
 
+from serving import __main__ as serving
 from serving.access import routes
 from serving.access.gate import PERMISSIONS, PUBLIC
 from serving.access.limits import Limits
 from serving.access.policy import ROLES, Policy, allows
 from serving.app import create_app, permission_of
 from serving.service import Service
+
+ROOT = Path(__file__).parents[2]
 
 
 def policy(text: str) -> Policy:
@@ -41,6 +45,11 @@ def test_a_route_without_a_permission_is_refused():
     forgetful.get("/secrets")(lambda: "all of them")
     with pytest.raises(ValueError, match="/secrets does not say who may use it"):
         create_app(Service(EngineDouble(), "double", "d0"), None, [forgetful])
+
+
+def test_the_documents_matrix_is_the_one_in_force(tmp_path, capsys):
+    assert serving.main(["keys", "roles", "--state", str(tmp_path)]) == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "access.md").read_text()
 
 
 def test_the_four_roles():

