@@ -100,7 +100,7 @@ class Chaos:
         (told,) = control.ask(self.place, command="show")
         return told["replicas"]
 
-    async def until_ready(self, seconds: float = 300.0) -> None:
+    async def until_ready(self, seconds: float = 900.0) -> None:
         """All replicas are ready, and haproxy knows it."""
         async with asyncio.timeout(seconds):
             while not all(each["state"] == "ready" for each in self.replicas()) or not all(self.up(n) for n in (1, 2)):
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
 
         async def whole() -> None:
-            async with asyncio.timeout(300):
+            async with asyncio.timeout(900):
                 while not (chaos.place / control.SOCKET).exists():
                     assert process.poll() is None, f"the cluster ended: see {folder / 'cluster.log'}"
                     await asyncio.sleep(0.1)
