@@ -7,8 +7,10 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 from inference.drawing import Drawn, Slots, slot_values
+from inference.grammar import Matcher
 from inference.requests import Listener, Piece, Request, TokenLogprob
 from inference.scheduler import Row, Sequence
+from inference.speculation import NgramProposer, may_speculate
 from inference.step import Scores
 from inference.text import Text
 
@@ -35,14 +37,19 @@ class Observer:
 class Choice:
     """A sequence of the scheduler with the request that it belongs to."""
 
-    def __init__(self, request: Request, index: int, listener: Listener, sequence: Sequence, tokenizer: Tokenizer):
+    def __init__(
+        self, request: Request, index: int, listener: Listener, sequence: Sequence, tokenizer: Tokenizer,
+        matcher: Matcher | None = None,
+    ):  # fmt: skip
         self.request, self.index, self.listener, self.sequence = request, index, listener, sequence
         sequence.owner = self
         sampling = request.sampling
         self.came = time.monotonic()
         self._text = Text(tokenizer, request.prompt, sampling)
         self._ends = set(sampling.stop_ids)
-        self._eos = None if sampling.ignore_eos else tokenizer.eos_id
+        self._matcher, self._mask = matcher, None if matcher is None else matcher.mask()
+        self._eos = None if sampling.ignore_eos and matcher is None else tokenizer.eos_id
+        self.look_up = NgramProposer() if may_speculate(sampling) else None  # None: nothing is proposed
         self._cached: int | None = None  # tokens found in the cache when it began
         self._told = False  # whether there was a first piece
         self._scores: list[TokenLogprob | None] = [None]
@@ -64,7 +71,7 @@ class Choice:
 
     def mask(self) -> np.ndarray | None:
         """Words of the tokens that a grammar allows next; None without a grammar."""
-        return None
+        return self._mask
 
     def score(self, row: Row, scores: Scores, index: int) -> None:
         """Takes the log-probabilities of the tokens after those of a row."""
@@ -82,6 +89,8 @@ class Choice:
             return self.end("length")
         if token == self._eos or token in self._ends:
             return self.end("stop", stopped_by=token if token in self._ends else None)
+        if self._matcher is not None and not self._matcher.advance(token):
+            raise ValueError("the token that was drawn does not fit the grammar")
         text, stopped_by = self._text.push([token])
         logprobs = ()
         if (wanted := sampling.logprobs) is not None:
@@ -90,8 +99,11 @@ class Choice:
         what = {"tokens": (token,), "logprobs": logprobs}
         if stopped_by is not None:
             return self._piece(text, finish="stop", stopped_by=stopped_by, **what)
+        if self._matcher is not None and self._matcher.finished:
+            return self.end("stop", before=text, **what)
         if len(sequence.tokens) >= sequence.most:
             return self.end("length", before=text, **what)
+        self._mask = None if self._matcher is None else self._matcher.mask()
         return self._piece(text, **what)
 
     def end(self, finish: str, *, before: str = "", stopped_by: int | str | None = None, **what) -> Piece:

@@ -20,11 +20,15 @@ import numpy as np
 from inference.cache import Blocks
 from inference.choice import Choice, Observer
 from inference.compilations import Compilations
+from inference.encoder import EncodeQueue, Encoder, encoded
 from inference.engine_options import EngineOptions
 from inference.generate import check, trained_reach
+from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
-from inference.requests import Busy, EncodeRequest, EngineState, Listener, Request
-from inference.scheduler import Batch, Scheduler, Sequence
+from inference.proposals import Proposals
+from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
+from inference.scheduler import Batch, Row, Scheduler, Sequence
+from inference.speculation import accepted
 from inference.step import Programs
 
 log = logging.getLogger("isomesh.inference")
@@ -65,6 +69,9 @@ class Engine:
             )
         self.observer = Observer()
         self._opened, self._programs, self._scheduler = opened, None, None
+        self._encoder = Encoder(opened, options.max_running, self.reach) if self.encoder else None
+        self._encodes = EncodeQueue()
+        self._proposals = Proposals(options, opened, self.reach, draft)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._ids: dict[str, list[Choice]] = {}  # of requests that have not ended
@@ -74,6 +81,7 @@ class Engine:
         self._state = EngineState()
         self._totals, self._finished = Counter(), Counter()
         self._compilations = Compilations()
+        self._grammars, self._making_grammars = None, threading.Lock()
         self._seeds = itertools.count(time.time_ns())
         self._thread: threading.Thread | None = None
         self._faults = 0
@@ -103,19 +111,21 @@ class Engine:
 
     def submit(self, request: Request | EncodeRequest, listener: Listener) -> None:
         """Takes a request. Raises ValueError for what cannot be answered, Busy where the queue is full or closed."""
-        choices = self._choices(request, listener)
+        choices = self._choices(request, listener) if isinstance(request, Request) else []
+        if not choices:
+            self._check_encode(request)
         with self._changed:
+            if request.id in self._ids:
+                raise ValueError(f"request {request.id} is there already")
             if self._draining or self._stopping:
                 raise Busy("the engine takes no new requests: it is stopping", retry_after=1.0)
             waiting = self._state.waiting + self._waiting
-            if waiting + len(choices) > self.options.max_waiting:
+            if waiting + max(1, len(choices)) > self.options.max_waiting:
                 wait = min(60.0, max(1.0, waiting * self._seconds_a_choice / self.options.max_running))
                 raise Busy(f"{waiting} choices are waiting, and at most {self.options.max_waiting} may", wait)
-            if request.id in self._ids:
-                raise ValueError(f"request {request.id} is there already")
             self._ids[request.id] = choices
-            self._waiting += len(choices)
-            self._tell(lambda: self._enqueue(choices))
+            self._waiting += max(1, len(choices))
+            self._tell(lambda: self._enqueue(choices) if choices else self._enqueue_encode(request, listener))
 
     def abort(self, id: str) -> None:
         """Ends a request, whatever it does; nothing happens where there is none of this id."""
@@ -145,6 +155,8 @@ class Engine:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
         return not left
 
     # ---- the engine thread ----
@@ -153,7 +165,20 @@ class Engine:
         opened, options = self._opened, self.options
         blocks = -(-self.cache_tokens // options.block)
         self._compilations.listen()
-        self._programs = Programs(opened, options.max_running, blocks, options.block, self.reach, options.chunk)
+        self._in_flight: deque[InFlight] = deque()
+        self._lookahead = 0 if opened.mesh.devices.flat[0].platform == "cpu" else 1
+        if self._encoder is not None:
+            self._scheduler = Scheduler(Blocks(0, options.block, False), 0, options.chunk)
+            self._encoder.compile()
+            self._encoder.run([[0]])
+            self._compilations.begin()
+            self._publish(ready=True)
+            return
+        self._programs = Programs(
+            opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype,
+            drafted=0 if options.speculation == "none" else options.drafted,
+        )  # fmt: skip
+        self._proposals.warm_up(blocks)
         self._opened = replace(opened, params={})  # they lie in the programs now
         self._scheduler = Scheduler(
             Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
@@ -161,8 +186,6 @@ class Engine:
         )  # fmt: skip
         self._programs.compile()
         self._compilations.begin()
-        self._lookahead = 0 if opened.mesh.devices.flat[0].platform == "cpu" else 1
-        self._in_flight: deque[InFlight] = deque()
         self._publish(ready=True)
 
     def _loop(self) -> None:
@@ -182,6 +205,9 @@ class Engine:
             log.exception("the engine's thread ended")
             for choice in [c for choices in list(self._ids.values()) for c in choices]:
                 self._finish(choice, "error", error="the engine has failed")
+            while self._encodes:
+                for request, listener in self._encodes.take(self._encoder):
+                    self._answer(request.id, listener, "error", Encoded(error="the engine has failed"))
             raise
         finally:
             self._publish(ready=False)
@@ -214,9 +240,15 @@ class Engine:
     def _abort(self, id: str) -> None:
         for choice in list(self._ids.get(id, ())):
             self._finish(choice, "aborted")
+        if (listener := self._encodes.remove(id)) is not None:
+            self._answer(id, listener, "aborted", Encoded(error="aborted"))
 
     def _begin_step(self) -> bool:
         """Starts the next step, if there is one; True if it did."""
+        if self._encodes:
+            self._encode()
+            return True
+        self._proposals.propose(self._scheduler)
         batch = self._scheduler.plan()
         if batch is None:
             return False
@@ -232,11 +264,50 @@ class Engine:
                 if row.draws and (mask := row.sequence.owner.mask()) is not None:
                     masks[index] = mask
             result = self._programs.run(batch.rows, masks, scores=batch.kind == "score")
+            self._proposals.follow(batch)
         except Exception as error:
             self._fault(batch, error)
             return True
         self._in_flight.append(InFlight(batch, result, began))
         return True
+
+    def _encode(self) -> None:
+        """A step of an encoder, from its queue to the answers."""
+        taken, began = self._encodes.take(self._encoder), time.monotonic()
+        for request, _ in taken:
+            self._observe("began", request.id, 0)
+        try:
+            vectors = self._encoder.run([request.tokens for request, _ in taken])
+        except Exception as error:
+            log.error("a step of %d sequences failed", len(taken), exc_info=error)
+            self._faults += 1
+            for request, listener in taken:
+                self._answer(request.id, listener, "error", Encoded(error=f"the step failed: {type(error).__name__}"))
+            return
+        self._faults = 0
+        tokens = sum(len(request.tokens) for request, _ in taken)
+        self._totals["steps"] += 1
+        self._observe("stepped", "encode", time.monotonic() - began, tokens)
+        for (request, listener), vector in zip(taken, vectors, strict=True):
+            self._answer(request.id, listener, "stop", encoded(vector))
+
+    def _answer(self, id: str, listener: Listener, finish: str, answer: Encoded) -> None:
+        """The end of a request for a vector."""
+        with self._changed:
+            self._ids.pop(id, None)
+        self._finished[finish] += 1
+        self._publish(ready=self._state.ready)
+        try:
+            listener(answer)
+        except Exception:
+            log.exception("the listener of request %s", id)
+        self._observe("finished", id, finish)
+
+    def _enqueue_encode(self, request: EncodeRequest, listener: Listener) -> None:
+        self._encodes.add(request, listener)
+        self._totals["prompt_tokens"] += len(request.tokens)
+        self._publish(ready=self._state.ready, taken=1)
+        self._observe("queued", request.id)
 
     def _began(self, choice: Choice) -> None:
         sequence = choice.sequence
@@ -255,6 +326,7 @@ class Engine:
             return
         self._faults = 0
         tokens = 0
+        places = 1 + self.options.drafted if any(row.drafted for row in batch.rows) else 1  # that a row draws at
         for index, row in enumerate(batch.rows):
             choice = row.sequence.owner
             if not row.valid:
@@ -262,15 +334,27 @@ class Engine:
             if batch.kind == "score":
                 choice.score(row, result, index)
             elif row.draws:
-                tokens += 1
-                self._take(choice, row, result, index)
+                tokens += self._take_all(choice, row, result, index * places)
         self._totals["steps"] += 1
         read = sum(row.count for row in batch.rows) if batch.kind != "decode" else tokens
         self._observe("stepped", batch.kind, time.monotonic() - step.began, read)
 
-    def _take(self, choice: Choice, row, drawn, index: int) -> None:
+    def _take_all(self, choice: Choice, row: Row, drawn, first: int) -> int:
+        """What a row drew, from the place `first` on, with the proposals that were right; the number of tokens."""
+        tokens = accepted(row.drafted, drawn.tokens_B[first : first + 1 + len(row.drafted)].tolist())
+        self._totals["drafted_tokens"] += len(row.drafted)
+        self._totals["accepted_tokens"] += len(tokens) - 1
+        self._scheduler.drew(row, tokens[:1])
+        self._take(choice, drawn, first)
+        for place, token in enumerate(tokens[1:], first + 1):
+            if row.sequence.ended:
+                break
+            self._scheduler.grew(row.sequence, token)
+            self._take(choice, drawn, place)
+        return len(tokens)
+
+    def _take(self, choice: Choice, drawn, index: int) -> None:
         token = int(drawn.tokens_B[index])
-        self._scheduler.drew(row, [token])
         try:
             piece = choice.take(token, drawn, index)
         except Exception as error:
@@ -335,10 +419,17 @@ class Engine:
 
     # ---- requests ----
 
-    def _choices(self, request: Request | EncodeRequest, listener: Listener) -> list[Choice]:
-        """The choices of a request. Raises ValueError for what cannot be answered."""
-        if isinstance(request, EncodeRequest):
+    def _check_encode(self, request: EncodeRequest) -> None:
+        """Raises ValueError for what has no vector."""
+        if self._encoder is None:
             raise ValueError("this model generates text; it does not encode")
+        if not 1 <= (tokens := len(request.tokens)) <= self.reach:
+            raise ValueError(f"a sequence of {tokens} tokens: the model takes 1 to {self.reach}")
+        if strange := [token for token in request.tokens if not 0 <= token < self.vocabulary]:
+            raise ValueError(f"token {strange[0]} is outside of the vocabulary, 0 to {self.vocabulary - 1}")
+
+    def _choices(self, request: Request, listener: Listener) -> list[Choice]:
+        """The choices of a request. Raises ValueError for what cannot be answered."""
         check(self._opened.config.model, [list(request.prompt)], 0)
         if not 1 <= request.n <= self.options.max_running:
             raise ValueError(f"n={request.n} must be 1 to {self.options.max_running}")
@@ -347,15 +438,28 @@ class Engine:
         seed = next(self._seeds) if request.sampling.seed is None else request.sampling.seed
         request = replace(request, sampling=replace(request.sampling, seed=seed))
         most = min(tokens + max(1, request.sampling.max_tokens), self.reach)
+        matcher = self._matcher(request)
         choices: list[Choice] = []
         for index in range(request.n):
             sequence = Sequence(
                 list(request.prompt), most, shares=request.sampling.prompt_logprobs is None or index > 0,
                 scored=request.sampling.prompt_logprobs is not None and index == 0 and tokens > 1,
                 after=choices[0].sequence if choices else None,
+                waits=matcher is not None or self.options.speculation != "none",
             )  # fmt: skip
-            choices.append(Choice(request, index, listener, sequence, self.tokenizer))
+            own = matcher and matcher.copy()
+            choices.append(Choice(request, index, listener, sequence, self.tokenizer, own))
         return choices
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Follows the grammar of a request, if it has one."""
+        grammar, ends = request.sampling.grammar, request.sampling.stop_ids
+        if grammar is None:
+            return None
+        with self._making_grammars:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.vocabulary)
+        return self._grammars.matcher(grammar, ends)
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -367,7 +471,8 @@ class Engine:
         with self._changed:
             self._waiting -= taken
             self._state = EngineState(
-                ready=ready, beat=time.monotonic(), waiting=len(scheduler.waiting), running=len(scheduler.running),
+                ready=ready, beat=time.monotonic(),
+                waiting=len(scheduler.waiting) + len(self._encodes), running=len(scheduler.running),
                 blocks=blocks.count, blocks_used=blocks.count - blocks.available, blocks_cached=blocks.cached,
                 compiles=self._compilations.count, finished=dict(self._finished), **totals,
             )  # fmt: skip

@@ -27,6 +27,7 @@ class Sequence:
     most: int  # tokens to be reached
     shares: bool = True  # whether blocks that others computed may be read
     scored: bool = False  # whether the tokens of the prompt get log-probabilities while they are read
+    waits: bool = False  # whether each token has to be known before the next one is drawn
     after: "Sequence | None" = None  # whose prompt, the same one, is computed first
     arrival: int = field(default_factory=_arrivals.__next__)
     prompt: int = 0  # tokens of the prompt
@@ -132,6 +133,20 @@ class Scheduler:
         sequence.computed += len(tokens) - 1
         self._name_full(sequence)
 
+    def grew(self, sequence: Sequence, token: int) -> None:
+        """A proposal was right: its keys and values are in the cache, and the token after it is known."""
+        sequence.tokens.append(token)
+        sequence.computed += 1
+        self._name_full(sequence)
+
+    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives a running sequence blocks for so many tokens, if there are free ones."""
+        needed = self.blocks.blocks_for(tokens) - len(sequence.blocks)
+        if needed > 0 and (taken := self.blocks.take(needed)) is not None:
+            sequence.blocks += taken
+            needed = 0
+        return needed <= 0
+
     # ---- beginning ----
 
     def _begin(self) -> list[Sequence]:
@@ -190,6 +205,8 @@ class Scheduler:
         rows = []
         for sequence in list(self.running):
             if sequence.slot < 0 or sequence.reads or sequence.length >= sequence.most:
+                continue
+            if sequence.waits and sequence.pending:
                 continue
             if self._has_room(sequence, preempted):
                 rows.append(self._row(sequence, 1 + len(sequence.draft)))

@@ -6,7 +6,9 @@ transfer starts it. The arrays that stay are donated: the cache is changed in pl
 """
 
 import contextlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -50,11 +52,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a program: rows, tokens of each; whether the tokens' log-probabilities are wanted instead of a draw."""
+    """Of a program: rows, tokens of each; whether the tokens' log-probabilities are wanted instead of a draw, or a
+    draw after each token, of which all but the first are proposals.
+    """
 
     rows: int
     tokens: int
     scores: bool = False
+    drafts: bool = False
 
 
 @dataclass
@@ -67,6 +72,8 @@ class Programs:
     block: int
     length: int  # tokens of the longest sequence
     chunk: int
+    cache_dtype: str = ""  # int8, or "" for that of activations
+    drafted: int = 0  # proposals that a step checks in a row
     compiled: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -90,7 +97,8 @@ class Programs:
         config, entries = self.opened.config.model, self.blocks * self.block
 
         def make():
-            pools = tuple(make_pool(config, entries, self.opened.dtype) for _ in range(config.layers))
+            dtype = self.cache_dtype or self.opened.dtype
+            pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
             last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
             return Kept(pools, last_R, empty_slots(self.slots, self.width))
 
@@ -115,14 +123,16 @@ class Programs:
         while tokens[-1] < self.chunk:
             tokens.append(self._even(min(tokens[-1] * 4, self.chunk)))
         decode = [Shape(r, 1) for r in rows]
+        if self.drafted:
+            decode += [Shape(r, 1 + self.drafted, drafts=True) for r in rows]
         return [*decode, *(Shape(self.batch_rows, t) for t in tokens), Shape(self.batch_rows, tokens[-1], True)]
 
     def compile(self) -> None:
-        """Compiles every program, and runs each once: some libraries set themselves up at the first call."""
+        """Compiles every program, several at a time."""
         mesh, opened = self.opened.mesh, self.opened
         is_float32 = opened.dtype == jnp.float32
         exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
-        with jax.set_mesh(mesh), exact:
+        with jax.set_mesh(mesh), exact, ThreadPoolExecutor(os.cpu_count()) as pool:
             values = slot_values(Sampling(), self.width, prompt=[0])
             jitted = jax.jit(occupy, donate_argnums=0, out_shardings=self.placed.slots)
             self.compiled["occupy"] = jitted.lower(self.kept.slots, np.int32(0), values).compile()
@@ -135,7 +145,8 @@ class Programs:
                 )
                 rows = np.zeros((shape.rows, HEADER + shape.tokens + self.table), np.int32)
                 arguments = self.outside, self.layers, self.kept, rows, everything
-                self.compiled[shape] = step.lower(*arguments).compile()
+                self.compiled[shape] = pool.submit(step.lower(*arguments).compile)
+            self.compiled |= {shape: self.compiled[shape].result() for shape in self.shapes()}
 
     def _step(self, shape: Shape, outside, layers, kept: Kept, rows_BX, allowed_BW):
         description, T = self.opened.description, shape.tokens
@@ -144,20 +155,49 @@ class Programs:
         newest_B = kept.last_R.at[slot_B].get(mode="fill", fill_value=0)
         tokens_BT = jnp.where(tokens_BT == NEWEST, newest_B[:, None], tokens_BT)
         t = jnp.arange(T, dtype=jnp.int32)
-        positions_BT = jnp.where(t < count_B[:, None], start_B[:, None] + t, self.table * self.block)
+        there_BT = t < count_B[:, None]
+        positions_BT = jnp.where(there_BT, start_B[:, None] + t, self.table * self.block)
+        places_BT = jnp.where(there_BT, positions_BT, start_B[:, None])
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
-        x_BTD, caches = run(model, self.block_modules, layers, tokens_BT, positions_BT, caches, self.opened.dtype)
-        pools = tuple((cache.k_KPH, cache.v_KPH) for cache in caches)
+        x_BTD, caches = run(
+            model, self.block_modules, layers, tokens_BT, positions_BT, places_BT, caches, self.opened.dtype
+        )
+        pools = tuple((cache.keys, cache.values) for cache in caches)
         if shape.scores:
             after_BT = jnp.where(t == count_B[:, None] - 1, next_B[:, None], jnp.roll(tokens_BT, -1, axis=1))
             scored = logprobs(model.logits(x_BTD).reshape(-1, self.width), after_BT.reshape(-1))
             return replace(kept, pools=pools), Scores(*(x.reshape(-1, T, *x.shape[1:]) for x in scored))
+        if shape.drafts:
+            return self._checked(model, replace(kept, pools=pools), x_BTD, tokens_BT, rows_BX, allowed_BW)
         last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
         drawn = draw(kept.slots, slot_B, model.logits(last_B1D)[:, 0], start_B + count_B, allowed_BW)
         draws_B = draws_B > 0
         last_R = kept.last_R.at[jnp.where(draws_B, slot_B, self.slots)].set(drawn.tokens_B, mode="drop")
         return Kept(pools, last_R, note(kept.slots, slot_B, drawn.tokens_B, draws_B)), drawn
+
+    def _checked(self, model, kept: Kept, x_BTD, tokens_BT, rows_BX, allowed_BW):
+        """A draw after every token. Those count that come after the row's first token and right proposals."""
+        (B, T), R = tokens_BT.shape, self.slots
+        slot_B, start_B, count_B, draws_B, _ = (rows_BX[:, column] for column in range(HEADER))
+        flat = lambda x_BT: x_BT.reshape(B * T)
+        t = jnp.arange(T, dtype=jnp.int32)
+        slot_BT = jnp.where(t < count_B[:, None], slot_B[:, None], R)
+        # a mask is of the first draw; rows with a grammar have no proposals
+        everything = jnp.full_like(allowed_BW, EVERY_TOKEN)[:, None].repeat(T - 1, 1)
+        allowed_BTW = jnp.concatenate([allowed_BW[:, None], everything], axis=1)
+        drawn = draw(
+            kept.slots, flat(slot_BT), model.logits(x_BTD).reshape(B * T, -1), flat(start_B[:, None] + t + 1),
+            allowed_BTW.reshape(B * T, -1),
+        )  # fmt: skip
+        drawn_BT = drawn.tokens_B.reshape(B, T)
+        right_BT = (drawn_BT[:, :-1] == tokens_BT[:, 1:]) & (t[1:] < count_B[:, None])
+        right_B = jnp.cumprod(right_BT, axis=1).sum(1)
+        newest_B = jnp.take_along_axis(drawn_BT, right_B[:, None], axis=1)[:, 0]
+        last_R = kept.last_R.at[jnp.where(draws_B > 0, slot_B, R)].set(newest_B, mode="drop")
+        live_BT = (t <= right_B[:, None]) & (draws_B[:, None] > 0)
+        slots = note(kept.slots, flat(slot_BT), drawn.tokens_B, flat(live_BT))
+        return replace(kept, last_R=last_R, slots=slots), drawn
 
     def _even(self, tokens: int) -> int:
         return -(-tokens // self.even) * self.even
@@ -166,10 +206,10 @@ class Programs:
 
     def run(self, rows: Sequence[Row], masks: dict[int, np.ndarray], *, scores: bool = False) -> Drawn | Scores:
         """Starts a step; what it returns is there when it is read. `masks` are of rows with a grammar, by index."""
-        longest = max(row.count for row in rows)
+        longest, drafts = max(row.count for row in rows), self.drafted > 0 and any(row.drafted for row in rows)
         shape = min(
             (s for s in self.compiled if isinstance(s, Shape) and s.rows >= len(rows) and s.tokens >= longest
-             and s.scores == scores),
+             and s.scores == scores and s.drafts == drafts),
             key=lambda s: (s.tokens, s.rows),
         )  # fmt: skip
         T = shape.tokens

@@ -15,33 +15,66 @@ TILE = 128  # keys of a row that are read at a time
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Pool:
+    """The keys, or the values, of one layer's blocks: entry p of head k. Heads come first, as matmuls want them.
+
+    In 8 bits an entry of a head is its largest magnitude / 127, a float32, and integers in units of it.
+    """
+
+    x_KPH: jax.Array
+    scale_KP: jax.Array | None = None
+
+    def put(self, entries_n: jax.Array, x_nKH: jax.Array) -> "Pool":
+        """With these new entries; those beyond the last one are dropped."""
+        x_KnH = shard(x_nKH.transpose(1, 0, 2), "kv_heads", None, "head_dim")
+        put_heads = jax.vmap(lambda pool_P, new_n: pool_P.at[entries_n].set(new_n, mode="drop"))
+        if self.scale_KP is None:
+            return Pool(put_heads(self.x_KPH, x_KnH.astype(self.x_KPH.dtype)))
+        x_KnH = x_KnH.astype(jnp.float32)
+        scale_Kn = jnp.abs(x_KnH).max(-1) / 127
+        units_KnH = jnp.round(x_KnH / jnp.maximum(scale_Kn, 1e-30)[..., None]).astype(jnp.int8)
+        return Pool(put_heads(self.x_KPH, units_KnH), put_heads(self.scale_KP, scale_Kn))
+
+    def get(self, entries_BS: jax.Array, dtype) -> jax.Array:
+        """(K, B, S, H) of entries, in `dtype`."""
+        x_KBSH = _of_heads(self.x_KPH, entries_BS)
+        if self.scale_KP is None:
+            return x_KBSH.astype(dtype)
+        return (x_KBSH * _of_heads(self.scale_KP, entries_BS)[..., None]).astype(dtype)
+
+
+def _of_heads(pool_KP: jax.Array, entries_BS: jax.Array) -> jax.Array:
+    if splits("kv_heads") > 1:
+        return jax.vmap(lambda pool_P: pool_P[entries_BS])(pool_KP)
+    # one long list of entries: they are gathered in the order that the matmul wants
+    first_K11 = pool_KP.shape[1] * jnp.arange(len(pool_KP), dtype=jnp.int32)[:, None, None]
+    return pool_KP.reshape(-1, *pool_KP.shape[2:])[first_K11 + entries_BS]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class BlockCache:
     """One layer's keys and values in a pool of blocks. Position s of row b lies in block table_BM[b, s // C].
 
-    The pool is flat, with heads first as matmuls want them: block p holds the entries from p * C on. Positions from
-    M * C on mark padding: they are not written and see nothing that counts.
+    Block p holds the entries from p * C on. Positions from M * C on mark padding: they are not written and see nothing
+    that counts.
     """
 
-    k_KPH: jax.Array
-    v_KPH: jax.Array
+    keys: Pool
+    values: Pool
     table_BM: jax.Array  # int32 blocks of each row, in order
     block: int = field(metadata={"static": True})  # C, tokens of a block
 
     def write(self, positions_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "BlockCache":
         """The cache with new entries at their positions, in place where the pool is donated."""
-        nowhere = self.k_KPH.shape[1] // self.block
+        nowhere = self.keys.x_KPH.shape[1] // self.block
         blocks_BT = jnp.take_along_axis(
             self.table_BM, positions_BT // self.block, axis=1, mode="fill", fill_value=nowhere
         )
-        entries = (blocks_BT * self.block + positions_BT % self.block).reshape(-1)
-
-        def put(pool_KPH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-            new_KnH = new_BTKH.transpose(2, 0, 1, 3).reshape(len(pool_KPH), -1, new_BTKH.shape[3])
-            new_KnH = shard(new_KnH, "kv_heads", None, "head_dim")
-            put_head = lambda pool_PH, new_nH: pool_PH.at[entries].set(new_nH, mode="drop")
-            return jax.vmap(put_head)(pool_KPH, new_KnH.astype(pool_KPH.dtype))
-
-        return replace(self, k_KPH=put(self.k_KPH, k_BTKH), v_KPH=put(self.v_KPH, v_BTKH))
+        entries_n = (blocks_BT * self.block + positions_BT % self.block).reshape(-1)
+        flat = lambda x_BTKH: x_BTKH.reshape(-1, *x_BTKH.shape[2:])
+        keys, values = self.keys.put(entries_n, flat(k_BTKH)), self.values.put(entries_n, flat(v_BTKH))
+        return replace(self, keys=keys, values=values)
 
     def attend(
         self, q_BTNH: jax.Array, info: TokenInfo, *, causal: bool, window, scale: float, softcap: float, **_
@@ -50,7 +83,7 @@ class BlockCache:
 
         Softmax is taken as tiles come (arXiv 2205.14135).
         """
-        (B, T, N, H), K, C, dtype = q_BTNH.shape, len(self.k_KPH), self.block, q_BTNH.dtype
+        (B, T, N, H), K, C, dtype = q_BTNH.shape, len(self.keys.x_KPH), self.block, q_BTNH.dtype
         if K % splits("kv_heads"):  # fewer kv heads than tensor shards: a copy for each query head
             K = N
         G, blocks, M = N // K, max(1, TILE // C), self.table_BM.shape[1]
@@ -61,13 +94,8 @@ class BlockCache:
         table_BM = jnp.pad(self.table_BM, ((0, 0), (0, -M % blocks)))
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-        def read(pool_KPH, entries_BS):
-            heads_K11 = jnp.arange(len(pool_KPH), dtype=jnp.int32)[:, None, None]
-            if splits("kv_heads") == 1:  # one long list of entries: they are gathered as the matmul wants them
-                x_KBSH = pool_KPH.reshape(-1, H)[heads_K11 * pool_KPH.shape[1] + entries_BS]
-            else:
-                x_KBSH = jax.vmap(lambda pool_PH: pool_PH[entries_BS])(pool_KPH)
-            x_KBSH = x_KBSH.astype(dtype)
+        def read(pool, entries_BS):
+            x_KBSH = pool.get(entries_BS, dtype)
             return heads(jnp.repeat(x_KBSH, N // len(x_KBSH), axis=0) if len(x_KBSH) != K else x_KBSH)
 
         def tile(t, state):
@@ -76,13 +104,13 @@ class BlockCache:
             entries_BS = (tables_B[:, :, None] * C + jnp.arange(C, dtype=jnp.int32)).reshape(B, S)
             k_marks = TokenInfo((t * S + jnp.arange(S, dtype=jnp.int32))[None])
             seen_BRS = jnp.tile(rule.visible(q_marks, k_marks, window), (1, G, 1))
-            scores = rule.cap(scale * product("KBRH,KBSH->KBRS", q_KBRH, read(self.k_KPH, entries_BS)))
+            scores = rule.cap(scale * product("KBRH,KBSH->KBRS", q_KBRH, read(self.keys, entries_BS)))
             scores = jnp.where(seen_BRS, scores, MASKED)
             higher_KBR = jnp.maximum(top_KBR, scores.max(-1))
             kept_KBR = jnp.exp(top_KBR - higher_KBR)
             # masked again: where a row has seen nothing yet, its maximum is MASKED too
             weights = jnp.where(seen_BRS, jnp.exp(scores - higher_KBR[..., None]), 0)
-            new_KBRH = product("KBRS,KBSH->KBRH", weights.astype(dtype), read(self.v_KPH, entries_BS))
+            new_KBRH = product("KBRS,KBSH->KBRH", weights.astype(dtype), read(self.values, entries_BS))
             return out_KBRH * kept_KBR[..., None] + new_KBRH, higher_KBR, total_KBR * kept_KBR + weights.sum(-1)
 
         state = (jnp.zeros((K, B, G * T, H)), jnp.full((K, B, G * T), MASKED), jnp.zeros((K, B, G * T)))
@@ -93,7 +121,8 @@ class BlockCache:
         return out_KBGTH.transpose(1, 3, 0, 2, 4).reshape(q_BTNH.shape).astype(dtype)
 
 
-def make_pool(config: ModelConfig, entries: int, dtype) -> tuple[jax.Array, jax.Array]:
-    """Empty keys and values of one layer."""
-    zeros = lambda: shard(jnp.zeros((config.kv_heads, entries, config.head_dim), dtype), "kv_heads", None, "head_dim")
-    return zeros(), zeros()
+def make_pool(config: ModelConfig, entries: int, dtype) -> Pool:
+    """Empty keys, or values, of one layer; int8 is an own format, other dtypes are kept as they are."""
+    heads, dtype = (config.kv_heads, entries), jnp.dtype(dtype)
+    x_KPH = shard(jnp.zeros((*heads, config.head_dim), dtype), "kv_heads", None, "head_dim")
+    return Pool(x_KPH, shard(jnp.zeros(heads), "kv_heads", None) if dtype == jnp.int8 else None)

@@ -1,0 +1,166 @@
+"""Vectors of sequences: an encoder's embeddings, in batches of a few shapes that are compiled ahead."""
+
+import contextlib
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from inference.opening import Opened
+from inference.requests import Encoded, EncodeRequest, Listener
+from model.transformer import Transformer
+from parallel.sharding import replicated, shard, splits
+
+SHORTEST = 16  # tokens that a sequence is padded to at least
+WAYS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a sequence's final vectors become one: mean, first, last or max; `unit` scales it to length 1."""
+
+    how: str = "mean"
+    unit: bool = True
+
+
+def pooling_of(folder: Path) -> Pooling:
+    """What the folder of a model says (modules.json and 1_Pooling/config.json, as sentence-transformers write them).
+
+    A folder that says nothing: the mean, scaled to length 1. Raises ValueError for what is not known here.
+    """
+    if not (folder / "modules.json").is_file():
+        return Pooling()
+    modules = json.loads((folder / "modules.json").read_text())
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if strange := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise ValueError(f"{folder}/modules.json has a module {strange[0]}; only Pooling and Normalize are known")
+    path = next((module["path"] for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"), None)
+    if path is None:
+        raise ValueError(f"{folder}/modules.json has no module Pooling: it makes no vector of a sequence")
+    asked = json.loads((folder / path / "config.json").read_text())
+    ways = [name for name, on in asked.items() if name.startswith("pooling_mode_") and on is True]
+    if asked.get("pooling_mode") in ("mean", "cls", "lasttoken", "max"):  # as newer versions write it
+        ways = [next(name for name in WAYS if asked["pooling_mode"] in name)]
+    if len(ways) != 1 or ways[0] not in WAYS:
+        raise ValueError(
+            f"{folder / path} asks for {', '.join(ways) or 'no pooling'}; one of {', '.join(WAYS)} is known"
+        )
+    return Pooling(WAYS[ways[0]], "Normalize" in kinds)
+
+
+class Encoder:
+    """The compiled programs that turn rows of tokens into vectors. For the one thread that owns the devices."""
+
+    def __init__(self, opened: Opened, rows: int, length: int):
+        """rows: sequences of one step at most, length: tokens of the longest. Raises ValueError as `pooling_of`."""
+        _refuse_classes(opened.path)
+        self.opened, self.pooling = opened, pooling_of(opened.path)
+        with jax.set_mesh(opened.mesh):
+            self.rows, even = [splits("batch")], splits("residual")
+        while self.rows[-1] < rows:
+            self.rows.append(self.rows[-1] * 2)
+        self.lengths = [-(-min(SHORTEST, length) // even) * even]
+        while self.lengths[-1] < length:
+            self.lengths.append(-(-min(self.lengths[-1] * 2, length) // even) * even)
+        self.compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
+
+    def compile(self) -> None:
+        """Compiles every shape."""
+        opened, mesh = self.opened, self.opened.mesh
+        is_float32 = opened.dtype == jnp.float32
+        exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
+        encode = partial(_vectors, dtype=opened.dtype, pooling=self.pooling)
+        encode = jax.jit(encode, out_shardings=replicated(mesh))
+        with jax.set_mesh(mesh), exact:
+            model = opened.description.bind(opened.params)
+            for rows in self.rows:
+                for length in self.lengths:
+                    batch = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+                    self.compiled[rows, length] = encode.lower(model, *batch).compile()
+        self._model = model
+
+    def bucket(self, tokens: int) -> int:
+        """The length that a sequence is padded to."""
+        return next(length for length in self.lengths if length >= tokens)
+
+    def run(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Float32 vectors (sequences, D) of at most as many sequences as a step takes."""
+        rows = next(rows for rows in self.rows if rows >= len(sequences))
+        T = self.bucket(max(map(len, sequences)))
+        tokens_BT, lengths_B = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
+        for row, tokens in enumerate(sequences):
+            tokens_BT[row, : len(tokens)] = tokens
+            lengths_B[row] = len(tokens)
+        return np.asarray(self.compiled[rows, T](self._model, tokens_BT, lengths_B))[: len(sequences)]
+
+
+def _refuse_classes(folder: Path) -> None:
+    """A head of classes is not read with the weights: such a model's answers would not be what it was made for."""
+    path = folder / "config.json"
+    architecture = (json.loads(path.read_text()).get("architectures") or [""])[0] if path.is_file() else ""
+    if "Classification" in architecture:
+        raise ValueError(f"{path} says {architecture}: heads of classes are not served, only embeddings are")
+
+
+class EncodeQueue:
+    """Requests for vectors, in the order in which they came."""
+
+    def __init__(self):
+        self._waiting: deque[tuple[EncodeRequest, Listener]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: EncodeRequest, listener: Listener) -> None:
+        """To its end."""
+        self._waiting.append((request, listener))
+
+    def take(self, encoder: Encoder) -> list[tuple[EncodeRequest, Listener]]:
+        """The first one, and those behind it that are padded to the same length, as many as a step takes."""
+        length = encoder.bucket(len(self._waiting[0][0].tokens))
+        fits = [one for one in self._waiting if encoder.bucket(len(one[0].tokens)) == length][: encoder.rows[-1]]
+        for one in fits:
+            self._waiting.remove(one)
+        return fits
+
+    def remove(self, id: str) -> Listener | None:
+        """Takes a request out; the listener of it, if it was there."""
+        one = next((one for one in self._waiting if one[0].id == id), None)
+        if one is None:
+            return None
+        self._waiting.remove(one)
+        return one[1]
+
+
+def encoded(vector: np.ndarray) -> Encoded:
+    """The answer with a vector."""
+    return Encoded(tuple(vector.tolist()))
+
+
+def _vectors(model: Transformer, tokens_BT, lengths_B, *, dtype, pooling: Pooling) -> jax.Array:
+    """Float32 (B, D): of each row's first tokens, as many as its length."""
+    tokens_BT = shard(tokens_BT, "batch", None)
+    real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    x_BTD, _, _ = model(tokens_BT, segments_BT=real_BT.astype(jnp.int32), dtype=dtype)
+    x_BTD, real_BT1 = x_BTD.astype(jnp.float32), real_BT[..., None]
+    if pooling.how == "mean":
+        x_BD = jnp.where(real_BT1, x_BTD, 0).sum(1) / jnp.maximum(lengths_B, 1)[:, None]
+    elif pooling.how == "max":
+        x_BD = jnp.where(real_BT1, x_BTD, -jnp.inf).max(1)
+    else:
+        at_B = jnp.maximum(lengths_B - 1, 0) if pooling.how == "last" else jnp.zeros_like(lengths_B)
+        x_BD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)[:, 0]
+    if pooling.unit:
+        x_BD /= jnp.maximum(jnp.linalg.norm(x_BD, axis=-1, keepdims=True), 1e-12)
+    return x_BD
