@@ -116,7 +116,7 @@ def test_the_engine_serves_it(small, opened):
 def test_it_is_exported_as_numbers(small, tmp_path):
     """As a Hugging Face folder of the same model, which gives the same logits."""
     export_weights(
-        parse_transfer(["export", str(small), str(tmp_path / "hf"), "--family", "llama", "mesh.data=8", *DEVICES])
+        parse_transfer(["export", str(small), str(tmp_path / "hf"), "mesh.data=8", *DEVICES, "--family", "llama"])
     )
     texts = []
     for path in (small, tmp_path / "hf"):
