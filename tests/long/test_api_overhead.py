@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-REQUESTS, ROUNDS = 1500, 3
+REQUESTS, ROUNDS = 1000, 6
 MOST_MS = 3.0  # at p99
 
 
