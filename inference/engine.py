@@ -30,6 +30,7 @@ from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listen
 from inference.scheduler import Batch, Row, Scheduler, Sequence
 from inference.speculation import accepted
 from inference.step import Programs
+from model.rotary import alike_up_to
 
 log = logging.getLogger("isomesh.inference")
 
@@ -182,7 +183,7 @@ class Engine:
         self._opened = replace(opened, params={})  # they lie in the programs now
         self._scheduler = Scheduler(
             Blocks(blocks, options.block, options.prefix_sharing), options.max_running, options.chunk,
-            read_rows=self._programs.batch_rows,
+            read_rows=self._programs.batch_rows, alike=alike_up_to(opened.config.model),
         )  # fmt: skip
         self._programs.compile()
         self._compilations.begin()

@@ -37,7 +37,7 @@ def prefill(
     What padding leaves in the cache lies behind a row's last token, where the causal mask hides it until `decode`
     overwrites it.
     """
-    x_BTD, cache, _ = model(tokens_BT, cache=cache, dtype=dtype)
+    x_BTD, cache, _ = model(tokens_BT, lengths_BT=lengths_B[:, None], cache=cache, dtype=dtype)
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     return model.logits(last_B1D)[:, 0], cache
 
@@ -46,7 +46,10 @@ def decode(
     model: Transformer, tokens_B: jax.Array, positions_B: jax.Array, cache: LayerCache, dtype=jnp.float32
 ) -> tuple[jax.Array, LayerCache]:
     """Reads one more token a row, at its position: float32 logits_BV of the next one, and the cache."""
-    x_B1D, cache, _ = model(tokens_B[:, None], positions_BT=positions_B[:, None], cache=cache, dtype=dtype)
+    positions_B1 = positions_B[:, None]
+    x_B1D, cache, _ = model(
+        tokens_B[:, None], positions_BT=positions_B1, lengths_BT=positions_B1 + 1, cache=cache, dtype=dtype
+    )
     return model.logits(x_B1D)[:, 0], cache
 
 

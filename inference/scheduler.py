@@ -9,6 +9,7 @@
    place in the queue, and later computes prompt and text so far again: its text does not change.
 """
 
+import sys
 from bisect import insort
 from dataclasses import dataclass, field
 from itertools import count
@@ -87,8 +88,9 @@ class Batch:
 class Scheduler:
     """The queue, the sequences that run, and their blocks."""
 
-    def __init__(self, blocks: Blocks, slots: int, chunk: int, read_rows: int = 1):
-        self.blocks, self.chunk, self.read_rows = blocks, chunk, read_rows
+    def __init__(self, blocks: Blocks, slots: int, chunk: int, read_rows: int = 1, alike: int = sys.maxsize):
+        """Blocks of sequences of up to `alike` tokens depend on the tokens before them alone: these are shared."""
+        self.blocks, self.chunk, self.read_rows, self.alike = blocks, chunk, read_rows, alike
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self._slots = list(range(slots))[::-1]
@@ -167,7 +169,7 @@ class Scheduler:
         sequence.names = blocks.names(tokens, sequence.names)
         # one token at least is computed, so that there are logits after the last
         reusable = sequence.names[: (len(tokens) - 1) // blocks.size]
-        found = blocks.find(reusable) if sequence.shares else []
+        found = blocks.find(reusable) if sequence.shares and sequence.prompt <= self.alike else []
         blocks.hold(found)
         needed = blocks.blocks_for(len(tokens) + 1) - len(found)
         fits = needed + len(self.running) <= blocks.available or (not self.running and needed <= blocks.available)
@@ -248,6 +250,7 @@ class Scheduler:
         full = min(sequence.computed, len(sequence.tokens)) // self.blocks.size
         if full > len(sequence.names):
             sequence.names = self.blocks.names(sequence.tokens[: full * self.blocks.size], sequence.names)
-        for index in range(sequence.named, full):
+        alike = self.alike // self.blocks.size if sequence.prompt <= self.alike else 0
+        for index in range(sequence.named, min(full, alike)):
             self.blocks.name(sequence.blocks[index], sequence.names[index])
         sequence.named = max(full, sequence.named)

@@ -25,7 +25,7 @@ from model.unstacked import run, unstack
 from parallel.sharding import replicated, shard, splits
 
 # Columns of a row before its tokens and its blocks.
-SLOT, START, COUNT, DRAWS, NEXT, HEADER = 0, 1, 2, 3, 4, 5
+SLOT, START, COUNT, DRAWS, NEXT, PROMPT, HEADER = range(7)
 NEWEST = -1  # instead of a token: the one that the slot drew last
 SMALLEST_READ = 16  # tokens that a part of a prompt is padded to at least
 
@@ -150,7 +150,7 @@ class Programs:
 
     def _step(self, shape: Shape, outside, layers, kept: Kept, rows_BX, allowed_BW):
         description, T = self.opened.description, shape.tokens
-        slot_B, start_B, count_B, draws_B, next_B = (rows_BX[:, column] for column in range(HEADER))
+        slot_B, start_B, count_B, draws_B, next_B, prompt_B = (rows_BX[:, column] for column in range(HEADER))
         tokens_BT, table_BM = rows_BX[:, HEADER : HEADER + T], rows_BX[:, HEADER + T :]
         newest_B = kept.last_R.at[slot_B].get(mode="fill", fill_value=0)
         tokens_BT = jnp.where(tokens_BT == NEWEST, newest_B[:, None], tokens_BT)
@@ -158,10 +158,12 @@ class Programs:
         there_BT = t < count_B[:, None]
         positions_BT = jnp.where(there_BT, start_B[:, None] + t, self.table * self.block)
         places_BT = jnp.where(there_BT, positions_BT, start_B[:, None])
+        # as when a prompt is read at once and each token after it by itself, however the steps are cut
+        lengths_BT = jnp.maximum(prompt_B[:, None], places_BT + 1)
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
         x_BTD, caches = run(
-            model, self.block_modules, layers, tokens_BT, positions_BT, places_BT, caches, self.opened.dtype
+            model, self.block_modules, layers, tokens_BT, positions_BT, places_BT, lengths_BT, caches, self.opened.dtype
         )
         pools = tuple((cache.keys, cache.values) for cache in caches)
         if shape.scores:
@@ -179,7 +181,7 @@ class Programs:
     def _checked(self, model, kept: Kept, x_BTD, tokens_BT, rows_BX, allowed_BW):
         """A draw after every token. Those count that come after the row's first token and right proposals."""
         (B, T), R = tokens_BT.shape, self.slots
-        slot_B, start_B, count_B, draws_B, _ = (rows_BX[:, column] for column in range(HEADER))
+        slot_B, start_B, count_B, draws_B, *_ = (rows_BX[:, column] for column in range(HEADER))
         flat = lambda x_BT: x_BT.reshape(B * T)
         t = jnp.arange(T, dtype=jnp.int32)
         slot_BT = jnp.where(t < count_B[:, None], slot_B[:, None], R)
@@ -218,7 +220,7 @@ class Programs:
         for index, row in enumerate(rows):
             sequence = row.sequence
             known = [*sequence.tokens[row.start : row.start + row.count - len(row.drafted)], *row.drafted]
-            packed[index, :HEADER] = sequence.slot, row.start, row.count, row.draws, 0
+            packed[index, :HEADER] = sequence.slot, row.start, row.count, row.draws, 0, sequence.prompt
             packed[index, HEADER : HEADER + row.count] = known or [NEWEST]
             if scores:
                 packed[index, NEXT] = sequence.tokens[row.start + row.count]

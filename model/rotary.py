@@ -1,6 +1,7 @@
 """Rotary positions (arXiv 2104.09864): how far each pair of a head's dims turns at a position."""
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +47,20 @@ def rope_frequencies(pairs, rotary_dims: int, theta: float, scaling: RopeScaling
     return frequency, 1.0
 
 
+def alike_up_to(config: ModelConfig) -> int:
+    """Tokens of the longest sequence whose angles do not depend on its length."""
+    scaled = config.positions == "rotary" and config.rope_scaling.kind in ("dynamic", "longrope")
+    return config.rope_scaling.original_length if scaled else sys.maxsize
+
+
 @jax.named_scope("rope")
-def rope_angles(config: ModelConfig, positions_BT: jax.Array, *, local: bool = False) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    config: ModelConfig, positions_BT: jax.Array, *, local: bool = False, lengths_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, each (B, T, 1, R/2) float32, for token positions (B may be 1); R dims of a head turn.
 
-    `local` asks for those of local layers, where the config has others for them.
+    `local` asks for those of local layers, where the config has others for them. Scalings that depend on the length of
+    a sequence take `lengths_BT` for each token's, by default the longest of the batch for all.
 
     A product of position and frequency has 24 bits, of which a large one leaves few to the fraction of a turn. A
     position therefore turns by its whole blocks first, in integers that wrap around as angles do.
@@ -67,12 +77,13 @@ def rope_angles(config: ModelConfig, positions_BT: jax.Array, *, local: bool = F
         a_block = np.rint(exact * ROPE_BLOCK / (2 * np.pi) % 1 * 2**32).astype(np.uint64).astype(np.uint32)
         return frequency, a_block, factor
 
+    lengths = positions_BT.max() + 1 if lengths_BT is None else lengths_BT[:, :, None, None]
     if scaling.kind == "dynamic":
-        angles = positions_BT[:, :, None, None].astype(jnp.float32) * _dynamic_frequency(rope, positions_BT.max() + 1)
+        angles = positions_BT[:, :, None, None].astype(jnp.float32) * _dynamic_frequency(rope, lengths)
         return jnp.cos(angles), jnp.sin(angles)
     frequency, a_block, factor = turns(long=False)
-    if scaling.kind == "longrope":  # by the longest sequence of the batch
-        is_long = positions_BT.max() >= scaling.original_length
+    if scaling.kind == "longrope":
+        is_long = lengths > scaling.original_length
         there = turns(long=True)
         frequency, a_block = (jnp.where(is_long, b, a) for a, b in ((frequency, there[0]), (a_block, there[1])))
     positions = positions_BT[:, :, None, None]
@@ -84,10 +95,10 @@ def rope_angles(config: ModelConfig, positions_BT: jax.Array, *, local: bool = F
     return (cos * cos_before - sin * sin_before) * factor, (sin * cos_before + cos * sin_before) * factor
 
 
-def _dynamic_frequency(rope: tuple[int, float, RopeScaling], length: jax.Array) -> jax.Array:
-    """Radians a token of each pair, by a base that grows with the longest sequence ("dynamic NTK" scaling)."""
+def _dynamic_frequency(rope: tuple[int, float, RopeScaling], lengths: jax.Array) -> jax.Array:
+    """Radians a token of each pair, by a base that grows with the length of the sequence ("dynamic NTK" scaling)."""
     rotary_dims, theta, scaling = rope
-    beyond = jnp.maximum(length / scaling.original_length, 1)
+    beyond = jnp.maximum(lengths / scaling.original_length, 1)
     base = theta * (scaling.factor * beyond - (scaling.factor - 1)) ** (rotary_dims / max(rotary_dims - 2, 1))
     return base ** -(jnp.arange(rotary_dims // 2, dtype=jnp.float32) / (rotary_dims // 2))
 

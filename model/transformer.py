@@ -123,6 +123,7 @@ class Transformer(nnx.Module):
         dropout_keys_B: jax.Array | None = None,
         mask_BT: jax.Array | None = None,
         types_BT: jax.Array | None = None,
+        lengths_BT: jax.Array | None = None,
         cache: Cache | None = None,
         dtype=jnp.float32,
         remat: str = "none",
@@ -133,11 +134,12 @@ class Transformer(nnx.Module):
         `positions_BT`, the order of a row's tokens, default to 0..T-1; `places_BT`, their places in their documents,
         which rotary and learned positions embed, to the same. `dropout_keys_B` (one key a sequence) switch dropout on.
         `mask_BT` says which tokens count in the routers' auxiliary losses, by default all; `types_BT` of which kind
-        each token is, by default 0.
+        each token is, by default 0; `lengths_BT` how long the sequence of each token is for rotary positions that scale
+        with it, by default the longest of the batch.
         `remat` is none or a name of REMAT_POLICIES.
         """
         c = self.config
-        info = self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT, types_BT)
+        info = self.info(tokens_BT, positions_BT, segments_BT, places_BT, dropout_keys_B, mask_BT, types_BT, lengths_BT)
         graphdef, parameters = nnx.split(self.layers)
         if c.scan_layers and cache is None and choices().cast_before_scan:
             parameters = in_compute_dtype(graphdef, parameters, dtype)
@@ -164,8 +166,9 @@ class Transformer(nnx.Module):
         dropout_keys_B=None,
         mask_BT=None,
         types_BT=None,
+        lengths_BT=None,
     ) -> TokenInfo:
-        """What the layers know of the tokens; see `__call__`."""
+        """What the layers know of the tokens; see `__call__`. `lengths_BT` as in `rope_angles`."""
         c = self.config
         in_order = positions_BT is None
         if in_order:
@@ -173,7 +176,7 @@ class Transformer(nnx.Module):
         places_BT = positions_BT if places_BT is None else places_BT
         info = TokenInfo(positions_BT, segments_BT, places_BT, dropout_keys_B=dropout_keys_B, types_BT=types_BT)
         if c.positions == "rotary":
-            info = replace(info, angles=rope_angles(c, places_BT))
+            info = replace(info, angles=rope_angles(c, places_BT, lengths_BT=lengths_BT))
         if c.positions == "rotary" and c.rope_theta_local is not None and any(c.windows()):
             info = replace(info, local_angles=rope_angles(c, places_BT, local=True))
         if mask_BT is not None and c.experts:

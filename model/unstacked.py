@@ -90,15 +90,17 @@ def run(
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     places_BT: jax.Array,
+    lengths_BT: jax.Array,
     caches: Sequence[Cache],
     dtype,
 ) -> tuple[jax.Array, list[Cache]]:
     """Final hidden x_BTD (for `model.logits`), and the caches with these tokens written.
 
     Positions say where in the caches, places what positions embed: of padding, which lies beyond a cache, some place of
-    its row. `model` needs no parameters of layers; `block` and `layers` are those of `unstack`.
+    its row. Lengths are those of the sequences, by which some rotary positions scale. `model` needs no parameters of
+    layers; `block` and `layers` are those of `unstack`.
     """
-    info = model.info(tokens_BT, positions_BT, places_BT=places_BT)
+    info = model.info(tokens_BT, positions_BT, places_BT=places_BT, lengths_BT=lengths_BT)
     x_BTD, written = model.embed(tokens_BT, info, dtype), []
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         row = jax.tree.map(lambda x: x[0], rows_of(model.config, [index]))

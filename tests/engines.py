@@ -41,6 +41,11 @@ MODELS = {
         activation="geglu", tied_embeddings=False,
     ),
     "scaled-rope": replace(BASE, rope_scaling=RopeScaling(kind="llama3", factor=4.0, original_length=16)),
+    "dynamic-rope": replace(BASE, rope_scaling=RopeScaling(kind="dynamic", factor=4.0, original_length=24)),
+    "long-rope": replace(
+        BASE,
+        rope_scaling=RopeScaling("longrope", 4.0, 24, short_factors=(1, 1.1, 1.2, 1.3), long_factors=(1, 2, 3, 4)),
+    ),
     "experts": replace(BASE, experts=4, ffn=24, shared_experts=1),
 }  # fmt: skip
 REACH = 80  # tokens of the longest sequence

@@ -16,7 +16,7 @@ from inference.requests import Request, Sampling
 
 # model, mesh, options of the engine, mixes: 200 together
 PLACES = [
-    ("grouped", (), {}, 60),
+    ("grouped", (), {}, 50),
     ("grouped", (("tensor", 2),), {}, 40),
     ("grouped", (), {"prefix_sharing": False, "block": 16, "chunk": 256}, 10),
     ("grouped", (("data", 2),), {}, 10),
@@ -27,6 +27,8 @@ PLACES = [
     ("windows-local-rope", (), {}, 15),
     ("softcaps-untied", (), {}, 10),
     ("scaled-rope", (), {}, 5),
+    ("dynamic-rope", (), {}, 5),
+    ("long-rope", (), {}, 5),
     ("experts", (), {}, 10),
     ("experts", (("expert", 2),), {}, 5),
 ]
