@@ -87,15 +87,17 @@ class Choice:
         sampling, sequence = self.request.sampling, self.sequence
         if sampling.max_tokens == 0:
             return self.end("length")
-        if token == self._eos or token in self._ends:
-            return self.end("stop", stopped_by=token if token in self._ends else None)
-        if self._matcher is not None and not self._matcher.advance(token):
-            raise ValueError("the token that was drawn does not fit the grammar")
-        text, stopped_by = self._text.push([token])
         logprobs = ()
         if (wanted := sampling.logprobs) is not None:
             top = _top(drawn.top_ids_BK[index], drawn.top_logprobs_BK[index], wanted)
             logprobs = (TokenLogprob(token, float(drawn.logprobs_B[index]), top),)
+        if token == self._eos or token in self._ends:
+            # who scores a prompt counts on one token behind it, and cuts that off
+            scored = {} if sampling.prompt_logprobs is None else {"logprobs": logprobs}
+            return self.end("stop", stopped_by=token if token in self._ends else None, **scored)
+        if self._matcher is not None and not self._matcher.advance(token):
+            raise ValueError("the token that was drawn does not fit the grammar")
+        text, stopped_by = self._text.push([token])
         what = {"tokens": (token,), "logprobs": logprobs}
         if stopped_by is not None:
             return self._piece(text, finish="stop", stopped_by=stopped_by, **what)

@@ -88,7 +88,7 @@ class Piece:
     index: int  # of the choice, 0 to n - 1
     text: str = ""  # whole characters; what may yet become a stop string is held back
     tokens: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if asked for; with prompt_logprobs also of one that ends it
     finish: str | None = None  # one of FINISHES with the last piece of the choice
     stopped_by: str | int | None = None  # the stop string or token that ended it
     error: str | None = None

@@ -1,6 +1,7 @@
 """How a server ends: it takes nothing new, finishes what runs, and goes."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -119,6 +120,8 @@ class Server(uvicorn.Server):
         """Listens."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what is there now stays: to look through it again and again would hold up requests
         self._ready()
 
     @contextmanager

@@ -15,6 +15,7 @@ from evaluation.scoring import Scorer
 from serving.app import create_app
 from serving.service import Service
 
+# the harness over HTTP keeps one token of its length for a new one
 ASKED = [("ab", "cd"), ("a cat", " sat"), ("ab", "c"), ("the mesh", " of a run"), ("x" * (REACH + 9), "yz")]
 
 
@@ -29,14 +30,14 @@ def address():
 def here():
     model = opened("grouped")
     with jax.set_mesh(model.mesh):
-        yield MeshModel(Scorer(model.description, model.params, model.mesh, jnp.float32), TOKENIZER, REACH - 1)
+        yield MeshModel(Scorer(model.description, model.params, model.mesh, jnp.float32), TOKENIZER, REACH - 2)
 
 
 @pytest.fixture(scope="module")
 def there(address):
     return api.LocalCompletionsAPI(
         base_url=f"{address}/v1/completions", model="tiny", tokenizer_backend="remote", batch_size=3,
-        max_length=REACH - 1, max_gen_toks=8,
+        max_length=REACH, max_gen_toks=8,
     )  # fmt: skip
 
 
@@ -49,6 +50,17 @@ def test_log_likelihoods_are_the_same(here, there):
     found = there.loglikelihood(instances("loglikelihood", ASKED))
     np.testing.assert_allclose([one for one, _ in found], [one for one, _ in expected], atol=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_a_scored_prompt_has_one_token_behind_it_whatever_ends_the_text(address):
+    """The harness cuts the last one off: were the end of a document not there, a token of the prompt would go."""
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="any") as client:
+        for prompt in ([120] * 40, TOKENIZER.encode("x" * 30 + "yz").tolist()):
+            asked = {"prompt": prompt, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+            for ends in ({}, {"logit_bias": {str(TOKENIZER.eos_id): 100}}):
+                (choice,) = client.completions.create(model="tiny", **asked, extra_body=ends).choices
+                assert len(choice.logprobs.token_logprobs) == len(prompt) + 1
+                assert choice.finish_reason == ("stop" if ends else choice.finish_reason)
 
 
 def test_greedy_texts_are_the_same(here, there):
