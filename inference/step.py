@@ -139,7 +139,7 @@ class Programs:
             self.everything = {}
             for shape in self.shapes():
                 everything = np.full((shape.rows, self.words), EVERY_TOKEN, np.uint32)
-                self.everything[shape.rows] = jax.device_put(everything, replicated(mesh))
+                everything = self.everything[shape.rows] = jax.device_put(everything, replicated(mesh))
                 step = jax.jit(
                     partial(self._step, shape), donate_argnums=2, out_shardings=(self.placed, replicated(mesh))
                 )
