@@ -1,6 +1,5 @@
 """Vectors of sequences: an encoder's embeddings, in batches of a few shapes that are compiled ahead."""
 
-import contextlib
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from inference.generate import exact_matmuls
 from inference.opening import Opened
 from inference.requests import Encoded, EncodeRequest, Listener
 from model.transformer import Transformer
@@ -78,11 +78,9 @@ class Encoder:
     def compile(self) -> None:
         """Compiles every shape."""
         opened, mesh = self.opened, self.opened.mesh
-        is_float32 = opened.dtype == jnp.float32
-        exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
         encode = partial(_vectors, dtype=opened.dtype, pooling=self.pooling)
         encode = jax.jit(encode, out_shardings=replicated(mesh))
-        with jax.set_mesh(mesh), exact:
+        with jax.set_mesh(mesh), exact_matmuls(opened.dtype):
             model = opened.description.bind(opened.params)
             for rows in self.rows:
                 for length in self.lengths:

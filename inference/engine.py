@@ -22,7 +22,7 @@ from inference.choice import Choice, Observer
 from inference.compilations import Compilations
 from inference.encoder import EncodeQueue, Encoder, encoded
 from inference.engine_options import EngineOptions
-from inference.generate import check, trained_reach
+from inference.generate import check, reach_of
 from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
 from inference.proposals import Proposals
@@ -56,11 +56,7 @@ class Engine:
         config, options = opened.config.model, options or EngineOptions()
         self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.causal
         self.vocabulary = config.vocab_size
-        trained = (
-            config.max_positions
-            if config.positions == "learned"
-            else trained_reach(config, opened.config.train.seq_len)
-        )
+        trained = reach_of(config, opened.config.train.seq_len)
         self.reach = min(options.max_length or trained, trained)  # tokens of the longest sequence
         self.cache_tokens = options.cache_tokens or min(4 * self.reach, max(MOST_CACHED, self.reach))
         if self.cache_tokens < self.reach:

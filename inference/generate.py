@@ -109,21 +109,16 @@ class _Request:
         """What tells the program that answers it from others."""
         return self.arrays[0].shape, self.arrays[-1].shape, *self.static.values()
 
-    def exact(self) -> contextlib.AbstractContextManager:
-        """An accelerator rounds float32 matmuls to fewer bits unless it is told that float32 means float32."""
-        is_float32 = self.static["dtype"] == jnp.float32
-        return jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
-
     def answer(self, model: Transformer, programs: Mapping) -> tuple[jax.Array, jax.Array]:
         """New tokens and how many of each row count, by one of the programs or one that is compiled now."""
         if (compiled := programs.get(self.program)) is not None:
             return compiled(model, *self.arrays)
-        with self.exact():
+        with exact_matmuls(self.static["dtype"]):
             return _generate(model, *self.arrays, **self.static)
 
     def compile(self, model: Transformer) -> jax.stages.Compiled:
         """Its program, for a model of shapes with shardings."""
-        with self.exact():
+        with exact_matmuls(self.static["dtype"]):
             return _generate.lower(model, *self.arrays, **self.static).compile()
 
 
@@ -180,6 +175,16 @@ def trained_reach(config: ModelConfig, seq_len: int) -> int:
     """Tokens that rotary positions reach, of a model trained on sequences of `seq_len`: more where they were scaled."""
     scaling = config.rope_scaling
     return seq_len if scaling.kind == "none" else max(seq_len, int(scaling.factor * scaling.original_length))
+
+
+def reach_of(config: ModelConfig, seq_len: int) -> int:
+    """Tokens of the longest sequence that a model was made for, which was trained on sequences of `seq_len`."""
+    return config.max_positions if config.positions == "learned" else trained_reach(config, seq_len)
+
+
+def exact_matmuls(dtype) -> contextlib.AbstractContextManager:
+    """An accelerator rounds float32 matmuls to fewer bits unless it is told that float32 means float32."""
+    return jax.default_matmul_precision("float32") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
 def beyond_training(config: ModelConfig, seq_len: int, prompts: Sequence[Sequence[int]], tokens: int) -> str | None:

@@ -25,7 +25,7 @@ from config.pretrained import FROM
 from config.schema import Config
 from data.chat import ChatTemplate, open_chat
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from inference.generate import trained_reach
+from inference.generate import reach_of
 from inference.options import GROUPS
 from model.forms import Forms
 from model.specs import Specs, map_specs
@@ -66,9 +66,7 @@ class Found:
     @property
     def reach(self) -> int:
         """Tokens of the longest sequence that the model was made for."""
-        model = self.config.model
-        learned = model.positions == "learned"
-        return model.max_positions if learned else trained_reach(model, self.config.train.seq_len)
+        return reach_of(self.config.model, self.config.train.seq_len)
 
     def open(self, step: str | int = NEWEST) -> Opened:
         """Starts JAX, makes the mesh and reads the parameters onto it.

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from inference.engine_options import EngineOptions
-from inference.generate import trained_reach
 from inference.opening import Opened
 from inference.scheduler import Batch, Row, Scheduler, Sequence
 from inference.step import Programs
@@ -82,9 +81,8 @@ def _check(opened: Opened, reach: int, draft: Opened) -> None:
         raise ValueError(f"the smaller model {draft.path} has another tokenizer than {opened.path}")
     if not ours.causal:
         raise ValueError(f"the smaller model {draft.path} is an encoder")
-    learned = ours.positions == "learned"
-    length = ours.max_positions if learned else trained_reach(ours, draft.config.train.seq_len)
-    if learned and length < reach:
+    length = ours.max_positions
+    if ours.positions == "learned" and length < reach:
         raise ValueError(
             f"the smaller model {draft.path} has {length} positions, fewer than {reach}: set max_length={length}"
         )

@@ -5,7 +5,6 @@ cache, and draws the token after each row's last. Everything that a step is told
 transfer starts it. The arrays that stay are donated: the cache is changed in place.
 """
 
-import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from inference.drawing import EVERY_TOKEN, Drawn, Slots, draw, empty_slots, logprobs, note, occupy, slot_values
+from inference.generate import exact_matmuls
 from inference.opening import Opened
 from inference.requests import Sampling
 from inference.scheduler import Row
@@ -130,9 +130,7 @@ class Programs:
     def compile(self) -> None:
         """Compiles every program, several at a time."""
         mesh, opened = self.opened.mesh, self.opened
-        is_float32 = opened.dtype == jnp.float32
-        exact = jax.default_matmul_precision("float32") if is_float32 else contextlib.nullcontext()
-        with jax.set_mesh(mesh), exact, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with jax.set_mesh(mesh), exact_matmuls(opened.dtype), ThreadPoolExecutor(os.cpu_count()) as pool:
             values = slot_values(Sampling(), self.width, prompt=[0])
             jitted = jax.jit(occupy, donate_argnums=0, out_shardings=self.placed.slots)
             self.compiled["occupy"] = jitted.lower(self.kept.slots, np.int32(0), values).compile()

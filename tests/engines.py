@@ -51,7 +51,7 @@ MODELS = {
 REACH = 80  # tokens of the longest sequence
 NEW = 24  # tokens of the longest text
 ROWS = 8  # prompts of one call of the reference
-TIE = 5e-5  # of logits about 1 in float32
+TIE = 1e-5  # of logits about 1 in float32
 
 
 @functools.cache
