@@ -250,6 +250,8 @@ class Engine:
         if batch is None:
             return False
         self._totals["preemptions"] += len(batch.preempted)
+        if batch.begun or batch.preempted:
+            self._publish(ready=self._state.ready)  # who runs waits no more: else others were refused for it
         began = time.monotonic()
         try:
             for sequence in batch.begun:
