@@ -1,4 +1,4 @@
-"""Draws of many requests at once: against transformers and numpy, alone and beside others, on one device and meshes."""
+"""Draws of many requests at once: against numpy, alone and beside others, on one device and meshes."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,14 @@ GREEDY = Sampling(temperature=0)
 # compiled once for all tests, as an engine does
 OCCUPY, DRAW, NOTE = jax.jit(occupy, donate_argnums=0), jax.jit(draw), jax.jit(note)
 ADJUSTED, NARROWED = jax.jit(adjusted), jax.jit(narrowed)
+# what requests ask for, one at a time and together
+CHOICES = [
+    *({"top_k": 7}, {"top_k": 10**6}, {"top_p": 0.5}, {"top_p": 1e-6}, {"top_p": 0.999}, {"min_p": 0.05}, {"min_p": 1}),
+    {"top_k": 30, "top_p": 0.8, "min_p": 0.02, "temperature": 1.7},
+    {"top_k": 3, "top_p": 0.95, "temperature": 0.3},
+    {"repetition_penalty": 1.3, "top_p": 0.9, "logit_bias": {4: 5.0, 9: -100.0, 77: 4.0, 699: 3.0}},
+    {"repetition_penalty": 0.7, "min_p": 0.001, "temperature": 0.3},
+]
 
 
 def logits(rows: int = R, seed: int = 0, width: int = V) -> np.ndarray:
@@ -93,45 +101,6 @@ def test_positions_seeds_and_choices_draw_apart():
     drawn = [one(s, c, p) for s in (0, 1, -(2**70)) for c in (0, 1) for p in (0, 1, 5)]
     assert len(set(drawn)) > 14
     assert drawn == [one(s, c, p) for s in (0, 1, -(2**70)) for c in (0, 1) for p in (0, 1, 5)]
-
-
-CHOICES = [
-    *({"top_k": 7}, {"top_k": 10**6}, {"top_p": 0.5}, {"top_p": 1e-6}, {"top_p": 0.999}, {"min_p": 0.05}, {"min_p": 1}),
-    {"top_k": 30, "top_p": 0.8, "min_p": 0.02, "temperature": 1.7},
-    {"top_k": 3, "top_p": 0.95, "temperature": 0.3},
-    {"repetition_penalty": 1.3, "top_p": 0.9, "logit_bias": {4: 5.0, 9: -100.0, 77: 4.0, 699: 3.0}},
-    {"repetition_penalty": 0.7, "min_p": 0.001, "temperature": 0.3},
-]
-
-
-@pytest.mark.parametrize("asked", CHOICES, ids=str)
-def test_distributions_are_those_of_transformers(asked):
-    """The set of tokens is the same and so are their probabilities."""
-    import torch
-    from transformers.generation import logits_process as peers
-
-    sampling, prompt, new = Sampling(**asked), [3, 9, 9, 200], [4, 4, 650]
-    wanted = [
-        *(
-            [peers.SequenceBiasLogitsProcessor([[[t], b] for t, b in sampling.logit_bias.items()])]
-            if sampling.logit_bias
-            else []
-        ),
-        peers.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
-        peers.TemperatureLogitsWarper(sampling.temperature),
-        *([peers.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []),
-        *([peers.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []),
-        *([peers.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []),
-    ]
-    for seed in range(4):
-        x_BV, slots = logits(1, seed), slots_of(sampling, prompt=prompt, new=new)
-        peer = (
-            peers.LogitsProcessorList(wanted)(torch.tensor([prompt + new]), torch.tensor(x_BV))[0].softmax(-1).numpy()
-        )
-        rows = jnp.zeros(1, int)
-        ours = jax.nn.softmax(NARROWED(ADJUSTED(slots, rows, x_BV, None), asks_of(slots, rows)))[0]
-        assert np.flatnonzero(ours).tolist() == np.flatnonzero(peer).tolist()
-        np.testing.assert_allclose(ours, peer, rtol=2e-5, atol=1e-9)
 
 
 def test_presence_and_frequency_count_the_new_text_as_it_grows():
