@@ -45,9 +45,9 @@ class Seen:
         """The metrics; nothing while the model is being read."""
         return self._metrics.text() if self._metrics is not None else ""
 
-    def over(self, service: Service, block: int = 0) -> APIRouter:
-        """Watches a service from now on; the route for its application. block: tokens of a block of its cache."""
-        metrics = self._metrics = Metrics(service, block)
+    def over(self, service: Service) -> APIRouter:
+        """Watches a service from now on; the route for its application."""
+        metrics = self._metrics = Metrics(service, service.engine.options.block)
         timings = service.engine.observer = Timings(metrics.first, metrics.gap, metrics.step)
 
         def told(record: Record) -> None:

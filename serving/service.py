@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 from data.chat import ChatTemplate
 from data.tokenizer import Tokenizer
+from inference.engine_options import EngineOptions
 from inference.requests import EncodeRequest, EngineState, Listener, Request
 from serving.access.gate import Identity
 from serving.errors import ApiError
@@ -31,6 +32,7 @@ class Engine(Protocol):
     reach: int  # tokens of the longest sequence
     encoder: bool
     vocabulary: int
+    options: EngineOptions  # how it is cut
 
     def submit(self, request: Request | EncodeRequest, listener: Listener) -> None:
         """ValueError for what the model cannot do, Busy where there is no room."""

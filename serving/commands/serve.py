@@ -67,7 +67,7 @@ def serve(options: argparse.Namespace) -> int:
     seen = Seen(options.metrics_host, options.metrics_port, options.traces)
     opened, door = guard.open_guard(options)
     service = open_service(options)
-    routers = [keys.router, page.router, seen.over(service, service.engine.options.block)]
+    routers = [keys.router, page.router, seen.over(service)]
     config = configured(create_app(service, door, routers), behind=behind, **secure)
 
     def told() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from data.chat import ChatTemplate
 from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from inference.engine_options import EngineOptions
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Piece, Request, TokenLogprob
 from serving.access.gate import Identity
 from serving.app import create_app
@@ -75,6 +76,7 @@ class EngineDouble:
         self.counting = Counting(self.tokenizer)
         self.script, self.seconds = script or self.counting, seconds  # of a step; 0: as fast as can be
         self.reach, self.encoder, self.vocabulary = reach, encoder, self.tokenizer.vocab_size
+        self.options = EngineOptions()
         self.max_running, self.max_waiting = max_running, max_waiting
         self.submitted: list[Request | EncodeRequest] = []
         self.aborted: list[str] = []

@@ -50,7 +50,7 @@ def seen():
     engine, gate, seen = EngineDouble(seconds=0.002), OpenGate(), Seen("127.0.0.1", 0, None)
     assert seen.text() == ""  # while a model is being read
     service = Service(engine, "double", "d0" * 32)
-    app = create_app(service, gate, [seen.over(service, 16)])
+    app = create_app(service, gate, [seen.over(service)])
     engine.start()
 
     async def asked():
