@@ -115,13 +115,13 @@ class Programs:
     # ---- the programs ----
 
     def shapes(self) -> list[Shape]:
-        """All shapes of steps, a short list: powers of two for rows that decode, of four for tokens of prompts."""
+        """All shapes of steps, a short list: powers of two, of rows that decode and of tokens of prompts."""
         rows = [self.batch_rows]
         while rows[-1] < self.slots:
             rows.append(rows[-1] * 2)
         tokens = [self._even(min(SMALLEST_READ, self.chunk))]
         while tokens[-1] < self.chunk:
-            tokens.append(self._even(min(tokens[-1] * 4, self.chunk)))
+            tokens.append(self._even(min(tokens[-1] * 2, self.chunk)))
         decode = [Shape(r, 1) for r in rows]
         if self.drafted:
             decode += [Shape(r, 1 + self.drafted, drafts=True) for r in rows]

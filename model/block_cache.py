@@ -35,20 +35,23 @@ class Pool:
         units_KnH = jnp.round(x_KnH / jnp.maximum(scale_Kn, 1e-30)[..., None]).astype(jnp.int8)
         return Pool(put_heads(self.x_KPH, units_KnH), put_heads(self.scale_KP, scale_Kn))
 
-    def get(self, entries_BS: jax.Array, dtype) -> jax.Array:
-        """(K, B, S, H) of entries, in `dtype`."""
-        x_KBSH = _of_heads(self.x_KPH, entries_BS)
+    def get(self, blocks_Bm: jax.Array, block: int, dtype) -> jax.Array:
+        """(K, B, S, H) of the entries of these blocks, in `dtype`; S = m * `block`."""
+        x_KBSH = _of_blocks(self.x_KPH, blocks_Bm, block)
         if self.scale_KP is None:
             return x_KBSH.astype(dtype)
-        return (x_KBSH * _of_heads(self.scale_KP, entries_BS)[..., None]).astype(dtype)
+        return (x_KBSH * _of_blocks(self.scale_KP, blocks_Bm, block)[..., None]).astype(dtype)
 
 
-def _of_heads(pool_KP: jax.Array, entries_BS: jax.Array) -> jax.Array:
+def _of_blocks(pool_KP: jax.Array, blocks_Bm: jax.Array, block: int) -> jax.Array:
+    K, P, *rest = pool_KP.shape
+    in_blocks = pool_KP.reshape(K, P // block, block, *rest)
     if splits("kv_heads") > 1:
-        return jax.vmap(lambda pool_P: pool_P[entries_BS])(pool_KP)
-    # one long list of entries: they are gathered in the order that the matmul wants
-    first_K11 = pool_KP.shape[1] * jnp.arange(len(pool_KP), dtype=jnp.int32)[:, None, None]
-    return pool_KP.reshape(-1, *pool_KP.shape[2:])[first_K11 + entries_BS]
+        x = jax.vmap(lambda pool: pool.at[blocks_Bm].get(mode="clip"))(in_blocks)
+    else:  # one long list of blocks: they are gathered in the order that the matmul wants
+        first_K11 = P // block * jnp.arange(K, dtype=jnp.int32)[:, None, None]
+        x = in_blocks.reshape(-1, block, *rest).at[first_K11 + blocks_Bm].get(mode="clip")
+    return x.reshape(K, len(blocks_Bm), -1, *rest)
 
 
 @jax.tree_util.register_dataclass
@@ -94,23 +97,22 @@ class BlockCache:
         table_BM = jnp.pad(self.table_BM, ((0, 0), (0, -M % blocks)))
         product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-        def read(pool, entries_BS):
-            x_KBSH = pool.get(entries_BS, dtype)
+        def read(pool, blocks_Bm):
+            x_KBSH = pool.get(blocks_Bm, C, dtype)
             return heads(jnp.repeat(x_KBSH, N // len(x_KBSH), axis=0) if len(x_KBSH) != K else x_KBSH)
 
         def tile(t, state):
             out_KBRH, top_KBR, total_KBR = state
-            tables_B = jax.lax.dynamic_slice_in_dim(table_BM, t * blocks, blocks, axis=1)
-            entries_BS = (tables_B[:, :, None] * C + jnp.arange(C, dtype=jnp.int32)).reshape(B, S)
+            blocks_Bm = jax.lax.dynamic_slice_in_dim(table_BM, t * blocks, blocks, axis=1)
             k_marks = TokenInfo((t * S + jnp.arange(S, dtype=jnp.int32))[None])
             seen_BRS = jnp.tile(rule.visible(q_marks, k_marks, window), (1, G, 1))
-            scores = rule.cap(scale * product("KBRH,KBSH->KBRS", q_KBRH, read(self.keys, entries_BS)))
+            scores = rule.cap(scale * product("KBRH,KBSH->KBRS", q_KBRH, read(self.keys, blocks_Bm)))
             scores = jnp.where(seen_BRS, scores, MASKED)
             higher_KBR = jnp.maximum(top_KBR, scores.max(-1))
             kept_KBR = jnp.exp(top_KBR - higher_KBR)
             # masked again: where a row has seen nothing yet, its maximum is MASKED too
             weights = jnp.where(seen_BRS, jnp.exp(scores - higher_KBR[..., None]), 0)
-            new_KBRH = product("KBRS,KBSH->KBRH", weights.astype(dtype), read(self.values, entries_BS))
+            new_KBRH = product("KBRS,KBSH->KBRH", weights.astype(dtype), read(self.values, blocks_Bm))
             return out_KBRH * kept_KBR[..., None] + new_KBRH, higher_KBR, total_KBR * kept_KBR + weights.sum(-1)
 
         state = (jnp.zeros((K, B, G * T, H)), jnp.full((K, B, G * T), MASKED), jnp.zeros((K, B, G * T)))

@@ -10,15 +10,31 @@ from model.platforms import choices
 from parallel.manual import alike
 from runtime.platform import platform
 
+FEW_TOKENS = 64  # whose logits are made as a decoder makes them: of more, transposing them would cost as much
+
 
 def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x (B, T, ...in) times matrix (...in, ...out): (B, T, ...out) in x's dtype."""
     return _project(*alike(x, matrix))
 
 
-def project_by_output(x_BTI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
-    """x (B, T, inputs) times a matrix (outputs, inputs): (B, T, outputs) in x's dtype."""
-    return _contract(x_BTI, matrix_OI, ((2,), (1,)), x_BTI.dtype)
+def project_by_output(x_BTI: jax.Array, matrix_OI: jax.Array, dtype=None) -> jax.Array:
+    """x (B, T, inputs) times a matrix (outputs, inputs): (B, T, outputs) in `dtype`, by default x's.
+
+    On CPUs the tokens are columns: a kernel rearranges what it multiplies with, and that had better be the few tokens
+    than the matrix. One token alone goes faster through the kernel of a vector, which XLA has in float32 only: in 16
+    bits a second one, of zeros, is put beside it.
+    """
+    (B, T, inputs), dtype = x_BTI.shape, dtype or x_BTI.dtype
+    alone = B * T == 1
+    if platform() != "cpu" or (alone and x_BTI.dtype == jnp.float32):
+        return _contract(x_BTI, matrix_OI, ((2,), (1,)), dtype)
+    if alone:
+        return _contract(jnp.pad(x_BTI, ((0, 0), (0, 1), (0, 0))), matrix_OI, ((2,), (1,)), dtype)[:, :1]
+    laid_out = jax.lax.optimization_barrier  # else XLA makes the matmul and the transposed arrays one again
+    x_In = laid_out(x_BTI.reshape(-1, inputs).T)
+    y_On = laid_out(_contract(matrix_OI, x_In, ((1,), (0,)), dtype))
+    return y_On.T.reshape(B, T, -1)
 
 
 @jax.custom_vjp
@@ -55,7 +71,9 @@ def _score(x_BTD, table_VD):
 
 def _score_forward(x_BTD, table_VD):
     dtype = x_BTD.dtype if choices().narrow_logits else jnp.float32
-    return _contract(x_BTD, table_VD, ((2,), (1,)), dtype).astype(jnp.float32), (x_BTD, table_VD)
+    few = x_BTD.shape[0] * x_BTD.shape[1] <= FEW_TOKENS
+    logits_BTV = project_by_output(x_BTD, table_VD, dtype) if few else _contract(x_BTD, table_VD, ((2,), (1,)), dtype)
+    return logits_BTV.astype(jnp.float32), (x_BTD, table_VD)
 
 
 def _score_backward(residuals, dy_BTV):

@@ -102,9 +102,10 @@ def run(
     """
     info = model.info(tokens_BT, positions_BT, places_BT=places_BT, lengths_BT=lengths_BT)
     x_BTD, written = model.embed(tokens_BT, info, dtype), []
+    of_layer = jax.jit(block_of(block))  # traced and lowered once, for all layers
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         row = jax.tree.map(lambda x: x[0], rows_of(model.config, [index]))
-        x_BTD, cache, _ = block_of(block)(layer, x_BTD, row, info, cache)
+        x_BTD, cache, _ = of_layer(layer, x_BTD, row, info, cache)
         written.append(cache)
     return model.finish(x_BTD), written
 
