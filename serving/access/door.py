@@ -7,7 +7,8 @@ Where something fails:
 1. The database cannot be reached: a request waits up to PATIENCE seconds for it, then 503. Nobody is let in unseen.
 2. The audit cannot be written (a full disk): an admin's action is refused, 503. Other requests are served, and their
    records kept in memory until there is room; with `strict` they are refused, too.
-3. This process is killed: after LEASE_SECONDS its requests no longer count as running. What they had taken of the
+3. `policy.csv` changes and says nothing that can be followed: the roles stay as they were, and the log says so.
+4. This process is killed: after LEASE_SECONDS its requests no longer count as running. What they had taken of the
    tokens stays taken, since nobody knows what they used.
 """
 
@@ -65,6 +66,7 @@ class Door:
         opened: store.Store,
         keys: Keys,
         roles: policy.Policy,
+        policy_file: policy.PolicyFile,
         chain: Chain,
         provider: tokens.Provider | None = None,
         *,
@@ -73,6 +75,7 @@ class Door:
         patience: float = PATIENCE,
     ):
         self.store, self.keys, self.roles, self.chain = opened, keys, roles, chain
+        self._policy_file = policy_file
         self.texts = texts  # whether request.state.audited_text, where an endpoint leaves it, is recorded
         self._tokens = tokens.Tokens(provider) if provider else None
         self._strict, self._patience = strict, patience
@@ -269,12 +272,13 @@ class Door:
             pause = min(1.0, 2 * pause)
 
     def _beat(self) -> None:
-        """Each second, in a thread of its own: records to the disk; each few seconds that we live."""
+        """Each second, in a thread of its own: records to the disk, new roles; each few seconds that we live."""
         beats = 0
         while not self._ending.wait(1.0):
             beats += 1
             with contextlib.suppress(OSError):
                 self.chain.flush()
+            self.renew_roles()
             if beats % BEAT_SECONDS and not self._unsettled:
                 continue
             try:
@@ -282,6 +286,24 @@ class Door:
                     work()
             except store.Unreachable as error:
                 log.warning("the database of keys cannot be used: %s", error)
+
+    def renew_roles(self) -> None:
+        """Roles and limits of a file that has changed hold from now on, if they can be read and written down."""
+        if not self._policy_file.settled():
+            return
+        told = {"who": "server", "role": "admin", "action": "policy reload", "decision": "allow"}
+        try:
+            roles = self._policy_file.read()
+            self.chain.write(told, sync=True)
+        except ValueError as error:
+            log.error("the roles stay as they were: %s", error)
+            self.chain.note({**told, "decision": "deny", "reason": str(error)})
+        except OSError as error:
+            log.error("the roles stay as they were until the file and the audit can be used: %s", error)
+            self._policy_file.forget()
+        else:
+            self.roles = roles
+            log.info("new roles and limits: %s", ", ".join(roles.roles))
 
     def _settle_rest(self) -> None:
         while self._unsettled:
@@ -297,7 +319,7 @@ class Door:
 
 def open_door(opened: Opened, provider: tokens.Provider | None = None, **how) -> Door:
     """The gate of one server process, from its open state folder; `how` as Door has it."""
-    return Door(opened.store, opened.keys, opened.roles, opened.chain("server"), provider, **how)
+    return Door(opened.store, opened.keys, opened.roles, opened.policy_file, opened.chain("server"), provider, **how)
 
 
 @dataclass

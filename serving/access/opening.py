@@ -23,6 +23,7 @@ class Opened:
     store: Store
     keys: Keys
     roles: policy.Policy
+    policy_file: policy.PolicyFile
 
     def chain(self, name: str) -> Chain:
         """The audit of one process; those of one kind share a name."""
@@ -32,10 +33,11 @@ class Opened:
 def open_state(folder: Path = FOLDER) -> Opened:
     """Opens a state folder, made where it is not there yet. Raises ValueError or OSError with what is wrong."""
     folder = secrets.folder(folder)
-    roles = policy.open_policy(folder)
+    file = policy.PolicyFile(folder)
+    roles = file.read()
     secret = secrets.server_secret(folder)
     store = open_store(folder, secret)
-    return Opened(folder, secret, store, Keys(store, secret), roles)
+    return Opened(folder, secret, store, Keys(store, secret), roles, file)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,48 @@ def last(server) -> dict:
     return max(server.records(), key=lambda record: record["time"])
 
 
+def test_a_changed_policy_holds_and_a_broken_one_does_not(tmp_path):
+    with guarded(tmp_path, policy="p, two, completions, *") as server:
+        file, key = tmp_path / "policy.csv", server.key("two")
+        assert server.complete(key).status == 200
+
+        def changed(text: str) -> None:
+            file.write_text(text)
+            server.door.renew_roles()  # sees that it is another one
+            server.door.renew_roles()  # and that nobody is writing it any more
+
+        changed("p, two, models, *")
+        assert server.complete(key).status == 403
+        assert server.ask(key, "GET", "/v1/models").status == 200
+        told = [record for record in server.records() if record["action"] == "policy reload"]
+        assert [record["decision"] for record in told] == ["allow"]
+        for broken in ("p, two, fly, *", "\x00", "p, two"):
+            changed(broken)
+            assert server.complete(key).status == 403
+            assert server.ask(key, "GET", "/v1/models").status == 200
+        assert any(record.get("reason", "").endswith("schema") for record in server.records())
+        file.unlink()
+        server.door.renew_roles()
+        server.door.renew_roles()
+        assert server.ask(key, "GET", "/v1/models").status == 403  # there is no such role
+
+
+def test_a_new_policy_that_cannot_be_written_down_does_not_hold_yet(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with guarded(tmp_path, policy="p, two, completions, *") as server:
+        key = server.key("two")
+        monkeypatch.setattr(server.door.chain, "write", full)
+        (tmp_path / "policy.csv").write_text("p, two, models, *")
+        for _ in range(3):
+            server.door.renew_roles()
+        assert server.complete(key).status == 200
+        monkeypatch.undo()
+        server.door.renew_roles()
+        assert server.complete(key).status == 403
+
+
 def routes(app):
     for route in app.routes:
         for method in route.methods:
