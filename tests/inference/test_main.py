@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(layers=1, width=16, heads=2, kv_heads=2, head_dim=8, ffn=16, vocab_multiple=16)
 
 
-def command(_, *arguments) -> tuple[int, str, str]:
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code and what was printed, of a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "inference", *map(str, arguments)],
         cwd=ROOT,
@@ -124,9 +125,9 @@ def test_mistakes_that_the_run_shows(run, capsys, arguments, message):
     assert err.count("\n") == 1
 
 
-def test_a_run_without_a_checkpoint(run, tmp_path):
+def test_a_run_without_a_checkpoint(run, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((run[0] / "config.yaml").read_text())
-    code, out, err = command(None, tmp_path, "a prompt")
+    code, out, err = here(capsys, tmp_path, "a prompt")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert "holds no checkpoint" in err
@@ -143,7 +144,7 @@ ONE = ("mesh.data=1",)
         (
             ["--step", "2", "mesh.fsdp=2", "mesh.tensor=2", "runtime.cpu_devices=4"],
             2,
-            lambda _, *words: command(*words),
+            command,
         ),
     ],
 )

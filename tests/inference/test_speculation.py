@@ -20,11 +20,11 @@ REPEATING = [1, 2, 3, 4, 5, 6] * 4
 
 
 @pytest.fixture(scope="module")
-def engines():
-    made = [started("grouped", speculation="ngram", drafted=3), started("grouped")]
-    yield made
-    for engine in made:
-        assert engine.stop(20)
+def engines(engine):
+    """One with proposals, one without."""
+    speculating = started("grouped", speculation="ngram", drafted=3)
+    yield speculating, engine
+    assert speculating.stop(20)
 
 
 @given(tokens=st.lists(st.integers(0, 3), max_size=40), most=st.integers(1, 6), cuts=st.lists(st.integers(0, 40)))

@@ -7,6 +7,7 @@ import time
 import pytest
 from doubles import saying
 from guarded import guarded
+from sqlalchemy import func, select
 
 from serving.access import audit, store, verify
 from serving.access.gate import PERMISSIONS, PUBLIC
@@ -293,20 +294,35 @@ def test_strict_refuses_what_cannot_be_written_down(tmp_path, monkeypatch):
         assert server.complete(user).status == 200
 
 
+def test_another_writer_is_waited_for_in_a_thread(server):
+    """As where many replicas share a database: the event loop goes on, and the limit holds."""
+    key, answers = server.key(limits={"concurrent": 1, "requests_a_minute": 2}), []
+    with server.opened.store.engine.begin() as connection:  # holds the one lock of SQLite
+        asking = threading.Thread(target=lambda: answers.append(server.complete(key).status))
+        asking.start()
+        for _ in range(5):
+            assert server.ask(None, "GET", "/livez").status == 200
+        assert answers == []
+        assert connection.execute(select(func.count()).select_from(store.USED)).scalar_one() >= 0
+    asking.join()
+    assert answers == [200]
+    assert [server.complete(key).status for _ in range(2)] == [200, 429]
+
+
 def test_a_database_that_is_away(server, monkeypatch):
     """A request waits for it a while; then it is refused, and nobody is let in unseen."""
     key = server.key(limits={"concurrent": 1})
     away = threading.Event()
     real = store.Store.run
 
-    def run(self, what, *, write=False):
+    def run(self, what, **how):
         if away.is_set():
             raise store.Unreachable("gone")
-        return real(self, what, write=write)
+        return real(self, what, **how)
 
     monkeypatch.setattr(store.Store, "run", run)
     away.set()
-    threading.Timer(0.15, away.clear).start()
+    threading.Timer(0.07, away.clear).start()
     assert server.complete(key).status == 200
     away.set()
     answer = server.complete(key)
