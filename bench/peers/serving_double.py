@@ -12,7 +12,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/serving")]
 
 from guarded import guarded  # noqa: E402
 
-
 LIMITS = {"requests_a_minute": 10**9, "tokens_a_minute": 10**12, "tokens_a_day": 10**12, "concurrent": 1000}
 
 
