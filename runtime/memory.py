@@ -28,8 +28,11 @@ def _free_of_machine() -> float:
 
 
 def _free_of_container() -> float:
+    """What its limit leaves; files that the system keeps in memory give way."""
     try:
-        most, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        most, used, stat = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
     except OSError:
         return math.inf
-    return math.inf if most == "max" else float(int(most) - int(used))
+    counts = dict(line.split() for line in stat.splitlines())
+    kept = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return math.inf if most.strip() == "max" else float(int(most) - int(used) + kept)

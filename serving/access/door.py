@@ -311,12 +311,12 @@ class Door:
         try:
             roles = self._policy_file.read()
             self.chain.write(told, sync=True)
-        except ValueError as error:
-            log.error("the roles stay as they were: %s", error)
-            self.chain.note({**told, "decision": "deny", "reason": str(error)})
         except OSError as error:
             log.error("the roles stay as they were until the file and the audit can be used: %s", error)
             self._policy_file.forget()
+        except Exception as error:  # whatever is in the file, this thread goes on
+            log.error("the roles stay as they were: %s", error)
+            self.chain.note({**told, "decision": "deny", "reason": str(error)})
         else:
             self.roles = roles
             log.info("new roles and limits: %s", ", ".join(roles.roles))

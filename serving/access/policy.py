@@ -153,7 +153,10 @@ class PolicyFile:
         if self._known is None:
             return Policy()
         with self._path.open(newline="") as file:
-            return Policy(csv.reader(file, skipinitialspace=True), str(self._path))
+            try:
+                return Policy(csv.reader(file, skipinitialspace=True), str(self._path))
+            except csv.Error as error:
+                raise ValueError(f"{self._path}: {error}") from None
 
     def settled(self) -> bool:
         """Whether it is another one than was read, and the same as at the last call: nobody is writing it now."""
