@@ -96,22 +96,26 @@ def told_of(rate: float, seconds: float, found: list[dict], ttft: float, tpot: f
     return line | {"limits": {"ttft": ttft, "tpot": tpot}, "seconds": seconds}
 
 
-def overhead() -> dict:
+def overhead() -> list[dict]:
     """p50 and p99 of a request that the engine answers at once, through keys, limits and audit, one after another."""
+    lines = []
     with started([sys.executable, str(ROOT / "bench/peers/serving_double.py")]) as (address, key, _):
-        where, seconds = urlsplit(address), []
+        where = urlsplit(address)
         connection = http.client.HTTPConnection(where.hostname, where.port)
-        body = json.dumps({"prompt": "the mesh", "max_tokens": 1})
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-        for _ in range(OVERHEAD_REQUESTS + 50):
-            began = time.perf_counter()
-            connection.request("POST", "/v1/completions", body, headers)
-            answer = connection.getresponse()
-            answer.read()
-            seconds.append(time.perf_counter() - began)
-            assert answer.status == 200, answer.status
-    p50, p99 = np.percentile(seconds[50:], [50, 99])
-    return {"kind": "serving overhead", "requests": OVERHEAD_REQUESTS, "p50_s": float(p50), "p99_s": float(p99)}
+        for stream in (False, True):
+            body, seconds = json.dumps({"prompt": "the mesh", "max_tokens": 1, "stream": stream}), []
+            for _ in range(OVERHEAD_REQUESTS + 50):
+                began = time.perf_counter()
+                connection.request("POST", "/v1/completions", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+                seconds.append(time.perf_counter() - began)
+                assert answer.status == 200, answer.status
+            p50, p99 = np.percentile(seconds[50:], [50, 99])
+            about = {"kind": "serving overhead", "stream": stream, "requests": OVERHEAD_REQUESTS}
+            lines.append(about | {"p50_s": float(p50), "p99_s": float(p99)})
+    return lines
 
 
 def plot(lines: list[dict], path: str) -> None:
@@ -145,7 +149,9 @@ def main(given: argparse.Namespace) -> None:
                 file.write(text + "\n")
 
     if given.overhead:
-        return tell(overhead())
+        for line in overhead():
+            tell(line)
+        return
     if not given.model:
         raise ValueError("say which MODEL to serve, or --overhead")
     rates, lines = [float(rate) for rate in given.rates.split(",")], []

@@ -27,6 +27,7 @@ from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
 from inference.proposals import Proposals
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
+from inference.room import cache_tokens
 from inference.scheduler import Batch, Row, Scheduler, Sequence
 from inference.speculation import accepted
 from inference.step import Programs
@@ -35,7 +36,6 @@ from model.rotary import alike_up_to
 log = logging.getLogger("isomesh.inference")
 
 IDLE_SECONDS = 0.25  # between two beats of a loop that has nothing to do
-MOST_CACHED = 65536  # tokens of a cache whose size nobody said
 FAULTS = 3  # steps that fail one after the other until the engine counts as broken
 
 
@@ -58,8 +58,11 @@ class Engine:
         self.vocabulary = config.vocab_size
         trained = reach_of(config, opened.config.train.seq_len)
         self.reach = min(options.max_length or trained, trained)  # tokens of the longest sequence
-        self.cache_tokens = options.cache_tokens or min(4 * self.reach, max(MOST_CACHED, self.reach))
-        if self.cache_tokens < self.reach:
+        models = [opened] if draft is None else [opened, draft]
+        self.cache_tokens = 0 if self.encoder else options.cache_tokens
+        if self.cache_tokens is None:
+            self.cache_tokens = cache_tokens(self.reach, models, options.cache_dtype)
+        if not self.encoder and self.cache_tokens < self.reach:
             raise ValueError(
                 f"cache_tokens={self.cache_tokens} hold no sequence of {self.reach} tokens: "
                 f"raise it, or set max_length={self.cache_tokens} or less"
@@ -399,6 +402,7 @@ class Engine:
             self._scheduler.preempt(sequence)
         self._scheduler.blocks.forget()
         self._programs.empty()
+        self._proposals.empty()
 
     def _hear(self, choice: Choice, piece) -> None:
         """Tells a listener; one that raises loses its request and nothing else."""

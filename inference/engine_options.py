@@ -11,7 +11,7 @@ class EngineOptions:
     """What an engine is given: sizes of its cache and its steps."""
 
     max_running: int = 8  # sequences that are decoded at once
-    cache_tokens: int | None = None  # that the cache holds, over all sequences; None: four of the longest, at most 64k
+    cache_tokens: int | None = None  # of the cache; None: four of the longest, 64k, or what half of the memory holds
     block: int = 16  # tokens of a block: what memory is given out by
     chunk: int = 256  # tokens of prompts that one step reads
     max_waiting: int = 256  # choices in the queue; more are refused

@@ -4,6 +4,7 @@ The smaller model has a cache of its own, in which the blocks of every sequence 
 one: the scheduler's books hold for both. What it has not read costs right proposals, and never a wrong text.
 """
 
+import logging
 from dataclasses import replace
 
 import jax
@@ -13,6 +14,8 @@ from inference.engine_options import EngineOptions
 from inference.opening import Opened
 from inference.scheduler import Batch, Row, Scheduler, Sequence
 from inference.step import Programs
+
+log = logging.getLogger("isomesh.inference")
 
 
 class Proposals:
@@ -48,7 +51,10 @@ class Proposals:
             if ready and most > 0 and scheduler.reserve(sequence, sequence.length + most):
                 wanted[sequence] = most
         if self._programs is not None:
-            self._by_model(wanted)
+            try:
+                self._by_model(wanted)
+            except Exception:
+                self._fault()
             return
         for sequence, most in wanted.items():
             sequence.draft = sequence.owner.look_up.propose(sequence.tokens, most)
@@ -56,7 +62,20 @@ class Proposals:
     def follow(self, batch: Batch) -> None:
         """The smaller model reads the parts of prompts that the served one reads."""
         if self._programs is not None and batch.kind != "decode":
-            self._programs.run([replace(row, draws=False) for row in batch.rows], {})
+            try:
+                self._programs.run([replace(row, draws=False) for row in batch.rows], {})
+            except Exception:
+                self._fault()
+
+    def empty(self) -> None:
+        """An empty cache of the smaller model: its arrays may be gone with a step that failed."""
+        if self._programs is not None:
+            self._programs.empty()
+
+    def _fault(self) -> None:
+        """The smaller model failed: it has read nothing now, and the served one goes on without it in this step."""
+        log.exception("a step of the smaller model failed")
+        self.empty()
 
     def _by_model(self, wanted: dict[Sequence, int]) -> None:
         """A token more for every sequence in each turn; the last turn only writes the last token into the cache."""

@@ -62,6 +62,9 @@ class Chain:
             self.sequence, self.hash = head
         self._file = self._open()
         self._dirty = False
+        if not self.sequence and not os.fstat(self._head).st_size:
+            with contextlib.suppress(OSError):
+                self._write_head()  # so that a chain without a record is one that nothing was cut from
 
     def _open(self) -> int:
         path = self.folder / f"{self.name}.{self._number:06}.jsonl"

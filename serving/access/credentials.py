@@ -11,12 +11,15 @@ from serving.errors import ApiError
 LONGEST = 8192 + 64  # characters of the header
 CHALLENGES = {"WWW-Authenticate": 'Bearer realm="isomesh"'}
 BROWSER_CHALLENGES = {"WWW-Authenticate": 'Basic realm="isomesh: any name, and a key as the password"'}
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+PAGE_FILES = "/page/"  # what the page consists of
 
 
 def unauthorized(request: Request, message: str) -> ApiError:
-    """401, with the challenge at which a browser asks for a password where one is looking at the page."""
-    looks = "text/html" in request.headers.get("accept", "")
+    """401, with the challenge at which a browser asks for a password where one is looking at the page.
+
+    Its styles and icon are challenged, too: Chromium sends a password that stands in the address only when it is asked.
+    """
+    looks = "text/html" in request.headers.get("accept", "") or request.url.path.startswith(PAGE_FILES)
     headers = BROWSER_CHALLENGES if looks else CHALLENGES
     return ApiError(401, message, code="invalid_api_key", headers=headers)
 

@@ -54,6 +54,7 @@ def open_safe(options: argparse.Namespace) -> tuple[Opened, Provider | None]:
     elif options.jwt_issuer or options.jwt_audience:
         raise ValueError("--jwt-issuer and --jwt-audience say nothing without --jwt-keys")
     opened = open_state(options.state)
+    _ = opened.roles  # a mistake in them is told before anything starts
     require_safe(options, opened, provider)
     return opened, provider
 

@@ -124,15 +124,15 @@ class Quotas:
         statements = (count, _STATE, _LEASE, _FREE, _GIVE_BACK)
         self._count, self._state, self._lease, self._free, self._give_back = map(store.compiled, statements)
 
-    def take(self, id: str, limits: Mapping[str, Limits], tokens: int) -> Taken | Refused:
-        """Takes room for a request of so many tokens from each subject, or from none.
+    def take(self, id: str, limits: Mapping[str, Limits], tokens: int, *, wait: bool = True) -> Taken | Refused:
+        """Takes room for a request of so many tokens from each subject, or from none; `wait` as in Store.run.
 
         With the id of a request that has its room already (the answer to it was lost), nothing more is taken.
         """
         subjects = {subject: limit for subject, limit in sorted(limits.items()) if limit.counted}
         if not subjects:
             return Taken(id)
-        return self._store.run(lambda cursor: self._take(cursor, id, subjects, tokens), write=True)
+        return self._store.run(lambda cursor: self._take(cursor, id, subjects, tokens), write=True, wait=wait)
 
     def _take(self, cursor: Any, id: str, subjects: Mapping[str, Limits], tokens: int) -> Taken | Refused:
         self._store.exclusive(cursor, subjects)
@@ -154,8 +154,11 @@ class Quotas:
         cursor.executemany(self._lease, rows)
         return taken
 
-    def settle(self, taken: Taken, tokens: int, *, ran: bool = True) -> None:
-        """Ends a request that used so many tokens; one that did not run is not counted. A second time does nothing."""
+    def settle(self, taken: Taken, tokens: int, *, ran: bool = True, wait: bool = True) -> bool:
+        """Ends a request that used so many tokens; one that did not run is not counted. A second time does nothing.
+
+        `wait` as in Store.run. True where it returns at all.
+        """
 
         def give_back(cursor: Any) -> None:
             unused = {"fewer": 0 if ran else 1, "unused": taken.tokens - tokens}
@@ -163,7 +166,8 @@ class Quotas:
             if cursor.execute(self._free, {"lease": taken.id}).rowcount and rows and any(unused.values()):
                 cursor.executemany(self._give_back, rows)
 
-        self._store.run(give_back, write=True)
+        self._store.run(give_back, write=True, wait=wait)
+        return True
 
     def beat(self) -> None:
         """Says that this replica lives; forgets what is over."""

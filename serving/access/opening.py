@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from serving.access import audit, policy, secrets
@@ -22,7 +23,12 @@ class Opened:
     secret: bytes
     store: Store
     keys: Keys
-    roles: policy.Policy
+    policy_file: policy.PolicyFile
+
+    @cached_property
+    def roles(self) -> policy.Policy:
+        """Read when first asked for: a mistake in them hinders no key from being revoked. Raises ValueError."""
+        return self.policy_file.read()
 
     def chain(self, name: str) -> Chain:
         """The audit of one process; those of one kind share a name."""
@@ -32,10 +38,9 @@ class Opened:
 def open_state(folder: Path = FOLDER) -> Opened:
     """Opens a state folder, made where it is not there yet. Raises ValueError or OSError with what is wrong."""
     folder = secrets.folder(folder)
-    roles = policy.open_policy(folder)
     secret = secrets.server_secret(folder)
     store = open_store(folder, secret)
-    return Opened(folder, secret, store, Keys(store, secret), roles)
+    return Opened(folder, secret, store, Keys(store, secret), policy.PolicyFile(folder))
 
 
 @contextlib.contextmanager

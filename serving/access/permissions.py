@@ -4,7 +4,7 @@ PUBLIC = "public"  # the permission of /livez and /readyz, for which nobody is a
 PERMISSIONS = {
     "chat": "/v1/chat/completions",
     "completions": "/v1/completions",
-    "embeddings": "/v1/embeddings and /v1/classify",
+    "embeddings": "/v1/embeddings",
     "models": "names of the models",
     "tokens": "/tokenize, /detokenize, /tokenizer_info",
     "requests": "one's own requests: see and end them",

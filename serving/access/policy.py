@@ -140,10 +140,36 @@ def allows(patterns: Iterable[str], model: str) -> bool:
     return any(_matches(model, pattern) for pattern in patterns)
 
 
-def open_policy(state: Path) -> Policy:
-    """The roles of a state folder."""
-    path = state / FILE
-    if not path.exists():
-        return Policy()
-    with path.open(newline="") as file:
-        return Policy(csv.reader(file, skipinitialspace=True), str(path))
+class PolicyFile:
+    """`policy.csv` of a state folder, which need not be there, and whether it has changed since it was read."""
+
+    def __init__(self, state: Path):
+        self._path = state / FILE
+        self._known = self._seen = self._stamp()  # () as known: what was read does not hold
+
+    def read(self) -> Policy:
+        """The roles. Raises ValueError or OSError where they cannot be read."""
+        self._known = self._seen = self._stamp()
+        if self._known is None:
+            return Policy()
+        with self._path.open(newline="") as file:
+            try:
+                return Policy(csv.reader(file, skipinitialspace=True), str(self._path))
+            except csv.Error as error:
+                raise ValueError(f"{self._path}: {error}") from None
+
+    def settled(self) -> bool:
+        """Whether it is another one than was read, and the same as at the last call: nobody is writing it now."""
+        before, self._seen = self._seen, self._stamp()
+        return self._seen != self._known and self._seen == before
+
+    def forget(self) -> None:
+        """What was read does not hold: it is to be read again."""
+        self._known = ()
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size

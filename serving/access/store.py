@@ -130,14 +130,17 @@ class Store:
         """The text of a statement for `run`, whose parameters have names."""
         return str(statement.compile(dialect=self.engine.dialect))
 
-    def run(self, what: Callable[[Any], T], *, write: bool = False) -> T:
-        """Runs a function of the driver's own cursor: a transaction if it is to write, else single statements."""
+    def run(self, what: Callable[[Any], T], *, write: bool = False, wait: bool = True) -> T:
+        """Runs a function of the driver's own cursor: a transaction if it is to write, else single statements.
+
+        Without `wait` it raises Unreachable at once where SQLite has another writer.
+        """
         with _faults():
             connection = self.engine.raw_connection()
             try:
                 cursor = connection.cursor()
                 if write and not self.postgres:
-                    cursor.execute("BEGIN IMMEDIATE")
+                    _begin_writing(cursor, wait)
                 found = what(cursor)
                 connection.commit()
                 return found
@@ -286,6 +289,20 @@ def _set_up_sqlite(raw, record) -> None:
     raw.execute("PRAGMA journal_mode=WAL")
     raw.execute("PRAGMA synchronous=NORMAL")
     raw.execute("PRAGMA wal_autocheckpoint=20000")  # pages: `tidy` comes first, so that no request waits for it
+
+
+def _begin_writing(cursor: sqlite3.Cursor, wait: bool) -> None:
+    """BEGIN IMMEDIATE, for which SQLite waits or does not."""
+    if wait:
+        cursor.execute("BEGIN IMMEDIATE")
+        return
+    cursor.execute("PRAGMA busy_timeout=0")
+    try:
+        cursor.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        raise Unreachable("another writer") from None
+    finally:
+        cursor.execute(f"PRAGMA busy_timeout={WAIT_SECONDS * 1000}")
 
 
 def _begin_at_once(connection: Connection) -> None:

@@ -18,12 +18,12 @@ from serving.api.answers import (
     TopToken,
     Usage,
 )
-from serving.api.bodies import ChatBody, refuse_unsupported
+from serving.api.bodies import ChatBody
 from serving.api.drawing import sampling_of
 from serving.api.exchange import Exchange, Generate, begun, fits, whole
 from serving.api.messages import read_messages
 from serving.api.prompts import bound_choices
-from serving.api.routes import GENERATES, ends, service_of
+from serving.api.routes import GENERATES, ends, writer_for
 from serving.api.sending import answer, wants_usage
 from serving.body import body_of
 from serving.errors import ApiError
@@ -40,10 +40,7 @@ async def chat(
     body: ChatBody = Depends(body_of(ChatBody)),  # noqa: B008
 ):
     """Answers the last message of a chat. With `stream`, server-sent events of `chat.completion.chunk`, then [DONE]."""
-    service = service_of(request)
-    service.require(body.model)
-    service.require_decoder()
-    refuse_unsupported(body)
+    service = writer_for(request, body)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs", code="invalid_value")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):

@@ -7,11 +7,11 @@ from fastapi import APIRouter, Depends, Request
 from inference.requests import Piece, TokenLogprob
 from serving.access.gate import Caller, needs
 from serving.api.answers import Completion, CompletionChoice, Logprobs, Usage
-from serving.api.bodies import CompletionBody, refuse_unsupported
+from serving.api.bodies import CompletionBody
 from serving.api.drawing import sampling_of
 from serving.api.exchange import Exchange, Generate, begun, fits, whole
 from serving.api.prompts import Prompt, bound_choices, read_prompts
-from serving.api.routes import GENERATES, ends, service_of
+from serving.api.routes import GENERATES, ends, writer_for
 from serving.api.sending import answer, wants_usage
 from serving.body import body_of
 from serving.errors import ApiError
@@ -30,10 +30,7 @@ async def complete(
     body: CompletionBody = Depends(body_of(CompletionBody)),  # noqa: B008
 ):
     """Continues prompts: texts or token ids. With `stream`, server-sent events of the same shape, then [DONE]."""
-    service = service_of(request)
-    service.require(body.model)
-    service.require_decoder()
-    refuse_unsupported(body)
+    service = writer_for(request, body)
     n = body.n or 1
     if body.best_of not in (None, n):
         message = f"best_of={body.best_of} is not supported: choices are returned as they are drawn; n says how many"

@@ -10,7 +10,7 @@ from serving.api.answers import Embedding, Embeddings, EmbeddingUsage
 from serving.api.bodies import EmbeddingBody
 from serving.api.exchange import Encode, Exchange, fits, whole
 from serving.api.prompts import read_prompts
-from serving.api.routes import GENERATES, ends, service_of
+from serving.api.routes import GENERATES, ends, service_for
 from serving.api.sending import answer
 from serving.body import body_of
 from serving.errors import ApiError
@@ -26,8 +26,7 @@ async def embed(
     body: EmbeddingBody = Depends(body_of(EmbeddingBody)),  # noqa: B008
 ):
     """A vector for each text or list of token ids."""
-    service = service_of(request)
-    service.require(body.model)
+    service = service_for(request, body)
     if not service.engine.encoder:
         raise ApiError(400, f"{service.name} is no encoder: it answers /v1/completions", param="model")
     if body.dimensions is not None:

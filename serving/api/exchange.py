@@ -1,9 +1,10 @@
 """One HTTP request and the engine: admitted, submitted in parts, listened to, and accounted for however it ends."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from inference.requests import Busy, Encoded, EncodeRequest, Piece, Request, Sampling
@@ -161,39 +162,29 @@ class Exchange:
 
 async def whole(exchange: Exchange, gather: Callable[[Exchange], Awaitable]) -> object:
     """The result of `gather` over the exchange, from beginning to end."""
-    status = GONE
-    try:
+    async with _undone_where_it_fails(exchange):
         await exchange.begin()
         result = await gather(exchange)
-        status = 200
-        return result
-    except ApiError as error:
-        status = error.status
-        raise
-    except Exception:
-        status = 500
-        raise
-    finally:
-        await exchange.end(status)
+    await exchange.end(200)
+    return result
 
 
 async def begun(exchange: Exchange) -> tuple[int, Piece]:
-    """The first piece of a stream; if it does not come, all is undone."""
-    status = GONE
-    try:
+    """The first piece of a stream, whose end is due later; if it does not come, all is undone."""
+    async with _undone_where_it_fails(exchange):
         await exchange.begin()
-        first = await exchange.next()
-        status = 0
-        return first
-    except ApiError as error:
-        status = error.status
+        return await exchange.next()
+
+
+@contextlib.asynccontextmanager
+async def _undone_where_it_fails(exchange: Exchange) -> AsyncIterator[None]:
+    """Ends the exchange with the status of what is raised inside, if anything is."""
+    try:
+        yield
+    except BaseException as error:
+        status = error.status if isinstance(error, ApiError) else 500 if isinstance(error, Exception) else GONE
+        await exchange.end(status)
         raise
-    except Exception:
-        status = 500
-        raise
-    finally:
-        if status:
-            await exchange.end(status)
 
 
 def fits(service: Service, prompts: Sequence[Sequence[int]], new_tokens: int | None, param: str) -> int:

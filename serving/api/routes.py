@@ -3,6 +3,8 @@
 from fastapi import Request
 
 from serving.api.answers import Error
+from serving.api.bodies import Drawing, refuse_unsupported
+from serving.body import Body
 from serving.service import Service
 
 READS = (400, 401, 403, 429, 500, 503)  # any route behind the gate
@@ -13,6 +15,21 @@ GENERATES = (*SENDS, 409)  # one that works with the model, and can be ended by 
 def service_of(request: Request) -> Service:
     """The service of the application that a request came to."""
     return request.app.state.service
+
+
+def service_for(request: Request, body: Body) -> Service:
+    """The service, if its model is the one that the body names, if it names any. Raises ApiError 404."""
+    service = service_of(request)
+    service.require(body.model)
+    return service
+
+
+def writer_for(request: Request, body: Drawing) -> Service:
+    """The same for a body that wants a text. Raises ApiError where the model writes none or the body asks too much."""
+    service = service_for(request, body)
+    service.require_decoder()
+    refuse_unsupported(body)
+    return service
 
 
 def ends(*statuses: int, stream: bool = False) -> dict:

@@ -6,7 +6,7 @@ from serving.access.gate import Caller, needs
 from serving.api.answers import Text, TokenizerInfo, Tokens
 from serving.api.bodies import DetokenizeBody, TokenizeBody
 from serving.api.messages import read_messages
-from serving.api.routes import READS, SENDS, ends, service_of
+from serving.api.routes import READS, SENDS, ends, service_for, service_of
 from serving.api.sending import answer
 from serving.body import body_of
 from serving.errors import ApiError
@@ -21,8 +21,7 @@ async def tokenize(
     body: TokenizeBody = Depends(body_of(TokenizeBody)),  # noqa: B008
 ):
     """The tokens of a prompt, however long, or of a chat, as the model would read them. A text has no special ones."""
-    service = service_of(request)
-    service.require(body.model)
+    service = service_for(request, body)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give one of prompt and messages", param="prompt", code="invalid_value")
     if body.messages is not None:
@@ -42,8 +41,7 @@ async def detokenize(
     body: DetokenizeBody = Depends(body_of(DetokenizeBody)),  # noqa: B008
 ):
     """The text of tokens; special and unknown ones have none."""
-    service = service_of(request)
-    service.require(body.model)
+    service = service_for(request, body)
     text = await service.in_thread(len(body.tokens), lambda: service.tokenizer.decode(body.tokens))
     return answer(Text(prompt=text))
 

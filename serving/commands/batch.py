@@ -35,9 +35,11 @@ def batch(options: argparse.Namespace) -> int:
         service = open_service(options)
         try:
             width = 2 * (options.max_running or service.engine.options.max_running)  # the next are ready when some end
-            told = lambda added: print(f"\r{before + added} lines", end="", file=sys.stderr, flush=True)
+            tell = lambda added: print(f"\r{before + added} lines", end="", file=sys.stderr, flush=True)
+            told = tell if sys.stderr.isatty() else lambda added: None
             added = asyncio.run(run(create_app(service, Owner()), options.source, output, width, told))
         finally:
             service.engine.stop(0.0)
-    print(f"\r{options.output}: {added} lines added to {before}", file=sys.stderr)
+    end = "\r" if sys.stderr.isatty() else ""
+    print(f"{end}{options.output}: {added} lines added to {before}", file=sys.stderr)
     return DONE

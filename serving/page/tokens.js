@@ -65,7 +65,9 @@ export class Writer {
   }
 
   span(text, one) {
-    const node = element("span", { className: `token t${shade(one.logprob)}`, textContent: text });
+    const start = text.trim() ? text.length - text.trimStart().length : 0; // the space before a word stays uncoloured
+    const word = element("span", { className: `word t${shade(one.logprob)}`, textContent: text.slice(start) });
+    const node = element("span", { className: "token" }, text.slice(0, start), word);
     told.set(node, one);
     this.node.append(node);
     this.count += 1;

@@ -15,13 +15,6 @@ from inference.requests import Busy, EncodeRequest, Request, Sampling
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
 
 
-@pytest.fixture(scope="module")
-def engine():
-    engine = started("grouped")
-    yield engine
-    assert engine.stop(10)
-
-
 def settled(engine: Engine):
     """The state once nothing runs."""
     end = time.monotonic() + 30
@@ -46,7 +39,7 @@ def test_mixes_equal_generate_and_nothing_compiles(engine):
 
 def test_a_mesh_changes_nothing():
     mesh = (("tensor", 2),)
-    engine, asked = started("grouped", mesh), mix(5)
+    engine, asked = started("grouped", mesh, max_running=3), mix(5)
     assert_as_generated(opened("grouped", mesh), asked, run_mix(engine, asked))
     assert engine.state().compiles == 0
     assert engine.stop(10)

@@ -6,7 +6,7 @@ import re
 import jsonschema
 import numpy as np
 import pytest
-from engines import Heard, ask, started
+from engines import Heard, ask
 
 from inference.grammar import written
 from inference.requests import Request, Sampling
@@ -16,14 +16,6 @@ SEEDED = {
     "narrow": {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": -3},
     "penalised": {"temperature": 1.2, "min_p": 0.01, "presence_penalty": 0.5, "repetition_penalty": 1.1, "seed": 2**60},
 }
-
-
-@pytest.fixture(scope="module")
-def engine():
-    made = started("grouped")
-    yield made
-    assert made.state().compiles == 0
-    assert made.stop(20)
 
 
 @pytest.mark.parametrize("name", SEEDED)

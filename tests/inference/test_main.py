@@ -19,6 +19,7 @@ from config.compose import to_yaml
 from config.schema import Config, finish
 from data.tokenizer import ByteTokenizer, TokenizerConfig
 from inference import options
+from inference.__main__ import main
 from inference.config import SampleConfig
 from inference.generate import continuations, generate
 from model.config import ModelConfig
@@ -28,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(layers=1, width=16, heads=2, kv_heads=2, head_dim=8, ffn=16, vocab_multiple=16)
 
 
-def command(*arguments) -> tuple[int, str, str]:
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code and what was printed, of a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "inference", *map(str, arguments)],
         cwd=ROOT,
@@ -38,6 +40,15 @@ def command(*arguments) -> tuple[int, str, str]:
         timeout=120,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def here(capsys, *arguments) -> tuple[int, str, str]:
+    """The same in this process, which has eight devices already."""
+    words = [str(argument) for argument in arguments]
+    if not any("runtime.cpu_devices" in word for word in words):
+        words.append(f"runtime.cpu_devices={jax.device_count()}")
+    code = main(options.parse(words))
+    return code, *capsys.readouterr()
 
 
 def refused(capsys, *arguments) -> str:
@@ -99,36 +110,48 @@ def test_a_prompt_that_looks_like_an_option(run, capsys):
         (["sample.tokens=many"], "sample.tokens='many' is str, but should be int"),
         (["mesh.fdsp=2"], "unknown mesh.fdsp; did you mean mesh.fsdp?"),
         (["mesh.fsdp=0"], "mesh.fsdp=0 is no number of devices"),
-        (["mesh.fsdp=3"], "mesh 3 = 3 needs 3 devices, 1 found"),
-        (["mesh.pipe=2", "runtime.cpu_devices=2"], "stages are for training"),
+        (["mesh.fsdp=9"], "mesh 9 = 9 needs 9 devices, 8 found"),
+        (["mesh.pipe=2"], "stages are for training"),
         (["runtime.cpu_devices=0"], "runtime.cpu_devices=0 is below 1"),
         (["runtime.platform=abacus"], "runtime.platform=abacus is unknown"),
         (["--step", "3"], "holds no checkpoint of step 3; there are: 2, 5"),
     ],
 )
-def test_mistakes_that_the_run_shows(run, arguments, message):
-    code, out, err = command(run[0], "a prompt", *arguments)
+def test_mistakes_that_the_run_shows(run, capsys, arguments, message):
+    code, out, err = here(capsys, run[0], "a prompt", *arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
 
-def test_a_run_without_a_checkpoint(run, tmp_path):
+def test_a_run_without_a_checkpoint(run, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((run[0] / "config.yaml").read_text())
-    code, out, err = command(tmp_path, "a prompt")
+    code, out, err = here(capsys, tmp_path, "a prompt")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert "holds no checkpoint" in err
 
 
+ONE = ("mesh.data=1",)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "step"),
-    [([], 5), (["--step", "best"], 2), (["--step", "2", "mesh.fsdp=2", "mesh.tensor=2", "runtime.cpu_devices=4"], 2)],
+    ("arguments", "step", "started"),
+    [
+        (ONE, 5, here),
+        (["--step", "best", *ONE], 2, here),
+        (
+            ["--step", "2", "mesh.fsdp=2", "mesh.tensor=2", "runtime.cpu_devices=4"],
+            2,
+            command,
+        ),
+    ],
 )
-def test_texts_come_from_the_checkpoint(run, arguments, step):
+def test_texts_come_from_the_checkpoint(run, capsys, arguments, step, started):
     path, description, params, sample = run
-    code, out, err = command(path, "def f", "", "sample.tokens=9", "sample.seed=3", "sample.top_k=90", *arguments)
+    asked = ("def f", "", "sample.tokens=9", "sample.seed=3", "sample.top_k=90")
+    code, out, err = started(capsys, path, *asked, *arguments)
     assert (code, err) == (0, f"{path}: step {step}\n")
     tokenizer, sample = ByteTokenizer(), replace(sample, tokens=9, seed=3, top_k=90)
     prompts = [tokenizer.encode("def f").tolist(), [tokenizer.eos_id]]
@@ -139,7 +162,7 @@ def test_texts_come_from_the_checkpoint(run, arguments, step):
     assert out == "\n\n".join(texts) + "\n"
 
 
-def test_the_command_prints_what_samples_hold(tmp_path):
+def test_the_command_prints_what_samples_hold(tmp_path, capsys):
     """With a tokenizer whose words hold the space before them; and a prompt far beyond the trained length is told."""
     tokenizer = byte_fallback()
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -159,7 +182,7 @@ def test_the_command_prints_what_samples_hold(tmp_path):
     with closing(CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(asynchronous=False))) as store:
         assert store.save(1, {"params": params}, {})
     samples = continuations(description, params, tokenizer, config.sample, "float32")
-    code, out, err = command(tmp_path, *config.sample.prompts)
+    code, out, err = here(capsys, tmp_path, *config.sample.prompts, *ONE)
     assert (code, out) == (0, "\n\n".join(prompt + text for prompt, text in samples) + "\n")
     longest = max(len(tokenizer.encode(prompt)) for prompt in config.sample.prompts)
     told, _ = err.splitlines()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from engines import REACH, Heard, ask, assert_as_generated, mix, opened, run_mix, started
@@ -19,11 +20,11 @@ REPEATING = [1, 2, 3, 4, 5, 6] * 4
 
 
 @pytest.fixture(scope="module")
-def engines():
-    made = [started("grouped", speculation="ngram", drafted=3), started("grouped")]
-    yield made
-    for engine in made:
-        assert engine.stop(20)
+def engines(engine):
+    """One with proposals, one without."""
+    speculating = started("grouped", speculation="ngram", drafted=3)
+    yield speculating, engine
+    assert speculating.stop(20)
 
 
 @given(tokens=st.lists(st.integers(0, 3), max_size=40), most=st.integers(1, 6), cuts=st.lists(st.integers(0, 40)))
@@ -100,30 +101,58 @@ def test_rows_with_and_without_proposals_share_steps(engines):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize(("draft", "right"), [("grouped", 0.9), ("scaled-rope", 0.0)])
+def other_weights():
+    """Another model with the same programs."""
+    model = opened("grouped")
+    return replace(model, params=jax.tree.map(lambda x: -x if x.ndim > 1 else x, model.params))
+
+
+@pytest.mark.parametrize(("draft", "right"), [(lambda: opened("grouped"), 0.9), (other_weights, 0.0)])
 def test_a_smaller_model_proposes_and_the_text_stays(engines, draft, right):
     """The model itself is nearly always right; another one is nearly always wrong. Neither changes a text."""
     options = EngineOptions(
         max_running=4, block=4, chunk=16, cache_tokens=2 * REACH, speculation="draft", drafted=3, max_length=REACH
     )
-    engine = Engine(opened("grouped"), options, draft=opened(draft))
+    engine = Engine(opened("grouped"), options, draft=draft())
     engine.start()
     asked = mix(4)
     assert_as_generated(opened("grouped"), asked, run_mix(engine, asked))
     for index, how in enumerate(
         ({}, {"temperature": 0.8, "seed": 2}, {"temperature": 0.5, "presence_penalty": 1.0, "seed": 3})
     ):
-        ours, theirs = (ask(one, f"{draft} {index}", REPEATING, max_tokens=20, **how) for one in (engine, engines[1]))
+        ours, theirs = (ask(one, f"{right} {index}", REPEATING, max_tokens=20, **how) for one in (engine, engines[1]))
         assert ours.tokens() == theirs.tokens()
     before = engine.state()
-    ask(engine, f"{draft} alone", REPEATING, max_tokens=24)
+    alone = ask(engine, f"{right} alone", REPEATING, max_tokens=24)
     after = engine.state()
     drafted = after.drafted_tokens - before.drafted_tokens
     assert drafted > 0
     assert (after.accepted_tokens - before.accepted_tokens) / drafted >= right
     assert after.steps - before.steps < 24 or not right
     assert after.compiles == 0
+    _fails_once(engine, alone.tokens())
     assert engine.stop(20)
+
+
+def _fails_once(engine: Engine, text: list[int]) -> None:
+    """A smaller model that fails, and whose arrays are gone with it, changes no text either, and proposes again."""
+    programs, failures = engine._proposals._programs, []
+    run = programs.run
+
+    def failing(rows, masks):
+        if len(failures) == 2:
+            return run(rows, masks)
+        failures.append(len(rows))
+        jax.tree.map(lambda x: x.delete(), programs.kept)
+        raise RuntimeError("the device is lost")
+
+    programs.run = failing
+    assert ask(engine, "fails", REPEATING, max_tokens=24).tokens() == text
+    before = engine.state()
+    assert before.ready
+    assert ask(engine, "works again", REPEATING, max_tokens=24).tokens() == text
+    assert engine.state().drafted_tokens > before.drafted_tokens
+    assert len(failures) == 2
 
 
 def test_a_smaller_model_that_does_not_fit_is_told():

@@ -149,9 +149,12 @@ def picture(chromium, name: str) -> None:
 def test_a_chat_streams_and_tells_what_was_likely(chromium, real, width):
     enter(chromium, real, width, dark=width < 600)
     put(chromium, "#set-temperature", 0)
+    if PICTURES:  # with more on it
+        put(chromium, "#set-max_tokens", 60)
+        say(chromium, "Welcome a reader to a page where one can write with you.")
     put(chromium, "#set-max_tokens", 24)
     say(chromium, "What is the capital of France?", wait=False)
-    chromium.wait("document.querySelectorAll('.token').length > 0")
+    chromium.wait("document.querySelector('.entry:last-of-type .token')")
     assert chromium.evaluate("!document.getElementById('stop').hidden"), "all came at once"
     chromium.wait("document.getElementById('stop').hidden")
     assert "Paris" in last(chromium)
@@ -159,7 +162,7 @@ def test_a_chat_streams_and_tells_what_was_likely(chromium, real, width):
         r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · (complete|as long)", last(chromium, ".facts-line")
     )
     assert last(chromium) == chromium.evaluate(
-        "[...document.querySelectorAll('.answer .token')].map(n => n.textContent).join('')"
+        "[...document.querySelectorAll('.entry:last-of-type .answer .token')].map(n => n.textContent).join('')"
     )
     x, y = place(chromium, "[...document.querySelectorAll('.token')].find(n => n.textContent.includes('Paris'))")
     if width < 600:

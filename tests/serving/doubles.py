@@ -278,7 +278,8 @@ def listening(app, grace: float = 5.0) -> Iterator[str]:
             loops.append(asyncio.get_running_loop())
             await server.serve([listener])
 
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # as uvicorn's own `run`
+            runner.run(serve())
 
     thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()

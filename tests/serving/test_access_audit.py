@@ -52,6 +52,17 @@ def test_a_chain_as_it_was_written(lines, tmp_path):
     assert records[0]["model"] == 'a"\n\x00é'
 
 
+def test_a_server_that_had_nothing_to_write_leaves_a_whole_chain(tmp_path):
+    for _ in range(2):
+        written(tmp_path, 0)
+        assert verdict(tmp_path) == verify.Verdict("server-0", 0)
+    written(tmp_path, 2)
+    assert verdict(tmp_path) == verify.Verdict("server-0", 2)
+    (tmp_path / "server-0.head").write_text("")  # with records, a head that is gone stays so
+    written(tmp_path, 0)
+    assert "no head" in verdict(tmp_path).fault
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_changed_byte_is_named(lines, tmp_path_factory, data):

@@ -7,6 +7,7 @@ import time
 import pytest
 from doubles import saying
 from guarded import guarded
+from sqlalchemy import func, select
 
 from serving.access import audit, store, verify
 from serving.access.gate import PERMISSIONS, PUBLIC
@@ -38,6 +39,48 @@ def last(server) -> dict:
     return max(server.records(), key=lambda record: record["time"])
 
 
+def test_a_changed_policy_holds_and_a_broken_one_does_not(tmp_path):
+    with guarded(tmp_path, policy="p, two, completions, *") as server:
+        file, key = tmp_path / "policy.csv", server.key("two")
+        assert server.complete(key).status == 200
+
+        def changed(text: str) -> None:
+            file.write_text(text)
+            server.door.renew_roles()  # sees that it is another one
+            server.door.renew_roles()  # and that nobody is writing it any more
+
+        changed("p, two, models, *")
+        assert server.complete(key).status == 403
+        assert server.ask(key, "GET", "/v1/models").status == 200
+        told = [record for record in server.records() if record["action"] == "policy reload"]
+        assert [record["decision"] for record in told] == ["allow"]
+        for broken in ("p, two, fly, *", "\x00", "p, two", "x" * 200_000):
+            changed(broken)
+            assert server.complete(key).status == 403
+            assert server.ask(key, "GET", "/v1/models").status == 200
+        assert any(record.get("reason", "").endswith("schema") for record in server.records())
+        file.unlink()
+        server.door.renew_roles()
+        server.door.renew_roles()
+        assert server.ask(key, "GET", "/v1/models").status == 403  # there is no such role
+
+
+def test_a_new_policy_that_cannot_be_written_down_does_not_hold_yet(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with guarded(tmp_path, policy="p, two, completions, *") as server:
+        key = server.key("two")
+        monkeypatch.setattr(server.door.chain, "write", full)
+        (tmp_path / "policy.csv").write_text("p, two, models, *")
+        for _ in range(3):
+            server.door.renew_roles()
+        assert server.complete(key).status == 200
+        monkeypatch.undo()
+        server.door.renew_roles()
+        assert server.complete(key).status == 403
+
+
 def routes(app):
     for route in app.routes:
         for method in route.methods:
@@ -51,7 +94,8 @@ def test_every_route_asks_who_it_is(server):
             assert answer.status == 200 if permission == PUBLIC else 401, (method, path, answer)
             if permission != PUBLIC:
                 assert answer.json["error"]["type"] == "authentication_error"
-                assert answer.headers["www-authenticate"] == 'Bearer realm="isomesh"'
+                scheme = "Basic" if path.startswith("/page/") else "Bearer"  # browsers ask for a password
+                assert answer.headers["www-authenticate"].startswith(f'{scheme} realm="isomesh')
 
 
 def test_every_route_is_closed_to_roles_without_its_permission(server, keys):
@@ -250,20 +294,35 @@ def test_strict_refuses_what_cannot_be_written_down(tmp_path, monkeypatch):
         assert server.complete(user).status == 200
 
 
+def test_another_writer_is_waited_for_in_a_thread(server):
+    """As where many replicas share a database: the event loop goes on, and the limit holds."""
+    key, answers = server.key(limits={"concurrent": 1, "requests_a_minute": 2}), []
+    with server.opened.store.engine.begin() as connection:  # holds the one lock of SQLite
+        asking = threading.Thread(target=lambda: answers.append(server.complete(key).status))
+        asking.start()
+        for _ in range(5):
+            assert server.ask(None, "GET", "/livez").status == 200
+        assert answers == []
+        assert connection.execute(select(func.count()).select_from(store.USED)).scalar_one() >= 0
+    asking.join()
+    assert answers == [200]
+    assert [server.complete(key).status for _ in range(2)] == [200, 429]
+
+
 def test_a_database_that_is_away(server, monkeypatch):
     """A request waits for it a while; then it is refused, and nobody is let in unseen."""
     key = server.key(limits={"concurrent": 1})
     away = threading.Event()
     real = store.Store.run
 
-    def run(self, what, *, write=False):
+    def run(self, what, **how):
         if away.is_set():
             raise store.Unreachable("gone")
-        return real(self, what, write=write)
+        return real(self, what, **how)
 
     monkeypatch.setattr(store.Store, "run", run)
     away.set()
-    threading.Timer(0.15, away.clear).start()
+    threading.Timer(0.07, away.clear).start()
     assert server.complete(key).status == 200
     away.set()
     answer = server.complete(key)

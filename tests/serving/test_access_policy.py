@@ -124,3 +124,14 @@ def test_models_are_named_as_files_are():
     assert not allows(("small*",), "Small-2")
     assert not allows((), "small")
     assert not allows(("(a+)+$",), "aaaa")
+
+
+def test_a_mistake_in_the_roles_hinders_no_key_from_being_revoked(tmp_path, capsys):
+    state = ["--state", str(tmp_path)]
+    assert serving.main(["keys", "create", "--role", "user", *state]) == 0
+    id = capsys.readouterr().out.rpartition("-")[0]
+    (tmp_path / "policy.csv").write_text("p, analyst, fly, *")
+    assert serving.main(["keys", "revoke", id, *state]) == 0
+    assert serving.main(["audit", "verify", *state]) == 0
+    assert serving.main(["keys", "create", "--role", "user", *state]) == 2
+    assert "no permission 'fly'" in capsys.readouterr().err

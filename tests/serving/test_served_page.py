@@ -64,6 +64,8 @@ def test_only_who_may_see_the_page_gets_it(tmp_path):
     with guarded(tmp_path, policy=policy) as server:
         assert server.ask(None, "GET", "/").status == 401
         assert "Basic" in server.ask(None, "GET", "/page/page.js", accept="text/html").headers["www-authenticate"]
+        # a password in the address is sent with the styles only when they are asked for it
+        assert "Basic" in server.ask(None, "GET", "/page/page.css", accept="text/css").headers["www-authenticate"]
         assert server.ask(server.key("user"), "GET", "/").status == 200
         assert server.ask(server.key("user"), "GET", "/page/page.js").status == 200
         assert server.ask(server.key("blind"), "GET", "/").status == 403
