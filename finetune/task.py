@@ -56,6 +56,7 @@ class Example:
 class Judged:
     """An answer beside what was right, for a person."""
 
+    name: str  # of the row
     text: str
     truth: str
     answer: str

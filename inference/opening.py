@@ -40,7 +40,6 @@ from training.job import Job
 from training.state import TrainState, has_vocabulary
 from training.trainable import merged
 
-
 log = logging.getLogger("isomesh.model")
 
 

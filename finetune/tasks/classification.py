@@ -123,7 +123,7 @@ class Task(Base):
         said_N = self._spelled(logits_NC)
         true_N = self._spelled(truth_NC * 2 - 1 if self.options.kind == "several" else truth_NC)
         judged = [
-            Judged(rows[example.row].text("text"), truth, said, float(loss))
+            Judged(rows[example.row].name, rows[example.row].text("text"), truth, said, float(loss))
             for example, truth, said, loss in zip(examples, true_N, said_N, answers["loss_B"], strict=True)
         ]
         if self.options.kind == "regression":
