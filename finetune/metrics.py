@@ -1,5 +1,7 @@
 """Metrics of labels from counts, which add up over batches and hosts."""
 
+import string
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,3 +58,51 @@ def pearson(x_N: np.ndarray, y_N: np.ndarray) -> float:
     x_N, y_N = x_N.astype(np.float64) - x_N.mean(), y_N.astype(np.float64) - y_N.mean()
     spread = np.sqrt((x_N**2).sum() * (y_N**2).sum())
     return float((x_N * y_N).sum() / spread) if spread else 0.0
+
+
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The spans (kind, first word, one past the last) of BIO tags, by the rule of CoNLL's own script.
+
+    A span goes on with I-X behind B-X or I-X; an I-X that follows anything else begins one.
+    """
+    found, begin, kind = set(), 0, None
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if kind is not None and (mark != "I" or name != kind):
+            found.add((kind, begin, place))
+            kind = None
+        if mark in ("B", "I") and kind is None:
+            begin, kind = place, name
+    return found
+
+
+def spans_report(truths: Sequence[Sequence[str]], saids: Sequence[Sequence[str]]) -> tuple[dict[str, float], ByLabel]:
+    """Precision, recall and F1 of all spans together, and of each kind's (Tjong Kim Sang and Buchholz 2000)."""
+    counts: dict[str, np.ndarray] = {}  # kind -> both right, said, true
+    for truth, said in zip(truths, saids, strict=True):
+        true_spans, said_spans = spans(truth), spans(said)
+        for place, some in enumerate((true_spans & said_spans, said_spans, true_spans)):
+            for kind, *_ in some:
+                counts.setdefault(kind, np.zeros(3, np.int64))[place] += 1
+    by_label = {kind: precision_recall_f1(*counts[kind].tolist()) for kind in sorted(counts)}
+    whole = precision_recall_f1(*sum(counts.values(), np.zeros(3, np.int64)).tolist())
+    return {name: whole[name] for name in ("f1", "precision", "recall")}, by_label
+
+
+def normalised(text: str) -> list[str]:
+    """The words of an answer without case, punctuation and articles, as SQuAD's script has them."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in text.split() if word not in ("a", "an", "the")]
+
+
+def exact_match(said: str, truth: str) -> float:
+    """1 where two answers are the same but for what `normalised` takes away."""
+    return float(normalised(said) == normalised(truth))
+
+
+def words_f1(said: str, truth: str) -> float:
+    """F1 of the words of two answers; of empty ones 1 where both are."""
+    said_words, true_words = Counter(normalised(said)), Counter(normalised(truth))
+    if not said_words or not true_words:
+        return float(said_words == true_words)
+    return precision_recall_f1((said_words & true_words).total(), said_words.total(), true_words.total())["f1"]

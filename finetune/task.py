@@ -47,6 +47,7 @@ class Example:
 
     row: int  # its number in the table
     arrays: Mapping[str, np.ndarray]
+    about: Any = None  # what `judge` wants to know of it
 
     def __len__(self) -> int:
         return len(self.arrays["tokens_T"])

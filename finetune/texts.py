@@ -52,3 +52,14 @@ def shortened(lengths: np.ndarray, room: int) -> np.ndarray:
     for rank, part in enumerate(np.argsort(lengths, kind="stable")):
         kept[part] = min(lengths[part], (room - kept.sum()) // (len(lengths) - rank))
     return kept
+
+
+def of_words(setup: Setup, words: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
+    """The tokens of each word of each row, as they are where a space stands before it."""
+    space = " " if getattr(setup.tokenizer, "is_byte_level", True) else ""  # others begin a word with a mark of theirs
+    flat = setup.tokenizer.encode_batch([f"{space}{word}" for row in words for word in row])
+    made, at = [], 0
+    for row in words:
+        made.append(flat[at : at + len(row)])
+        at += len(row)
+    return made
