@@ -136,7 +136,7 @@ def finish(config: Config) -> Config:
     vocabulary = vocabulary or vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))
-    if config.task is not None and config.task.head:
+    if config.task is not None and config.task.head and config.task.head != config.model.head.removesuffix("_gelu"):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=config.task.head))
     model, train = config.model, config.train
     if model.vocab_size < vocabulary:

@@ -30,6 +30,8 @@ def question(config: Config, tokenizer: Tokenizer, path: str = "", limit: int | 
     if config.task is None:
         raise ValueError("the run has no task of its own: it was pretrained on text")
     task, c = open_task(config, tokenizer), config.task
+    if task.reads_text:
+        raise ValueError(f"{c.kind} reads text and has no rows to be judged by: see eval/loss of the run")
     if path:
         rows = read_rows(path, {**task.columns, **c.columns}, task.optional, "task")
     else:

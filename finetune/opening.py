@@ -30,6 +30,12 @@ def open_subject(config: Config, mesh: Mesh, progress: Progress | None = None) -
 
 def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> Subject:
     """A task with its rows. Raises ValueError for rows that cannot be used and for settings that do not go together."""
+    if task_class(config.task.kind).reads_text:
+        if config.task.path:
+            raise ValueError(
+                f"task.path={config.task.path}: {config.task.kind} reads the text of data=..., and no rows"
+            )
+        return pretraining(config, mesh, progress, lambda tokenizer: open_task(config, tokenizer).change)
     t, progress = config.train, progress or (lambda what, done, total: None)
     task = open_task(config)
     if task.whole_batch and (t.grad_accumulation > 1 or mesh.shape["pipe"] > 1):
@@ -72,7 +78,7 @@ def open_task(config: Config, tokenizer: Tokenizer | None = None) -> Task:
             f"tokenizer.kind={config.tokenizer.kind} is trained on text, and a task has none: begin from weights with "
             "model.from=PATH, or set tokenizer=file tokenizer.path=PATH"
         )
-    setup = Setup(c, config.model, tokenizer or load_tokenizer(config.tokenizer), config.train.seq_len)
+    setup = Setup(c, config.model, tokenizer or load_tokenizer(config.tokenizer), config.train.seq_len, config.seed)
     task = kind(setup, options)
     task.labels = c.labels
     return task

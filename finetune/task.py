@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from data.packing import Batch as HostBatch
 from data.tokenizer import Tokenizer
 from finetune.config import TaskConfig
 from finetune.table import LeftOut, Row
@@ -29,6 +30,7 @@ class Setup:
     model: ModelConfig
     tokenizer: Tokenizer
     seq_len: int
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Task:
     metrics: ClassVar[dict[str, int]] = {"loss": -1}  # that it can be judged by -> 1 more is better, -1 less
     packs: ClassVar[bool] = False  # several examples share a sequence
     whole_batch: ClassVar[bool] = False  # the loss compares sequences, so that no batch may be cut
+    reads_text: ClassVar[bool] = False  # data=... instead of rows, each batch as `change` makes it
 
     def __init__(self, setup: Setup, options: Any):
         self.setup, self.options = setup, options
@@ -94,6 +97,11 @@ class Task:
 
     def encode(self, rows: Sequence[Row], left_out: LeftOut) -> list[list[Example]]:
         """The examples of each row: usually one; none, and a note in `left_out`, of one that cannot be used."""
+        raise NotImplementedError
+
+    def change(self, batch: HostBatch, number: int, rows: np.ndarray) -> HostBatch:
+        """Of a task that reads text: a batch of pretraining as this task wants it, a pure function of the seed, the
+        batch's number (below 0: held-out ones) and those of its rows."""
         raise NotImplementedError
 
     def loss(self, model: Transformer, x_BTD: jax.Array, batch: Batch, config: TrainConfig) -> LossSums:

@@ -63,3 +63,13 @@ def of_words(setup: Setup, words: Sequence[Sequence[str]]) -> list[list[np.ndarr
         made.append(flat[at : at + len(row)])
         at += len(row)
     return made
+
+
+def cut_to(setup: Setup, tokens: np.ndarray, room: int, name: str, left_out: LeftOut) -> np.ndarray:
+    """One text with the model's special tokens around it, of `room` tokens at most."""
+    begin, end = setup.tokenizer.begin_ids, setup.tokenizer.end_ids
+    if (own := room - len(begin) - len(end)) < 1:
+        raise ValueError(f"train.seq_len={setup.seq_len} leaves no room for text beside the special tokens")
+    if len(tokens) > own:
+        left_out.add(f"with a part longer than {own} tokens: cut", name)
+    return np.array([*begin, *tokens[:own].tolist(), *end], np.int32)

@@ -3,7 +3,7 @@
 Pretraining on text is the one of this room; tasks of finetune/ are others. train.py knows no more of either.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from data.loader import Stream
 from data.opening import open_corpora
+from data.packing import Batch
 from data.prepared import Progress
 from data.streams import heldout_batches, training_stream
 from data.tokenizer import Tokenizer
@@ -47,8 +49,42 @@ class Subject:
     judge: Callable[[Job, Arrays], Judge]  # of a job, with a batch like those that will be evaluated
 
 
-def pretraining(config, mesh: Mesh, progress: Progress | None = None) -> Subject:
-    """The next token of text, or the masked ones of an encoder; `config` is the whole of a run's.
+Change = Callable[[Batch, int, np.ndarray], Batch]  # of a batch, by its number (below 0: held out) and its rows
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedStream:
+    """A stream whose batches are changed as they are read; what is told of it stays."""
+
+    stream: Stream
+    change: Change
+    batch_size: int
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The batch of a step, or some rows of it."""
+        return self.change(self.stream.batch(step, rows), step, np.arange(self.batch_size)[rows or slice(None)])
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedBatches:
+    """Held-out batches, changed in the same way at every iteration."""
+
+    batches: Iterable[Batch]
+    change: Change
+    rows_B: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.batches):
+            yield self.change(batch, -1 - number, self.rows_B)
+
+
+def pretraining(
+    config, mesh: Mesh, progress: Progress | None = None, change_for: Callable[[Tokenizer], Change] | None = None
+) -> Subject:
+    """The next token of text; `config` is the whole of a run's. `change_for` a tokenizer makes something else of it.
 
     Raises ValueError for a source that cannot be used.
     """
@@ -59,6 +95,10 @@ def pretraining(config, mesh: Mesh, progress: Progress | None = None) -> Subject
     if t.eval_every:  # a held-out text that is too short is told now
         shape |= {"batches": t.eval_batches, "rows": local_rows(mesh, t.batch_size)}
         heldout = heldout_batches(config.data, corpora, **shape)
+    if change_for is not None:
+        change, rows_B = change_for(tokenizer), np.arange(t.batch_size)[local_rows(mesh, t.batch_size)]
+        stream = ChangedStream(stream, change, t.batch_size)
+        heldout = {name: ChangedBatches(batches, change, rows_B) for name, batches in heldout.items()}
     feed = Feed(t, stream, heldout, mesh)
 
     def judge(job: Job, batch: Arrays) -> HeldOut:
