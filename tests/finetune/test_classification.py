@@ -103,7 +103,7 @@ def test_parts_of_a_batch_do_not_matter():
     assert whole.metrics == pytest.approx(again.metrics)
 
 
-# ----------------------------------------------------------------------------------------------------------- a whole run
+# -------------------------------------------------------------------------------------------------------- a whole run
 
 
 def run_of(directory: Path, *more: str) -> list[str]:
