@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     texts = [task for task in options.tasks if task.startswith(PERPLEXITY)]
     asked = {"split": options.split, "limit": options.limit}
     sources = {task: open_sources(task, found, **asked) for task in texts}
-    rows = lambda task: question(found.config, found.tokenizer, task.partition(":")[2], options.limit)
+    rows = lambda task: question(found.config, found.tokenizer, found.path, task.partition(":")[2], options.limit)
     questions = {task: rows(task) for task in options.tasks if task.partition(":")[0] == TASK}
     named = [task for task in options.tasks if task not in sources and task not in questions and task != CODE]
     tasks = {name: harness().load_tasks([name]) for name in named}

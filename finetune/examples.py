@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Table:
     rows: list[Row]
     examples: list[Example]
     left_out: LeftOut
+    beside: dict[str, np.ndarray] = field(default_factory=dict)  # (examples, X) by name: added to what examples hold
 
     def first(self, examples: int) -> "Table":
         """The same with so many examples at most."""
@@ -37,8 +38,9 @@ def digest_of(examples: Sequence[Example]) -> str:
 class Sequences:
     """The examples as rows of a batch: each alone, or several packed in one by best fit."""
 
-    def __init__(self, examples: Sequence[Example], seq_len: int, *, packs: bool):
-        self.examples, self.seq_len = examples, seq_len
+    def __init__(self, table: Table, seq_len: int, *, packs: bool):
+        examples = table.examples
+        self.examples, self.seq_len, self._beside = examples, seq_len, table.beside
         lengths = np.array([len(example) for example in examples], np.int64)
         self.of_row = [[i] for i in range(len(examples))]
         if packs:
@@ -73,7 +75,7 @@ class Sequences:
                         whole = batch.setdefault(f"{name[:-1]}BT", np.zeros(shape, kind))
                         whole[row, at : at + size] = value
                 at += size
-        return batch
+        return batch | {name: array[numbers] for name, array in self._beside.items()}
 
 
 class Shuffled:
@@ -104,8 +106,8 @@ class Shuffled:
 class InOrder:
     """Held-out examples in their order, each alone; the last batch is filled up with what does not count."""
 
-    def __init__(self, examples: Sequence[Example], seq_len: int, batch_size: int):
-        self._sequences, self._batch_size = Sequences(examples, seq_len, packs=False), batch_size
+    def __init__(self, table: Table, seq_len: int, batch_size: int):
+        self._sequences, self._batch_size = Sequences(table, seq_len, packs=False), batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         count = len(self._sequences)

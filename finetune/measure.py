@@ -1,6 +1,7 @@
 """A trained model on rows of its task: what `python -m evaluation` tells of it."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from data.tokenizer import Tokenizer
 from finetune.examples import Table, digest_of
 from finetune.judge import Answers
 from finetune.opening import encoded, open_task, read_sides
+from finetune.reference import read_reference
 from finetune.table import read_rows
 from finetune.task import Judgement, Task
 from model.transformer import Description
@@ -25,8 +27,11 @@ class Question:
     source: str  # where the rows come from
 
 
-def question(config: Config, tokenizer: Tokenizer, path: str = "", limit: int | None = None) -> Question:
-    """The held-out rows of a run, or all rows of the files at `path`. Raises ValueError for what the user can mend."""
+def question(config: Config, tokenizer: Tokenizer, folder: Path, path: str = "", limit: int | None = None) -> Question:
+    """The held-out rows of the run in `folder`, or all rows of the files at `path`.
+
+    Raises ValueError for what the user can mend.
+    """
     if config.task is None:
         raise ValueError("the run has no task of its own: it was pretrained on text")
     task, c = open_task(config, tokenizer), config.task
@@ -37,6 +42,8 @@ def question(config: Config, tokenizer: Tokenizer, path: str = "", limit: int | 
     else:
         rows = read_sides(c, task)[1]
     table = encoded(task, rows, "held-out")
+    if task.wants_reference:
+        read_reference({"heldout": table}, folder)
     table = table if limit is None else table.first(limit)
     return Question(task, table, digest_of(table.examples), path or f"held-out rows of {c.heldout_path or c.path}")
 

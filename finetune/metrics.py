@@ -106,3 +106,24 @@ def words_f1(said: str, truth: str) -> float:
     if not said_words or not true_words:
         return float(said_words == true_words)
     return precision_recall_f1((said_words & true_words).total(), said_words.total(), true_words.total())["f1"]
+
+
+def rouge(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """The mean F1 of shared words, pairs of words and longest common subsequences (Lin 2004; package rouge-score)."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("ROUGE needs the package rouge-score: make setup EXTRAS=evaluation") from None
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(right, text) for text, right in zip(said, truth, strict=True)]
+    return {kind: float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
+
+
+def bleu(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """BLEU of all texts together, 0 to 100 (Papineni et al. 2002; package sacrebleu, its usual tokenisation)."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise ValueError("BLEU needs the package sacrebleu: make setup EXTRAS=evaluation") from None
+    return {"bleu": float(BLEU().corpus_score(list(said), [list(truth)]).score)}

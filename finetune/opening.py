@@ -16,6 +16,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from finetune.config import TaskConfig
 from finetune.examples import Sequences, Shuffled, Table, digest_of
 from finetune.judge import TaskJudge
+from finetune.reference import make_reference
 from finetune.table import LeftOut, Row, is_heldout, read_rows
 from finetune.task import Setup, Task
 from runtime.agreement import require_same
@@ -51,14 +52,16 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
     progress("tokenizing rows", 3, 3)
     digest = digest_of([*training.examples, *heldout.examples])
     require_same({"task.path": digest})
-    sequences = Sequences(training.examples, t.seq_len, packs=task.packs)
+    sequences = Sequences(training, t.seq_len, packs=task.packs)
     feed = Feed(t, Shuffled(sequences, t.batch_size, config.seed), {}, mesh)
     feed.told |= told(task, training, heldout)
     labels = len(task.labels) or None
     model = replace(config.model, labels=labels)
     config = replace(config, model=model, task=replace(config.task, labels=task.labels))
     judge = lambda job, batch: TaskJudge(task, job, heldout.first(t.eval_batches * t.batch_size))
-    shared = Path(config.task.path).name, len(training.rows), "rows", task.loss, judge
+    tables = {"training": training, "heldout": heldout}
+    begin = lambda job, first, folder: task.wants_reference and make_reference(task, job, first, tables, folder)
+    shared = Path(config.task.path).name, len(training.rows), "rows", task.loss, judge, begin
     return Subject(config, task.setup.tokenizer, feed, digest, *shared)
 
 
@@ -78,7 +81,9 @@ def open_task(config: Config, tokenizer: Tokenizer | None = None) -> Task:
             f"tokenizer.kind={config.tokenizer.kind} is trained on text, and a task has none: begin from weights with "
             "model.from=PATH, or set tokenizer=file tokenizer.path=PATH"
         )
-    setup = Setup(c, config.model, tokenizer or load_tokenizer(config.tokenizer), config.train.seq_len, config.seed)
+    known = tokenizer or load_tokenizer(config.tokenizer)
+    path = config.tokenizer.path if config.tokenizer.kind == "file" else ""
+    setup = Setup(c, config.model, known, config.train.seq_len, config.seed, path or "")
     task = kind(setup, options)
     task.labels = c.labels
     return task

@@ -4,7 +4,7 @@ A file of finetune/tasks/ (or one of your own, task.kind=FILE.py) holds one, a c
 here. See docs/finetune.md for one written from scratch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +21,8 @@ from training.config import TrainConfig
 from training.loss import LossSums
 from training.step import Batch, cross_entropy
 
+Writer = Callable[[list[list[int]], int], list[list[int]]]  # prompts, and how many tokens at most -> what is written
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -31,6 +33,7 @@ class Setup:
     tokenizer: Tokenizer
     seq_len: int
     seed: int = 0
+    tokenizer_path: str = ""  # where it was read from; "": nowhere
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Task:
     whole_batch: ClassVar[bool] = False  # the loss compares sequences, so that no batch may be cut
     reads_text: ClassVar[bool] = False  # data=... instead of rows, each batch as `change` makes it
 
+    wants_reference = False  # batches hold what `answers` calls said_BX of the first model, as reference_BX
+
     def __init__(self, setup: Setup, options: Any):
         self.setup, self.options = setup, options
         self.labels: tuple[str, ...] = ()
@@ -115,3 +120,11 @@ class Task:
     def judge(self, rows: Sequence[Row], examples: Sequence[Example], answers: Mapping[str, np.ndarray]) -> Judgement:
         """What the answers, (examples, ...), are worth."""
         return Judgement({})
+
+    def judge_texts(self, rows: Sequence[Row], examples: Sequence[Example], write: Writer) -> Judgement | None:
+        """What the model writes is worth; None where it is not asked to."""
+        return None
+
+    def of_sums(self, loss: float, right: float) -> dict[str, float]:
+        """Metrics that follow from the mean loss and the share of what counts that is right."""
+        return {}

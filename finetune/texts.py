@@ -1,11 +1,12 @@
 """Texts of rows as the tokens that a model was trained on: with its special tokens around, cut to a length."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from finetune.table import LeftOut, Row
-from finetune.task import Setup
+from finetune.task import Example, Setup
 
 
 def around(setup: Setup, rows: Sequence[Row], roles: Sequence[str], left_out: LeftOut) -> list[dict | None]:
@@ -73,3 +74,20 @@ def cut_to(setup: Setup, tokens: np.ndarray, room: int, name: str, left_out: Lef
     if len(tokens) > own:
         left_out.add(f"with a part longer than {own} tokens: cut", name)
     return np.array([*begin, *tokens[:own].tolist(), *end], np.int32)
+
+
+def next_tokens(
+    setup: Setup, row: int, name: str, ids: np.ndarray, counts: np.ndarray, left_out: LeftOut, about: Any = None
+) -> list[Example]:
+    """The example of a decoder that reads `ids` and is to tell those that count (bool): the token after each.
+
+    A text that is too long is cut behind its last token that fits; none is left of one in which then nothing counts.
+    """
+    if len(ids) > setup.seq_len + 1:
+        left_out.add(f"longer than train.seq_len={setup.seq_len} tokens: cut", name)
+    ids, counts = ids[: setup.seq_len + 1], counts[: setup.seq_len + 1]
+    if not counts[1:].any():
+        left_out.add("in which nothing counts any more: left out", name)
+        return []
+    arrays = {"tokens_T": ids[:-1].astype(np.int32), "targets_T": ids[1:].astype(np.int32)}
+    return [Example(row, {**arrays, "mask_T": counts[1:].astype(np.float32)}, about)]

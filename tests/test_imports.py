@@ -16,7 +16,7 @@ ALLOWED = {
     "performance": {"model", "parallel", "runtime", "training.config"},  # what a program costs; settings of a step
     "training": {"performance", "model", "parallel", "runtime", "data"},
     # what models are tuned for: tasks that read rows, minimise and judge with the steps of training
-    "finetune": {"config.build", "config.schema", "data", "model", "parallel", "runtime", "training"},
+    "finetune": {"config.build", "config.schema", "data", "inference", "model", "parallel", "runtime", "training"},
     "checkpoint": {"model", "parallel", "runtime"},
     # models made small, of what lies below them: what opens a model reads its forms, and so lies above
     "compress": {"checkpoint", "data", "model", "parallel", "runtime"},

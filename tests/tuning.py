@@ -1,6 +1,8 @@
 """Tiny tasks on any mesh: what a run of a task computes, to be compared with one device."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,6 +37,8 @@ def trace(arguments: list[str], steps: int = 2, **sizes: int) -> Traced:
     with jax.set_mesh(mesh):
         subject = open_subject(config, mesh)
         job = make_job(subject.config, mesh, loss=subject.loss)
+        with tempfile.TemporaryDirectory() as folder:
+            subject.begin(job, lambda: job.init(0).params, Path(folder))
         batch = subject.feed.batch(0)
         step, state, losses, first = job.compile(job.step_and_gradients, batch), job.init(0), [], None
         for number in range(steps):

@@ -5,6 +5,7 @@ Pretraining on text is the one of this room; tasks of finetune/ are others. trai
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -47,6 +48,8 @@ class Subject:
     unit: str  # what `size` counts
     loss: Loss
     judge: Callable[[Job, Arrays], Judge]  # of a job, with a batch like those that will be evaluated
+    # before the first batch is asked for: of a job, what makes its first parameters, and the folder of the run
+    begin: Callable[[Job, Callable[[], dict], Path], None] = lambda job, first, folder: None
 
 
 Change = Callable[[Batch, int, np.ndarray], Batch]  # of a batch, by its number (below 0: held out) and its rows
