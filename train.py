@@ -123,7 +123,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         if primary:
             run.write_config(to_yaml(config))
             keep_pretrained(config.weights.path, run)
-        subject.begin(job, lambda: beginning(job, config, None)[0].params, run.path)
+        subject.begin(job, lambda: (beginning(job, config, None)[0] if restored else state).params, run.path)
         # at this point the state after step `first` lies on the mesh
 
         # ----------------------------------------------------------------------------------------------------- compile

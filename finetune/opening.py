@@ -55,8 +55,7 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
     sequences = Sequences(training, t.seq_len, packs=task.packs)
     feed = Feed(t, Shuffled(sequences, t.batch_size, config.seed), {}, mesh)
     feed.told |= told(task, training, heldout)
-    labels = len(task.labels) or None
-    model = replace(config.model, labels=labels)
+    model = replace(config.model, labels=len(task.labels) or None)
     config = replace(config, model=model, task=replace(config.task, labels=task.labels))
     judge = lambda job, batch: TaskJudge(task, job, heldout.first(t.eval_batches * t.batch_size))
     tables = {"training": training, "heldout": heldout}
@@ -109,7 +108,7 @@ def read_sides(config: TaskConfig, task: Task) -> tuple[list[Row], list[Row]]:
     """The rows that are trained on, and those that are kept. Raises ValueError where there are none of either."""
     if not config.path:
         raise ValueError("task.path is not set: the rows to train on, as in task.path=rows.csv")
-    columns = {**{role: task.columns[role] for role in task.columns}, **config.columns}
+    columns = {**task.columns, **config.columns}
     rows = read_rows(config.path, columns, task.optional, "task.path")
     if config.heldout_path:
         return rows, read_rows(config.heldout_path, columns, task.optional, "task.heldout_path")
@@ -119,9 +118,8 @@ def read_sides(config: TaskConfig, task: Task) -> tuple[list[Row], list[Row]]:
             f"task.heldout={config.heldout} of {len(rows)} rows keeps {sum(kept)} of them for evaluation, and both "
             "sides need some: set another share, or task.heldout_path"
         )
-    return [row for row, held in zip(rows, kept, strict=True) if not held], [
-        row for row, held in zip(rows, kept, strict=True) if held
-    ]
+    side = lambda wanted: [row for row, held in zip(rows, kept, strict=True) if held == wanted]
+    return side(False), side(True)
 
 
 def encoded(task: Task, rows: Sequence[Row], side: str) -> Table:

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ def _read(file: File) -> Iterator[tuple[str, dict]]:
     try:
         with file.open("rb") as raw:
             yield from readers.get(kind(file), _csv)(file, raw)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
 
 

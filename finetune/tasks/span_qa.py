@@ -112,7 +112,8 @@ class Task(Base):
         if isinstance(value, dict):  # as SQuAD is spread: {"text": [...], "answer_start": [...]}
             value, starts = value.get("text"), value.get("answer_start")
         texts = list(value) if isinstance(value, list | tuple) else [str(value)] if value else []
-        starts = list(starts) if isinstance(starts, list | tuple) else [] if starts in (None, "") else [int(starts)]
+        starts = list(starts) if isinstance(starts, list | tuple) else [starts]
+        starts = [int(start) for start in starts if str(start).isdecimal()]
         starts = starts if len(starts) == len(texts) else [context.find(text) for text in texts]
         found = [(s, s + len(t)) for s, t in zip(starts, texts, strict=True) if t and s >= 0]
         return [(s, e) for s, e in found if e <= len(context)]

@@ -14,6 +14,7 @@ import pytest
 from tuning import ENCODER, assert_same, trace
 
 from config import compose
+from data.tokenizer import ByteTokenizer, train_bpe
 from finetune.metrics import exact_match, words_f1
 from finetune.opening import open_task
 from finetune.table import LeftOut, Row
@@ -96,6 +97,18 @@ def test_every_window_holds_a_part_and_one_of_them_the_answer():
         for one, two in itertools.pairwise(windows)
     ]
     assert {len(some) for some in shared} == {8}
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), train_bpe(["the mesh of a naïve run 猫"] * 9, 280)], ids=str)
+def test_tokens_know_where_they_stand(tokenizer):
+    """Together they hold the whole text, but for spaces; bytes of one character all stand at it."""
+    for text in ("the mesh of a run", "a naïve 猫, twice: 猫猫", ""):
+        ((ids, places),) = tokenizer.encode_places([text])
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+        assert places.shape == (len(ids), 2)
+        assert (places[:, 0] < places[:, 1]).all()
+        seen = {at for begin, end in places.tolist() for at in range(begin, end)}
+        assert {text[at] for at in set(range(len(text))) - seen} <= {" "}
 
 
 def test_the_surest_window_answers():

@@ -76,6 +76,13 @@ def test_what_is_wrong_with_a_table_is_told_in_one_line(tmp_path, content, said)
     assert "\n" not in str(caught.value)
 
 
+def test_a_compressed_table_that_breaks_off(tmp_path):
+    whole = write(tmp_path / "whole.csv.gz").read_bytes()
+    (tmp_path / "cut.csv.gz").write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="cut.csv.gz"):
+        read_rows(str(tmp_path / "cut.csv.gz"), COLUMNS, (), "task.path")
+
+
 def test_no_file_and_no_table(tmp_path):
     with pytest.raises(ValueError, match="task.path="):
         read_rows(str(tmp_path / "absent.csv"), COLUMNS, (), "task.path")

@@ -41,7 +41,7 @@ def arguments(*more: str) -> list[str]:
 one_device = functools.cache(lambda: trace(arguments()))
 
 
-@pytest.mark.parametrize("mesh", [{"context": 2, "fsdp": 2}, {"pipe": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [{"context": 2, "fsdp": 2}, {"pipe": 2}], ids=str)
 def test_the_mesh_changes_nothing(mesh):
     assert_same(trace(arguments(), **mesh), one_device())
 

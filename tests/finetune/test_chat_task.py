@@ -52,7 +52,7 @@ def arguments(*more: str) -> list[str]:
     return ["task=chat", *SMALL, *own, "train.seq_len=128", "train.batch_size=4", *more]
 
 
-one_device = functools.cache(lambda *more: trace(arguments(*more)))
+one_device = functools.cache(lambda: trace(arguments()))
 
 
 @pytest.mark.parametrize("mesh", [{"context": 2, "tensor": 2}, {"pipe": 2, "data": 2}], ids=str)
