@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
-from data.opening import open_corpora
 from evaluation.in_training import Tasks
+from finetune.opening import open_subject
 from inference.ahead import Ahead
 from inference.generate import continuations
 from inference.opening import keep_pretrained, with_weights
@@ -52,8 +52,7 @@ from tracking.prometheus import exporter
 from tracking.reporting import introduce
 from tracking.run_directory import RunDirectory
 from tracking.sinks import Sink
-from training.feed import Feed
-from training.heldout import HeldOut, Progress
+from training.heldout import Progress
 from training.job import Job, make_job
 from training.state import TrainState, has_vocabulary
 
@@ -97,15 +96,14 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
     peak = peak_flops(t.compute_dtype, list(mesh.devices.flat))  # on a CPU measured, on one device: before set_mesh
     with Console(run.path.name, run.log, t.steps, primary) as console, jax.set_mesh(mesh), ExitStack() as loop:
         # -------------------------------------------------------------------------------------------------------- data
-        corpora = open_corpora(config.data, config.tokenizer, console.preparation)
-        require_same(corpora.told)
-        tokenizer, feed = corpora.tokenizer, Feed(config, corpora, mesh)
+        subject = open_subject(config, mesh, console.preparation)  # pretraining on text, or a task
+        config, tokenizer, feed = subject.config, subject.tokenizer, subject.feed
         if primary:
             tokenizer.save(run.tokenizer)
-        # at this point we have the batch of any step, the same on every mesh, and the held-out batches
+        # at this point we have the batch of any step, the same on every mesh, and what is held out
 
         # ------------------------------------------------------------------------------------------------------- model
-        job = make_job(config, mesh)
+        job = make_job(config, mesh, loss=subject.loss)
         room = Room(job.abstract, memory_of(mesh.local_devices[0]), t, config.optimizer, mesh.shape)
         room.check()
         tasks = Tasks(config, job, tokenizer)
@@ -113,7 +111,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         # ----------------------------------------------------------------------------------------------------- restore
         store = CheckpointStore(Path(config.checkpoint.dir or run.path / "checkpoints"), config.checkpoint)
-        ours = {"identity": identity(config), "data": corpora.digest}
+        ours = {"identity": identity(config), "data": subject.digest}
         restored = restore(config, store, job, ours)
         with room.told():
             state, first, progress = beginning(job, config, restored)
@@ -125,20 +123,20 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         if primary:
             run.write_config(to_yaml(config))
             keep_pretrained(config.weights.path, run)
+        subject.begin(job, lambda: (beginning(job, config, None)[0] if restored else state).params, run.path)
         # at this point the state after step `first` lies on the mesh
 
         # ----------------------------------------------------------------------------------------------------- compile
         compiling = time.perf_counter()
-        token_bytes_V = jax.device_put(tokenizer.token_bytes.astype(np.float32), replicated(mesh))
         batch = feed.batch(first)
-        held_out = HeldOut(job.evaluate_ahead(batch, token_bytes_V), feed.heldout, token_bytes_V)
+        judge = subject.judge(job, batch)
         with room.told():
             step = job.compile(job.step, batch)
         compile_s, memory = time.perf_counter() - compiling, step.memory_analysis()
         room.check(memory)
         ahead = Ahead(mesh, job.description, job.abstract.params, tokenizer, config.sample, t.compute_dtype)
 
-        facts = {"data": f"{config.data.source}, {human(corpora.training_tokens)} tokens of {config.tokenizer.kind}"}
+        facts = {"data": f"{subject.source}, {human(subject.size)} {subject.unit}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
         told = (facts | feed.told, feed.stream.metrics)
         reporter = introduce(config, run, job, console, *told, peak, memory, compile_s, began, restored, sinks)
@@ -171,23 +169,23 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
                     code = FAULT
                     break
                 with meter.pause():
-                    loss, best = None, False
+                    rank, best = None, False
                     if evaluating:
-                        found = held_out.losses(state.params)
-                        loss, best = found.loss, progress.take(found.loss)
+                        found = judge.evaluate(state.params)
+                        rank, best = found.rank, progress.take(found.rank)
                         reporter.evaluated(number, found, best)
                     if tasks.due(number, last):
                         reporter.answered(number, tasks.metrics(state.params))
                     keep_best = best and config.checkpoint.keep_best > 0 and config.checkpoint.every > 0
                     if due or stopping or last or keep_best:
-                        save(number, loss)
+                        save(number, rank)
                         saved = number
                 if stopping and not last:
                     console.warn(f"{stop.reason}: stopping after step {number}")
                     code = PREEMPTED
                     break
                 if out_of_patience():
-                    console.note(f"no better eval/loss in {t.patience} evaluations: stopping after step {number}")
+                    console.note(f"no better {judge.watched} in {t.patience} evaluations: stopping after step {number}")
                     break
             if code == FAULT:  # the step that was not finite left the state as it was before it
                 number = int(state.step)
@@ -211,7 +209,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
 
 def beginning(job: Job, config: Config, restored: Restored | None) -> tuple[TrainState, int, Progress]:
-    """The state to go on from, on the mesh; how many steps it has behind it; the best held-out loss so far."""
+    """The state to go on from, on the mesh; how many steps it has behind it; the best evaluation so far."""
     if restored is None:
         return with_weights(job.init(config.seed), job, config.weights.path), 0, Progress()
     return job.from_stored(TrainState(**restored.state)), restored.step, Progress(**restored.record["progress"])
@@ -223,7 +221,7 @@ def end(code, number, config: Config, run: RunDirectory, job: Job, state, tokeni
     if lost := store.lost():
         code = FAULT
     store.close()
-    if code == DONE and config.sample.tokens and config.model.causal:
+    if code == DONE and config.sample.tokens and config.model.generates:
         texts = samples(job, state.params, tokenizer, config, console, ahead)
         reporter.sinks.log_samples(number, texts)
         if jax.process_index() == 0:
@@ -287,7 +285,7 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
         raise ValueError(f"{store.directory} holds checkpoints of another run: {'; '.join(found[:4])}")
     if ours["data"] != restored.record["data"]:
         raise ValueError(
-            f"the text of data.source={config.data.source} has changed since {store.directory} was written: "
+            f"the data of this run have changed since {store.directory} was written: "
             "the run cannot go on with the same tokens; start another with another run.dir"
         )
     return restored

@@ -35,6 +35,8 @@ def _typed(value, hint, name: str):
             return value
         if choice in (bool, str, dict) and isinstance(value, choice):
             return value
+        if is_dataclass(choice) and isinstance(value, dict):  # a group of keys that may be absent
+            return build(choice, value, f"{name}.")
         if typing.get_origin(choice) is dict and isinstance(value, dict):  # groups of keys by names that the user gives
             (_, group) = typing.get_args(choice)
             return {str(key): build(group, item, f"{name}.{key}.") for key, item in value.items()}
@@ -69,12 +71,13 @@ def keys(cls, prefix: str = "") -> list[str]:
 
 
 def mappings(cls, prefix: str = "") -> list[str]:
-    """The keys, dotted, that hold groups of keys by names that the user gives, such as data.mixture."""
+    """The keys, dotted, that hold groups of keys by names that the user gives, such as data.mixture, or that may be
+    absent, such as task."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
         if is_dataclass(hint):
             found += mappings(hint, f"{prefix}{name}.")
-        elif any(typing.get_origin(choice) is dict for choice in typing.get_args(hint)):
+        elif any(typing.get_origin(c) is dict or is_dataclass(c) for c in typing.get_args(hint)):
             found.append(f"{prefix}{name}")
     return found
 

@@ -113,9 +113,12 @@ def next_commands(config: Config, launcher: list[str], *, done: bool) -> dict[st
         return {f"go on{own}": shlex.join(command), **see}
     prompts = list(config.sample.prompts[:1])
     marked = ["--", *prompts] if any(prompt.startswith("-") or "=" in prompt for prompt in prompts) else prompts
-    generate = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *marked])} | see
+    if config.model.generates:
+        use = {"generate": shlex.join(["python", "-m", "inference", config.run.dir, *marked])} | see
+    else:
+        use = ({"judge": shlex.join(["python", "-m", "evaluation", config.run.dir])} if config.task else {}) | see
     if {"-m", "--multirun"} & set(arguments):  # one command made several runs: none has a command of its own
-        return generate
+        return use
     kept = [argument for argument in command if not argument.startswith(("run.dir=", "train.steps="))]
     extend = shlex.join([*kept, override("run.dir", config.run.dir), f"train.steps={2 * config.train.steps}"])
-    return {f"extend{own}": extend, **generate}
+    return {f"extend{own}": extend, **use}

@@ -39,7 +39,7 @@ def load(overrides: list[str], *, allow_pickle: bool = False) -> Config:
         return finish(build(Config, with_laws(values)))
     beginning = beginning_of(path, load_run, allow_pickle=allow_pickle)
     config = finish(build(Config, with_laws(with_weights(values, beginning, overrides))))
-    check_shapes(config.model, beginning)
+    check_shapes(config.model, beginning, new_head=config.task is not None)
     return config
 
 

@@ -25,7 +25,9 @@ def help_text(program: str = "train.py") -> str:
         "",
         "keys, with the values of the default run:",
     ]
-    return "\n".join(lines + documented(load([])))
+    task = ["", "keys with a task, as they are with task=classification:"]
+    task += documented(load(["task=classification"]).task, "task.")
+    return "\n".join(lines + documented(load([])) + task)
 
 
 def documented(values, prefix: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,13 @@ def with_weights(values: dict, beginning: Beginning, overrides: list[str]) -> di
     return values | {"weights": {"path": os.path.abspath(beginning.path), "digest": beginning.digest}}
 
 
-def check_shapes(model: ModelConfig, beginning: Beginning) -> None:
-    """Raises ValueError where settings beside the weights ask for parameters of other shapes, or for others."""
+def check_shapes(model: ModelConfig, beginning: Beginning, *, new_head: bool = False) -> None:
+    """Raises ValueError where settings beside the weights ask for parameters of other shapes, or for others.
+
+    new_head: the head may be another one.
+    """
+    if new_head:
+        model = replace(model, head=beginning.model.head, labels=beginning.model.labels)
     shapes = lambda config: {path: spec.shape for path, spec in leaves(parameter_specs(config))}
     if shapes(model) != shapes(beginning.model):
         fields = ModelConfig.__dataclass_fields__

@@ -15,6 +15,7 @@ from data.corpus import DataConfig
 from data.prepared import tokenizer_of
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from evaluation.config import EvaluationConfig
+from finetune.config import TaskConfig
 from inference.config import SampleConfig
 from model.config import ModelConfig
 from parallel.config import ContextConfig, PipelineConfig
@@ -54,18 +55,20 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    task: TaskConfig | None = None  # what the model is tuned for, task=PRESET and task.*; null: pretraining on text
 
 
 # What decides the numbers of a run. Two runs that agree here are one run, on whatever mesh and machine.
-IDENTITY = ("seed", "model", "weights", "optimizer", "data", "tokenizer", "train")
+IDENTITY = ("seed", "model", "weights", "optimizer", "data", "tokenizer", "train", "task")
 NOT_IDENTITY = {
     "train": (
         *("steps", "grad_accumulation", "remat", "loss_chunk", "nonfinite"),
         *("log_every", "eval_every", "eval_batches", "patience", "profile"),
     ),
-    "model": ("attention_kernel", "scan_layers", "vocab_multiple"),
+    "model": ("attention_kernel", "scan_layers", "vocab_multiple", "labels"),
     "data": ("cache", "cache_gb", "replicas"),
     "weights": ("path",),
+    "task": ("labels", "metric"),  # labels follow from the data, whose digest is compared
 }
 
 
@@ -104,7 +107,10 @@ def identity(config: Config | dict) -> dict:
 
     if values["train"].get("compute_dtype") == "auto":  # the same run, and directory, on every machine
         values = values | {"train": values["train"] | {"compute_dtype": "float32"}}
-    return json.loads(json.dumps({name: part(name) for name in IDENTITY}))
+    found = {name: part(name) for name in IDENTITY}
+    if found["task"] is None:  # runs that were pretrained before there were tasks go on
+        del found["task"]
+    return json.loads(json.dumps(found))
 
 
 def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
@@ -130,6 +136,8 @@ def finish(config: Config) -> Config:
     vocabulary = vocabulary or vocab_size_of(config.tokenizer)
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))
+    if config.task is not None and config.task.head and config.task.head != config.model.head.removesuffix("_gelu"):
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=config.task.head))
     model, train = config.model, config.train
     if model.vocab_size < vocabulary:
         raise ValueError(

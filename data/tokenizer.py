@@ -99,6 +99,17 @@ class ByteTokenizer:
         """`encode` of every text."""
         return [self.encode(text) for text in texts]
 
+    def encode_places(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of every text, and (tokens, 2): the characters at which each token begins and ends."""
+        made = []
+        for text in texts:
+            raw = text.encode()
+            begins = np.frombuffer(raw, np.uint8) & 0xC0 != 0x80  # others go on with a character
+            at = np.cumsum(begins) - 1
+            kept = np.frombuffer(raw, np.uint8) != self.eos_id
+            made.append((self.encode(text), np.stack([at, at + 1], 1)[kept]))
+        return made
+
     def by_words(self) -> None:
         """There is no faster way."""
 
@@ -196,6 +207,14 @@ class JsonTokenizer:
         arrays = (np.array(encoding.ids, np.int32) for encoding in encodings)
         # A vocabulary may give its end of document to what it has no other token for.
         return [ids[ids != self.eos_id] for ids in arrays]
+
+    def encode_places(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode` of every text, and (tokens, 2): the characters at which each token begins and ends."""
+        made = []
+        for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
+            ids, places = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            made.append((ids[ids != self.eos_id], places[ids != self.eos_id]))
+        return made
 
     def encode_parts(self, parts: Iterable[str | int]) -> np.ndarray:
         """Ids of one text in which special tokens stand, int32 of (tokens,): a str is text, an int a special token."""

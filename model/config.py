@@ -14,8 +14,9 @@ QK_NORM_DIMS = ("head", "all")
 POSITIONS = ("rotary", "learned", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_exact", "reglu", "gelu", "gelu_exact", "relu", "relu2", "silu")
 BIASES = ("none", "qkv", "attention", "ffn", "all")
-HEADS = ("vocabulary", "masked_lm", "masked_lm_gelu", "pooler", "none")
 MASKED_LM = ("masked_lm", "masked_lm_gelu")
+LABELLED = ("classes", "tags", "span")
+HEADS = ("vocabulary", *MASKED_LM, *LABELLED, "pooler", "none")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope", "dynamic")
 PARAMETRIZATIONS = ("standard", "mup", "complete_p")
 MATMUL_DTYPES = ("", "float8")
@@ -133,8 +134,9 @@ class ModelConfig:
     expert_capacity: float = 0.0  # tokens of a sequence that an expert takes, over their mean; 0: all, none is dropped
 
     # vocabulary (logits) | masked_lm (a layer before them; masked_lm_gelu: with gelu, whatever activation is) | pooler
-    # (one vector a sequence) | none
+    # (one vector a sequence) | classes (labels of a sequence) | tags (of each token) | span (its two ends) | none
     head: str = "vocabulary"
+    labels: int | None = None  # of heads classes, tags and span: how many; null: those of the task's data
     logit_softcap: float = 0.0  # c * tanh(logits / c); 0 off
     vocab_multiple: int = 128  # the tables are padded to a multiple of this
     scan_layers: bool = True  # one compiled layer, scanned; False unrolls
@@ -154,6 +156,8 @@ class ModelConfig:
         for name in ("attention_softcap", "logit_softcap", "window", "shared_experts", "first_position", "token_types"):
             if not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be 0 (off) or more, and below 2^31")
+        if self.labels is not None and self.labels < 1:
+            raise ValueError(f"model.labels={self.labels} must be 1 or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.positions == "rotary":
@@ -208,6 +212,11 @@ class ModelConfig:
         if self.bias in ("ffn", "all"):
             choices = "none, qkv or attention"
             raise ValueError(f"model.bias={self.bias} gives experts no biases; with model.experts use {choices}")
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes text."""
+        return self.causal and self.head == "vocabulary"
 
     @property
     def rotary_dims(self) -> int:

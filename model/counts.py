@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from model.config import ModelConfig
+from model.config import MASKED_LM, ModelConfig
 from model.specs import LAYERS, ParameterSpec, leaves, parameter_specs
 
 EMBEDDING = ("tokens", "positions", "types", "embedding_norm")  # branches of the tree before the layers
@@ -54,7 +54,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, full_attention: bool =
     and nanoGPT do.
     """
     c, specs = config, list(leaves(parameter_specs(config)))
-    weights = sum(_active(c, spec) for _, spec in specs if spec.is_matrix) + c.vocab_size * c.width
+    output = c.vocab_size * c.width if c.head in ("vocabulary", *MASKED_LM) else 0
+    weights = sum(_active(c, spec) for _, spec in specs if spec.is_matrix) + output
     keys = c.layers * seq_len if full_attention else keys_seen(c, seq_len)
     return 6.0 * weights + 12.0 * c.heads * c.head_dim * keys
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model import parametrization
-from model.config import GATED, MASKED_LM, ModelConfig
+from model.config import GATED, LABELLED, MASKED_LM, ModelConfig
 
 TABLES = ("vocab", "positions", "types")  # names of dims whose rows are looked up
 LAYERS = "layers"  # the name of the stacking dim, and of its branch of the tree
+HEAD = ("head", "head_dense", "head_norm", "head_bias", "head_labels")  # branches that make a task's output
 
 
 @dataclass(frozen=True)
@@ -254,10 +255,17 @@ def head(config: ModelConfig, vocabulary: int) -> Specs:
     c, specs = config, {}
     if c.head in ("vocabulary", *MASKED_LM) and not c.tied_embeddings:
         specs["head"] = {"weight": table(HEAD_KEY, vocabulary, c.width, "vocab", c.vocab_size)}
-    if c.head in (*MASKED_LM, "pooler"):
+    if c.head in (*MASKED_LM, "pooler") or (c.head == "classes" and not c.causal):
         shape, axes, std = (c.width, c.width), ("width", "features"), parametrization.matrix_std(c, c.width)
         specs["head_dense"] = projection(HEAD_KEY.split(2)[1], shape, axes, std, bias=True)
     if c.head in MASKED_LM:
         specs["head_norm"] = norm(c, HEAD_KEY, c.width)
         specs["head_bias"] = replace(vector(HEAD_KEY, vocabulary, "vocab"), rows=c.vocab_size)
+    if c.head in LABELLED:
+        if c.labels is None:
+            raise ValueError(
+                f"model.labels is not set: how many labels model.head={c.head} has comes from a task's data"
+            )
+        key, shape, biased = HEAD_KEY.split(3)[2], (c.width, c.labels), not (c.causal and c.head == "classes")
+        specs["head_labels"] = projection(key, shape, ("width", "features"), parametrization.TABLE_STD, bias=biased)
     return specs

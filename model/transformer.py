@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from model import parametrization
 from model.attention_kernels import is_kernel
 from model.attention_rule import TokenInfo
-from model.config import MASKED_LM, ModelConfig
+from model.config import LABELLED, MASKED_LM, ModelConfig
 from model.forms import Forms, of_block, put_in, with_forms
 from model.heads import Embedding, VocabularyRows
 from model.initialise import draw_all
@@ -112,6 +112,7 @@ class Transformer(nnx.Module):
         self.head_dense = Projection(specs["head_dense"]) if "head_dense" in specs else None
         self.head_norm = Norm(config, specs["head_norm"]) if "head_norm" in specs else None
         self.head_bias = param(specs["head_bias"]) if "head_bias" in specs else None
+        self.head_labels = Projection(specs["head_labels"]) if "head_labels" in specs else None
 
     def __call__(
         self,
@@ -196,6 +197,19 @@ class Transformer(nnx.Module):
     def pooled(self, x_BTD: jax.Array) -> jax.Array:
         """One vector a sequence, (B, D), of a model with model.head=pooler: of the first token's final vector."""
         return jnp.tanh(self.head_dense(shard(x_BTD, "batch", "tokens", "width")[:, :1]))[:, 0]
+
+    @jax.named_scope("head")
+    def label_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits_BTC of the labels (classes C) of these tokens, of a model with a head of LABELLED.
+
+        Of an encoder with model.head=classes the vectors pass a matrix and tanh first, as `pooled` has it.
+        """
+        if self.head_labels is None:
+            raise ValueError(f"model.head={self.config.head} has no labels; {', '.join(LABELLED)} have")
+        x_BTD = shard(x_BTD, "batch", "tokens", "width")
+        if self.head_dense is not None:
+            x_BTD = jnp.tanh(self.head_dense(x_BTD))
+        return self.head_labels(x_BTD).astype(jnp.float32)
 
     @property
     def _output(self) -> Embedding:

@@ -163,9 +163,9 @@ def stored_over_stages(axes: Sequence[str]) -> PartitionSpec:
 # -------------------------------------------------------------------------------------------------------------- batch
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The layout of a (B, T) batch: sequences over the batch axes, tokens over context."""
-    return NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"], ACTIVATION_AXES["tokens"]))
+def batch_sharding(mesh: Mesh, *, tokens: bool = True) -> NamedSharding:
+    """The layout of a (B, T) batch: sequences over the batch axes, tokens over context; or of what has no tokens."""
+    return NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"], ACTIVATION_AXES["tokens"] if tokens else None))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
@@ -178,14 +178,18 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """Global (B, T) arrays from the rows that this process holds (those of `local_rows`)."""
-    sharding, first = batch_sharding(mesh), local_rows(mesh, batch_size).start
+    """Global arrays (B, T) from the rows that this process holds (those of `local_rows`).
 
-    def put(local: np.ndarray) -> jax.Array:
+    Those whose names end in _BX, values X of a whole sequence, are split over sequences only.
+    """
+    first = local_rows(mesh, batch_size).start
+
+    def put(name: str, local: np.ndarray) -> jax.Array:
         def cut(index):
             start, stop, _ = index[0].indices(batch_size)
             return local[start - first : stop - first, index[1]]
 
+        sharding = batch_sharding(mesh, tokens=not name.endswith("_BX"))
         return jax.make_array_from_callback((batch_size, local.shape[1]), sharding, cut)
 
-    return {name: put(local) for name, local in rows.items()}
+    return {name: put(name, local) for name, local in rows.items()}

@@ -15,6 +15,8 @@ ALLOWED = {
     "model": {"parallel", "runtime"},
     "performance": {"model", "parallel", "runtime", "training.config"},  # what a program costs; settings of a step
     "training": {"performance", "model", "parallel", "runtime", "data"},
+    # what models are tuned for: tasks that read rows, minimise and judge with the steps of training
+    "finetune": {"config.build", "config.schema", "data", "inference", "model", "parallel", "runtime", "training"},
     "checkpoint": {"model", "parallel", "runtime"},
     # models made small, of what lies below them: what opens a model reads its forms, and so lies above
     "compress": {"checkpoint", "data", "model", "parallel", "runtime"},
@@ -23,7 +25,7 @@ ALLOWED = {
     # a run's model for the programs that use it: it reads what training wrote
     "inference/opening.py": {
         *("checkpoint", "compress.folder", "config", "data.tokenizer", "model", "parallel", "runtime"),
-        *("data.chat", "tracking.run_directory", "training.job", "training.state"),
+        *("data.chat", "tracking.run_directory", "training.job", "training.state", "training.trainable"),
     },
     # models behind an address: it opens one, gives it to the engine and guards the way there
     "serving": {
@@ -45,7 +47,7 @@ ALLOWED = {
             "model.config",
             "runtime",
         ),
-        *("evaluation.config", "model.counts", "model.specs"),
+        *("evaluation.config", "finetune.config", "model.counts", "model.specs"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
     },

@@ -282,7 +282,7 @@ class Console:
         by_source: dict[str, float] | None = None,
     ) -> None:
         """One line for an evaluation; `best` marks the lowest loss so far. bits_per_byte: None where no bytes count.
-        by_source: the losses of the sources of a mixture."""
+        by_source: the losses of the sources of a mixture, or the metrics of a task."""
         sources = ", ".join(f"{name} {each:.4f}" for name, each in (by_source or {}).items())
         bits = "" if bits_per_byte is None else f"{bits_per_byte:.4f} bits/byte"
         plain = [f"eval {step}/{self.total_steps}", f"loss {loss:.4f}", bits, sources, "best" if best else ""]

@@ -127,10 +127,11 @@ class Reporter:
 
     def evaluated(self, step: int, found, best: bool) -> None:
         """Tells of an evaluation; `found` is its training.heldout.Evaluation."""
-        values = {"eval/loss": found.loss, "eval/bits_per_byte": found.bits_per_byte}
+        values = {"eval/loss": found.loss} | {f"eval/{name}": value for name, value in found.metrics.items()}
+        values |= {} if found.bits_per_byte is None else {"eval/bits_per_byte": found.bits_per_byte}
         values |= {f"eval/loss/{name}": loss for name, loss in found.by_source.items()}
         self.sinks.log(step, {"tokens": step * self.tokens_a_step, **values})
-        self.console.evaluation(step, found.loss, found.bits_per_byte, best, found.by_source)
+        self.console.evaluation(step, found.loss, found.bits_per_byte, best, found.by_source | found.metrics)
 
     def answered(self, step: int, values: dict[str, float]) -> None:
         """Tells how a model did in the tasks of an evaluation, by the keys that are logged."""

@@ -1,39 +1,33 @@
 """The batches of a run as arrays on its mesh: each process reads the rows that its devices need."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 from jax.sharding import Mesh
 
-from data.opening import Corpora
-from data.packing import BLOCK_TOKENS
-from data.streams import heldout_batches, training_stream
+from data.loader import Stream
+from data.packing import BLOCK_TOKENS, Batch
 from parallel.sharding import local_rows, put_batch
+from training.config import TrainConfig
 
 Arrays = dict[str, jax.Array]
 LOOKS = 8  # ahead, in the time in which a shard is read
 
 
 class Feed:
-    """The batch of any step, the same on every mesh, and the held-out ones. Raises ValueError for texts too short.
+    """The batch of any step, the same on every mesh, and the held-out ones.
 
     A thread of its own makes the batch of the next step while the device has this one's. Another looks at a batch far
     ahead now and then, so that shards of a store are here before they are needed.
     """
 
-    def __init__(self, config, corpora: Corpora, mesh: Mesh):
-        """`config` is the whole of a run's."""
-        t, self.mesh = config.train, mesh
+    def __init__(self, config: TrainConfig, stream: Stream, heldout: Mapping[str, Iterable[Batch]], mesh: Mesh):
+        """heldout: by the name of their source, the same batches at every iteration, of this process's rows."""
+        t, self.mesh, self.stream, self._heldout = config, mesh, stream, heldout
         self.batch_size, self.steps, self.rows = t.batch_size, t.steps, local_rows(mesh, t.batch_size)
-        shape = {"seq_len": t.seq_len, "batch_size": t.batch_size}
-        self.stream = training_stream(config.data, corpora, seed=config.seed, **shape)
-        self.told = self.stream.told(t.steps)  # what is told of the data before the run begins
-        self._heldout = {}
-        if t.eval_every:  # a held-out text that is too short is told now
-            shape |= {"batches": t.eval_batches, "rows": self.rows}
-            self._heldout = heldout_batches(config.data, corpora, **shape)
+        self.told = stream.told(t.steps)  # what is told of the data before the run begins
         self._thread, self._scout = ThreadPoolExecutor(1, "feed"), ThreadPoolExecutor(1, "scout")
         self._far = max(1, BLOCK_TOKENS // (t.batch_size * t.seq_len))  # steps in which a shard is read
         self._looking: Future[None] | None = None

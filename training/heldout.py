@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 
@@ -12,8 +13,15 @@ class Evaluation:
     """What an evaluation found."""
 
     loss: float  # nats a token, of all sources together
-    bits_per_byte: float  # of text
-    by_source: dict[str, float]  # nats a token of each source of a mixture; empty where there is one
+    bits_per_byte: float | None = None  # of text
+    by_source: dict[str, float] = field(default_factory=dict)  # nats a token of each source of a mixture
+    metrics: dict[str, float] = field(default_factory=dict)  # of a task
+    watched: float | None = None  # what is lowest in the best model; None: the loss
+
+    @property
+    def rank(self) -> float:
+        """The lower, the better the model."""
+        return self.loss if self.watched is None else self.watched
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,9 @@ class HeldOut:
     step: Callable  # (params, batch, token_bytes_V) -> sums, as training.step.make_eval_step makes it
     batches: Callable[[], Iterable[tuple[str, Mapping[str, jax.Array]]]]  # each with the name of its source
     token_bytes_V: jax.Array
+    watched: ClassVar[str] = "eval/loss"
 
-    def losses(self, params: dict) -> Evaluation:
+    def evaluate(self, params: dict) -> Evaluation:
         """The losses on all batches."""
         sums: dict[str, list] = {}
         for name, batch in self.batches():
@@ -42,13 +51,13 @@ def _added(sums: Iterable[Mapping]) -> dict[str, float]:
 
 @dataclass
 class Progress:
-    """The best held-out loss of a run; its checkpoints hold it."""
+    """The best evaluation of a run, the one with the lowest loss or rank; its checkpoints hold it."""
 
     best: float | None = None
     since_best: int = 0  # evaluations
 
-    def take(self, loss: float) -> bool:
+    def take(self, rank: float) -> bool:
         """Notes an evaluation; whether it is the best so far."""
-        better = math.isfinite(loss) and (self.best is None or loss < self.best)
-        self.best, self.since_best = (loss, 0) if better else (self.best, self.since_best + 1)
+        better = math.isfinite(rank) and (self.best is None or rank < self.best)
+        self.best, self.since_best = (rank, 0) if better else (self.best, self.since_best + 1)
         return better

@@ -26,7 +26,7 @@ from performance.collectives import check_pipeline
 from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
 from training.state import TrainState, abstract_state, init_state, reordered
-from training.step import make_eval_step, make_train_step
+from training.step import Loss, cross_entropy, make_eval_step, make_train_step
 from training.trainable import Trainable, chosen
 
 
@@ -46,6 +46,7 @@ class Job:
     abstract: TrainState
     stored: TrainState
     trainable: Trainable | None = None  # None: all parameters are trained
+    loss: Loss = cross_entropy
 
     @property
     def step(self) -> Callable:
@@ -72,7 +73,7 @@ class Job:
         o = self.optimizer_config
         lr_schedule = learning_rate(o, self.train.steps)
         shared = self.description, self.optimizer, lr_schedule, self.train, o.clip_norm, self.schedule
-        return make_train_step(*shared, trainable=self.trainable, **kwargs)
+        return make_train_step(*shared, trainable=self.trainable, loss=self.loss, **kwargs)
 
     @property
     def evaluate(self) -> Callable:
@@ -141,13 +142,14 @@ class Settings(Protocol):
     context: ContextConfig
 
 
-def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None) -> Job:
+def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None, *, loss: Loss = cross_entropy) -> Job:
     """The job of a run on `mesh`, which must be in context. Raises ValueError for a pipeline that cannot be.
 
-    Parameters that are not `trainable` have no gradient and no moments; see training.trainable.matching.
+    Parameters that are not `trainable` have no gradient and no moments; see training.trainable.matching. `loss` is what
+    is minimised.
     """
     model, train, style = config.model, config.train, config.context.style
-    if model.head not in ("vocabulary", *MASKED_LM):
+    if loss is cross_entropy and model.head not in ("vocabulary", *MASKED_LM):
         raise ValueError(f"model.head={model.head} gives no logits to train; use vocabulary or masked_lm")
     schedule = schedule_for(config.pipeline, train.batch_size // train.grad_accumulation, mesh.shape)
     stored = describe(model, context_style=style)
@@ -157,7 +159,7 @@ def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None) -
     abstract = lambda description: abstract_state(mesh, description, optimizer, dtype, trainable)
     of_run, of_checkpoints = abstract(description), abstract(stored)
     pieces = description, stored, optimizer, schedule, of_run, of_checkpoints
-    return Job(mesh, model, train, config.optimizer, *pieces, trainable)
+    return Job(mesh, model, train, config.optimizer, *pieces, trainable, loss)
 
 
 def abstract_batch(train: TrainConfig, mesh: Mesh, *, segments: bool) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,5 +1,6 @@
 """The transformer as a pipeline's program: losses and gradients of a batch that goes through the stages of `pipe`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,7 @@ from parallel.pipeline.schedules import PipelineSchedule
 from parallel.sharding import stored_over_stages
 from runtime.platform import platform
 from training.config import TrainConfig
-from training.loss import LossSums, chunked_losses
+from training.loss import LossSums
 
 
 def cut(x: jax.Array | None, parts: int) -> jax.Array | None:
@@ -23,13 +24,13 @@ def cut(x: jax.Array | None, parts: int) -> jax.Array | None:
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
-def program(description: Description, config: TrainConfig) -> pipeline.Program:
-    """What the stages run. `micro` is a batch's dict, with "dropout_keys_B" where dropout is on."""
+def program(description: Description, config: TrainConfig, loss_of: Callable) -> pipeline.Program:
+    """What the stages run. `micro` is a batch's dict, with "dropout_keys_B" where dropout is on; `loss_of` a Loss."""
     block = block_of(description.block)
     dtype = jnp.dtype(config.compute_dtype_on(platform()))
 
     def prepare(micro):
-        names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B", "mask_BT")
+        names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B", "mask_BT", "types_BT")
         return description.bind({}).info(micro["tokens_BT"], *(micro.get(name) for name in names))
 
     def embed(shared, micro):
@@ -42,8 +43,7 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
 
     def loss(shared, x_BTD, micro):
         model = description.bind(shared)
-        x_BTD = model.finish(x_BTD)
-        sums = chunked_losses(model, x_BTD, micro["targets_BT"], micro["mask_BT"], config.loss_chunk)
+        sums = loss_of(model, model.finish(x_BTD), micro, config)
         return sums.nll + config.z_loss * sums.z, sums
 
     scanned = description.config.scan_layers
@@ -54,27 +54,27 @@ def program(description: Description, config: TrainConfig) -> pipeline.Program:
     )
 
 
-def _run(description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B):
+def _run(description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B, loss):
     micros = dict(batch) | ({} if keys_B is None else {"dropout_keys_B": keys_B})
     micros = {name: cut(x, schedule.microbatches) for name, x in micros.items()}
     shared = {name: value for name, value in params.items() if name != "layers"}
     rows, padded = rows_of(description.config, description.slots), -1 in description.slots
-    what = program(description, config)
+    what = program(description, config, loss)
     sums, router, *grads = pipeline.run(what, schedule, params["layers"], rows, shared, micros, padded=padded)
     return replace(sums, router=router), *grads
 
 
 def pipelined_losses(
-    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch
+    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, loss: Callable
 ) -> LossSums:
     """As training.step.loss_sums, through the stages."""
     forward = schedules.forward_only(schedule.stages, schedule.microbatches, schedule.placement)
-    return _run(description, config, forward, params, batch, None)[0]
+    return _run(description, config, forward, params, batch, None, loss)[0]
 
 
 def pipelined_gradients(
-    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B, tokens
+    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B, tokens, loss
 ):
     """(gradients of what is minimised, divided by `tokens`; loss sums) of a batch, through the stages."""
-    sums, layers, shared = _run(description, config, schedule, params, batch, keys_B)
+    sums, layers, shared = _run(description, config, schedule, params, batch, keys_B, loss)
     return jax.tree.map(lambda g: g / tokens, shared | {"layers": layers}), sums

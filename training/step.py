@@ -25,7 +25,10 @@ WARM_MONITOR = 20  # steps before a spike is called one
 BALANCE_BIAS = "layers/moe/router/balance_bias"
 
 
-Batch = Mapping[str, jax.Array]  # tokens_BT, targets_BT, mask_BT; segments_BT, places_BT where documents are kept apart
+# tokens_BT, targets_BT, mask_BT; segments_BT, places_BT where documents are kept apart; what else a loss asks for, of
+# each token (names that end in _BT) or of each sequence (_BX)
+Batch = Mapping[str, jax.Array]
+Loss = Callable[[Transformer, jax.Array, Batch, TrainConfig], LossSums]  # of final hidden vectors x_BTD
 
 
 def in_context_order(description: Description, batch: Batch) -> Batch:
@@ -38,7 +41,8 @@ def in_context_order(description: Description, batch: Batch) -> Batch:
     if shards == 1 or description.context_style != "ring" or not description.config.causal:
         return batch
     order_T = zigzag(batch["tokens_BT"].shape[1], shards)
-    moved = {name: shard(jnp.take(x, order_T, axis=1), "batch", "tokens") for name, x in batch.items()}
+    move = lambda x: shard(jnp.take(x, order_T, axis=1), "batch", "tokens")
+    moved = {name: x if name.endswith("_BX") else move(x) for name, x in batch.items()}
     return moved | {"positions_BT": jnp.asarray(order_T)[None]}
 
 
@@ -52,16 +56,23 @@ def hidden(description: Description, config: TrainConfig, params, batch: Batch, 
         places_BT=batch.get("places_BT"),
         dropout_keys_B=keys_B,
         mask_BT=batch.get("mask_BT"),
+        types_BT=batch.get("types_BT"),
         dtype=jnp.dtype(config.compute_dtype_on(platform())),
         remat=config.remat,
     )
     return model, x_BTD, router
 
 
-def loss_sums(config: TrainConfig, batch: Batch, model: Transformer, x_BTD: jax.Array, router) -> LossSums:
+def cross_entropy(model: Transformer, x_BTD: jax.Array, batch: Batch, config: TrainConfig) -> LossSums:
+    """The loss of pretraining: of the targets that count, over the vocabulary."""
+    return chunked_losses(model, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
+
+
+def loss_sums(
+    config: TrainConfig, batch: Batch, model: Transformer, x_BTD: jax.Array, router, loss: Loss = cross_entropy
+) -> LossSums:
     """Loss sums of a batch, from what `hidden` returns."""
-    sums = chunked_losses(model, x_BTD, batch["targets_BT"], batch["mask_BT"], config.loss_chunk)
-    return replace(sums, router=router)
+    return replace(loss(model, x_BTD, batch, config), router=router)
 
 
 def gradients(
@@ -72,6 +83,7 @@ def gradients(
     keys_B=None,
     schedule: PipelineSchedule | None = None,
     trainable: Trainable | None = None,
+    loss: Loss = cross_entropy,
 ):
     """Loss sums of the whole batch and the gradient of the mean loss, auxiliary ones included, by microbatches.
 
@@ -87,7 +99,7 @@ def gradients(
 
     def objective(trained, batch, keys_B):
         params_of_all = merged(params, trained)
-        sums = loss_sums(config, batch, *hidden(description, config, params_of_all, batch, keys_B))
+        sums = loss_sums(config, batch, *hidden(description, config, params_of_all, batch, keys_B), loss)
         return sums.objective(config.z_loss) / tokens, sums
 
     if schedule is None:
@@ -96,7 +108,7 @@ def gradients(
 
         def gradient(trained, batch, keys_B):
             whole = merged(params, trained)
-            grads, sums = pipelined_gradients(description, config, schedule, whole, batch, keys_B, tokens)
+            grads, sums = pipelined_gradients(description, config, schedule, whole, batch, keys_B, tokens, loss)
             return chosen(grads, trainable), sums
 
     if config.grad_accumulation == 1:
@@ -179,6 +191,7 @@ def make_train_step(
     schedule: PipelineSchedule | None = None,
     *,
     trainable: Trainable | None = None,
+    loss: Loss = cross_entropy,
     expose_gradients: bool = False,
 ) -> Callable:
     """The step (state, batch) -> (state, metrics); metrics are float32 under their logged names, scalars or, by layer,
@@ -190,10 +203,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         keys_B = dropout_keys(description, config, state)
-        sums, raw = gradients(description, config, state.params, batch, keys_B, schedule, trainable)
+        sums, raw = gradients(description, config, state.params, batch, keys_B, schedule, trainable, loss)
         tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
         with jax.named_scope("clip"):
-            loss, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), raw))
+            mean, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), raw))
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
             grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), raw)
 
@@ -206,10 +219,10 @@ def make_train_step(
                 params = balanced(params, sums.router.load_E, description.config.balance_bias)
             params = stored_as(trained, params, state.step)
 
-        healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
+        healthy = jnp.isfinite(mean) & jnp.isfinite(norm)
         halted = state.halted | ~healthy if config.nonfinite == "stop" else state.halted
         apply = healthy & ~halted
-        monitor, signs = _watch(state.monitor, state.step, loss, norm, apply)
+        monitor, signs = _watch(state.monitor, state.step, mean, norm, apply)
         # decided before anything is updated, so that the update is one pass over memory; what would overflow stays
         with jax.named_scope("optimizer"):
             keep = lambda new, old: jnp.where(apply & jnp.isfinite(new), new, old)
@@ -226,7 +239,7 @@ def make_train_step(
             halted=halted,
         )
         metrics = {
-            "train/loss": loss,
+            "train/loss": mean,
             "train/grad_norm": norm,
             "train/param_norm": param_norm,
             "train/lr": lr,
@@ -251,7 +264,7 @@ def make_eval_step(description: Description, config: TrainConfig, schedule: Pipe
         if schedule is None:
             sums = loss_sums(config, batch, *hidden(description, config, params, batch))
         else:
-            sums = pipelined_losses(description, config, schedule, params, batch)
+            sums = pipelined_losses(description, config, schedule, params, batch, cross_entropy)
         bytes_BT = jnp.take(token_bytes_V, batch["targets_BT"]) * batch["mask_BT"]
         return {"nats": sums.nll, "tokens": batch["mask_BT"].sum(), "bytes": bytes_BT.sum()}
 

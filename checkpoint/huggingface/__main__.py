@@ -22,7 +22,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from checkpoint.huggingface.config_json import read_config, write_config
+from checkpoint.huggingface.config_json import read_config, with_labels, write_config
 from checkpoint.huggingface.export import export
 from checkpoint.huggingface.load import load
 from checkpoint.huggingface.opened import SMALL_FILES, open_pretrained
@@ -41,6 +41,7 @@ from runtime.overrides import override
 from runtime.start import start
 from tracking.run_directory import RunDirectory
 
+PROBLEMS = {"several": "multi_label_classification", "regression": "regression"}  # of task.options.kind
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -92,6 +93,10 @@ def export_weights(options: argparse.Namespace) -> None:
     model = found.open(options.step)
     kept = kept_config(model)
     written = write_config(model.config.model, found.reach, options.family) if kept is None else kept
+    if found.config.task and found.config.task.labels and found.config.model.labels:
+        task = found.config.task
+        problem = PROBLEMS.get(task.options.get("kind"), "single_label_classification")
+        written = with_labels(written, found.config.model.head, task.labels, problem)
     came = (kept or {}).get("dtype") or (kept or {}).get("torch_dtype")
     if came not in NAMES:
         came = "float32" if RunDirectory(model.path).config.exists() else open_pretrained(model.path).dtype
@@ -126,7 +131,7 @@ def kept_config(model: Opened) -> dict | None:
         if (folder / "config.json").is_file():
             kept = json.loads((folder / "config.json").read_text())
             ours = replace(model.config.model, dropout=0.0)
-            theirs = replace(read_config(kept, set()), scan_layers=ours.scan_layers, head=ours.head)
+            theirs = replace(read_config(kept, set()), scan_layers=ours.scan_layers, head=ours.head, labels=ours.labels)
             if theirs == ours:
                 return kept
     return None

@@ -1,9 +1,10 @@
 """config.json of a published model to a ModelConfig, and back."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from checkpoint.huggingface.families import BY_TYPE, FAMILIES, Family
+from checkpoint.huggingface.families import BY_TYPE, FAMILIES, LABEL_CLASSES, Family
 from model.config import GATED, ModelConfig, RopeScaling
 
 GATED_ACTIVATIONS = {
@@ -51,7 +52,8 @@ def read_config(config: dict[str, Any], names: set[str]) -> ModelConfig:
             raise ValueError(f"{key}={c[key]!r} is not known here for model_type={family.model_type}, only {only!r} is")
     try:
         fields = {ours: c[theirs] for ours, theirs in family.fields.items() if theirs in c} | dict(family.fixed)
-        return ModelConfig(**_sizes(family, c, fields), head=_head(family, c, fields, names), scan_layers=True)
+        sizes, head = _sizes(family, c, fields), _head(family, c, fields, names)
+        return ModelConfig(**sizes, head=head, labels=_labels(c, head), scan_layers=True)
     except KeyError as error:
         raise ValueError(f"config.json has no {error.args[0]}") from None
     except (TypeError, AttributeError, ZeroDivisionError, StopIteration) as error:
@@ -112,6 +114,11 @@ def _head(family: Family, c: dict, fields: dict, names: set[str]) -> str:
     architecture = (c.get("architectures") or [""])[0]
     masked, pooler = (family.names_for(head).get("head_dense", "-") + ".weight" for head in ("masked_lm", "pooler"))
     there = lambda name: bool({name, name.removeprefix(family.base)} & names)
+    for head, ending in LABEL_CLASSES.items():
+        parts = family.names_for(head)
+        known = "head_labels" in parts and (head != "classes" or fields.get("causal", True) or "head_dense" in parts)
+        if architecture.endswith(ending) and known and there(f"{parts['head_labels']}.weight"):
+            return head
     if family.model_type not in ENCODERS:
         asked = "CausalLM" in architecture or "LMHead" in architecture or not architecture
         return "vocabulary" if fields["tied_embeddings"] or asked or there(f"{family.names['head']}.weight") else "none"
@@ -120,6 +127,13 @@ def _head(family: Family, c: dict, fields: dict, names: set[str]) -> str:
         gelu = family.model_type == "roberta" and fields["activation"] != "gelu_exact"  # its head always has it
         return "masked_lm_gelu" if gelu else "masked_lm"
     return "pooler" if "pooler" in family.head_names and there(pooler) else "none"
+
+
+def _labels(c: dict, head: str) -> int | None:
+    """How many labels a head of labels has."""
+    if head not in LABEL_CLASSES:
+        return None
+    return len(c["id2label"]) if c.get("id2label") else int(c.get("num_labels", 2))
 
 
 def _rope(family: Family, c: dict) -> dict[str, Any]:
@@ -226,9 +240,19 @@ def write_config(config: ModelConfig, length: int, family: str | None = None) ->
     raise ValueError(f"no family of published models has this model's options: {'; '.join(tried)}")
 
 
+def with_labels(written: dict[str, Any], head: str, names: Sequence[str], problem: str) -> dict[str, Any]:
+    """A config.json for a head of labels: the class of transformers that has it, the labels' names, what they are."""
+    name = family_of(written).architecture
+    body = next(name.removesuffix(end) for end in ("ForMaskedLM", "ForCausalLM", "LMHeadModel") if name.endswith(end))
+    labels = {str(number): label for number, label in enumerate(names)}
+    written = written | {"architectures": [f"{body}{LABEL_CLASSES[head]}"], "id2label": labels}
+    written |= {"label2id": {label: int(number) for number, label in labels.items()}}
+    return written | ({"problem_type": problem} if head == "classes" else {})
+
+
 NOT_WRITTEN = (  # of training, or of how a program is compiled
     *("dropout", "base_width", "base_depth", "attention_kernel", "matmul_dtype", "scan_layers", "vocab_multiple"),
-    *("balance_loss", "balance_bias", "router_z_loss", "head"),
+    *("balance_loss", "balance_bias", "router_z_loss", "head", "labels"),
 )
 
 

@@ -34,11 +34,17 @@ class Family:
 
     def names_for(self, head: str, tied: bool = True) -> dict[str, str]:
         """The table of names of a model with this `model.head`, and with `tied` tables or not."""
-        names = {**self.names, **self.head_names.get(head.removesuffix("_gelu"), {})}
+        names = {**self.names, **LABEL_NAMES.get(head, {}), **self.head_names.get(head.removesuffix("_gelu"), {})}
         if not tied and "head_bias" in names:  # an output matrix of its own has its own bias
             names["head_bias"] = names["head"]
         return names
 
+
+LABEL_NAMES = {"classes": {"head_labels": "score"}}  # where a family says nothing else
+TAG_NAMES = {"tags": {"head_labels": "classifier"}, "span": {"head_labels": "qa_outputs"}}
+LABEL_CLASSES = {  # model.head -> what follows the family's name in that of its class
+    "classes": "ForSequenceClassification", "tags": "ForTokenClassification", "span": "ForQuestionAnswering",
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- decoders
 
@@ -164,6 +170,8 @@ BERT_HEADS = {
         "head": "cls.predictions.decoder",
     },
     "pooler": {"head_dense": "bert.pooler.dense"},
+    "classes": {"head_dense": "bert.pooler.dense", "head_labels": "classifier"},
+    **TAG_NAMES,
 }
 ROBERTA_HEADS = {
     "masked_lm": {
@@ -173,6 +181,8 @@ ROBERTA_HEADS = {
         "head": "lm_head.decoder",
     },
     "pooler": {"head_dense": "roberta.pooler.dense"},
+    "classes": {"head_dense": "classifier.dense", "head_labels": "classifier.out_proj"},
+    **TAG_NAMES,
 }
 AT = "distilbert.transformer.layer.{layer}"
 DISTILBERT = {
@@ -315,7 +325,7 @@ FAMILIES = [
             "tied_embeddings": "tie_word_embeddings", "max_positions": "max_position_embeddings",
         },
         {"activation": "gelu", "tie_word_embeddings": True, "max_position_embeddings": 512},
-        {**ENCODER_FIXED, "norm_eps": 1e-12, "causal": False},
+        {**ENCODER_FIXED, "norm_eps": 1e-12, "causal": False}, head_names=TAG_NAMES,
         activation_key="activation", base="distilbert.",
     ),
 ]  # fmt: skip

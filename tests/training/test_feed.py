@@ -12,9 +12,8 @@ import runs
 
 from config import compose
 from data.loader import Loader
-from data.opening import open_corpora
 from parallel.mesh import AXES, make_mesh
-from training.feed import Feed
+from training.subject import pretraining
 
 STEPS = 12
 
@@ -25,11 +24,11 @@ def made(tmp_path_factory):
     text = runs.corpus(folder / "text")
     config = compose.load(runs.overrides(text, folder / "run", f"train.steps={STEPS}"))
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"data": 2, "context": 2}, jax.devices()[:4])
-    return config, open_corpora(config.data, config.tokenizer), mesh
+    return config, mesh
 
 
 def test_batches_come_in_any_order_and_are_made_one_step_ahead(made):
-    feed, asked = Feed(*made), []
+    feed, asked = pretraining(*made).feed, []
     batch = Loader.batch
 
     def watched(self, step, rows=None):
@@ -54,7 +53,7 @@ def test_batches_come_in_any_order_and_are_made_one_step_ahead(made):
 
 
 def test_what_goes_wrong_is_told_at_its_step(made):
-    feed, batch = Feed(*made), Loader.batch
+    feed, batch = pretraining(*made).feed, Loader.batch
 
     def broken(self, step, rows=None):
         if step == 3:
@@ -73,7 +72,7 @@ def test_what_goes_wrong_is_told_at_its_step(made):
 def test_batches_far_ahead_are_looked_at_and_no_batch_waits_for_a_look(made, monkeypatch):
     config, *others = made
     monkeypatch.setattr("training.feed.BLOCK_TOKENS", 4 * config.train.batch_size * config.train.seq_len)
-    feed, batch, looked, free = Feed(config, *others), Loader.batch, [], threading.Event()
+    feed, batch, looked, free = pretraining(config, *others).feed, Loader.batch, [], threading.Event()
 
     def watched(self, step, rows=None):
         if threading.current_thread().name.startswith("scout"):
@@ -97,7 +96,7 @@ def test_batches_far_ahead_are_looked_at_and_no_batch_waits_for_a_look(made, mon
 
 
 def test_heldout_batches_have_the_name_of_their_source_and_are_the_same_each_time(made):
-    feed = Feed(*made)
+    feed = pretraining(*made).feed
     first, again = ([(name, np.asarray(b["tokens_BT"])) for name, b in feed.heldout()] for _ in range(2))
     assert {name for name, _ in first} == {"text"}
     for (_, a), (_, b) in zip(first, again, strict=True):

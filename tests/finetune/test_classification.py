@@ -1,0 +1,184 @@
+"""Classification: the same on every mesh, metrics as scikit-learn has them, and a run from weights to a page."""
+
+import contextlib
+import functools
+import random
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from sklearn import metrics as reference
+from tuning import ENCODER, SMALL, assert_same, trace
+
+from evaluation.__main__ import main as evaluation
+from evaluation.options import parse
+from evaluation.results import read_result
+from finetune.metrics import confusion_of, labels_report, matthews, multilabel_report, pearson
+
+DONE = 0
+GOOD, BAD = ("fine", "great", "lovely"), ("dull", "awful", "weak")
+KINDS = {
+    "one": [],
+    "several": ["task.options.kind=several", "task.options.separator=|"],
+    "regression": ["task.options.kind=regression"],
+    "pair": ["task.columns.pair=other"],
+}
+
+
+def label_of(kind: str, draw: random.Random, words: list[str]) -> str:
+    good = sum(word in GOOD for word in words)
+    if kind == "several":
+        return "|".join(name for name, there in (("good", good), ("bad", len(words) - good)) if there)
+    return str(good) if kind == "regression" else ("good" if good * 2 > len(words) else "bad")
+
+
+@functools.cache
+def table(kind: str) -> Path:
+    """Eighty short texts with labels that follow from their words."""
+    draw, path = random.Random(0), Path(tempfile.mkdtemp()) / f"{kind}.csv"
+    lines = ["text,other,label"]
+    for number in range(80):
+        words = draw.choices(GOOD + BAD, k=3)
+        lines.append(f"{' '.join(words)} {number},{draw.choice(GOOD)},{label_of(kind, draw, words)}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def arguments(kind: str, model=ENCODER) -> list[str]:
+    return ["task=classification", f"task.path={table(kind)}", "task.heldout=0.2", *model, *KINDS[kind]]
+
+
+DECODER = (*SMALL, "model.bias=none")
+CASES = [
+    ("one", "encoder", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("one", "encoder", {"pipe": 2, "data": 2}),
+    ("pair", "encoder", {"fsdp": 2, "context": 2}),
+    ("regression", "decoder", {"context": 2, "data": 2}),
+]
+
+
+@functools.cache
+def one_device(kind: str, model: str):
+    return trace(arguments(kind, ENCODER if model == "encoder" else DECODER))
+
+
+@pytest.mark.parametrize(("kind", "model", "mesh"), CASES, ids=str)
+def test_the_mesh_changes_nothing(kind, model, mesh):
+    assert_same(trace(arguments(kind, ENCODER if model == "encoder" else DECODER), **mesh), one_device(kind, model))
+
+
+def test_metrics_are_those_of_scikit_learn():
+    draw, labels = np.random.default_rng(0), ("a", "b", "c", "d")
+    truth, said = draw.integers(0, 3, 200), draw.integers(0, 4, 200)
+    confusion = confusion_of(truth, said, 4)
+    np.testing.assert_array_equal(confusion, reference.confusion_matrix(truth, said, labels=range(4)))
+    found, by_label = labels_report(confusion, labels)
+    assert found["accuracy"] == pytest.approx(reference.accuracy_score(truth, said))
+    assert found["f1_macro"] == pytest.approx(reference.f1_score(truth, said, average="macro", zero_division=0))
+    assert matthews(confusion) == pytest.approx(reference.matthews_corrcoef(truth, said))
+    theirs = reference.precision_recall_fscore_support(truth, said, labels=range(4), zero_division=0)
+    for place, kind in enumerate(("precision", "recall", "f1", "support")):
+        np.testing.assert_allclose([by_label[label][kind] for label in labels], theirs[place])
+    truth, said = draw.random((50, 4)) < 0.3, draw.random((50, 4)) < 0.4
+    found, _ = multilabel_report(truth, said, labels)
+    for average in ("micro", "macro"):
+        theirs = reference.f1_score(truth, said, average=average, zero_division=0)
+        assert found[f"f1_{average}"] == pytest.approx(theirs)
+    assert found["accuracy"] == pytest.approx(reference.accuracy_score(truth, said))
+    x, y = draw.random(30), draw.random(30)
+    assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+def test_parts_of_a_batch_do_not_matter():
+    """Accumulation cuts the batch, and the padding of a last held-out batch counts nothing."""
+    cut = trace([*arguments("one"), "train.grad_accumulation=4"])
+    assert_same(cut, one_device("one", "encoder"))
+    whole = trace([*arguments("one"), "train.eval_batches=1000"], steps=1)
+    again = trace([*arguments("one"), "train.grad_accumulation=2"], steps=1)
+    assert whole.metrics == pytest.approx(again.metrics)
+
+
+# -------------------------------------------------------------------------------------------------------- a whole run
+
+
+def run_of(directory: Path, *more: str) -> list[str]:
+    shared = [*arguments("one"), f"train.steps={runs.STEPS}", "train.log_every=1", "train.eval_every=8"]
+    shared += ["runtime.platform=cpu", "runtime.compile_cache=null", "wandb.mode=disabled", "optimizer.lr=3e-3"]
+    shared += ["optimizer.schedule=constant"]  # so that half a run is the first half of a whole one
+    return [*shared, "checkpoint.every=12", "checkpoint.keep=9", f"run.dir={directory}", *more]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """A run on a mesh of four, to its end."""
+    directory = tmp_path_factory.mktemp("tuned") / "run"
+    assert runs.run(run_of(directory, "mesh.fsdp=2", "mesh.data=2"), devices=4) == DONE
+    return directory
+
+
+def accuracies(directory: Path) -> dict[int, float]:
+    return {line["step"]: line["eval/accuracy"] for line in runs.lines(directory) if "eval/accuracy" in line}
+
+
+def test_a_run_goes_on_bitwise_and_elsewhere_within_rounding(tuned, tmp_path):
+    alone, half = tmp_path / "alone", tmp_path / "half"
+    assert runs.run(run_of(alone), devices=1) == DONE
+    assert runs.run(run_of(half, "train.steps=12"), devices=1) == DONE
+    assert runs.run(run_of(half), devices=1) == DONE
+    assert runs.losses(half) == runs.losses(alone)
+    runs.assert_same_arrays(runs.checkpoint(half, runs.STEPS), runs.checkpoint(alone, runs.STEPS))
+    runs.assert_near(runs.losses(tuned), runs.losses(alone))
+    assert accuracies(tuned) == pytest.approx(accuracies(alone))
+    assert accuracies(tuned)[runs.STEPS] > 0.9  # it has learned
+
+
+def test_the_best_checkpoint_is_by_the_metric_of_the_task(tuned):
+    progress = runs.record(tuned, runs.STEPS)["progress"]
+    assert progress["best"] == -max(accuracies(tuned).values())
+    config = runs.saved_config(tuned)
+    assert config["task"]["labels"] == ["bad", "good"]
+    assert (config["model"]["head"], config["model"]["labels"]) == ("classes", 2)
+
+
+def test_other_rows_are_another_run(tuned, tmp_path, capsys):
+    path = tmp_path / "one.csv"
+    path.write_text(table("one").read_text() + "one more,fine,good\n")
+    assert (
+        runs.run([*run_of(tuned, "mesh.fsdp=2", "mesh.data=2", "train.steps=30"), f"task.path={path}"], devices=4) == 2
+    )
+    assert "task.path" in capsys.readouterr().err
+
+
+def test_evaluation_knows_the_task_and_writes_a_page(tuned, capsys):
+    with contextlib.chdir(runs.ROOT):
+        assert evaluation(parse([str(tuned), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
+    result = read_result(tuned / "evaluation" / f"task-{runs.STEPS}.json").tasks["task"]
+    assert result.metrics["accuracy"].value == pytest.approx(accuracies(tuned)[runs.STEPS])
+    page = (tuned / "evaluation" / f"task-{runs.STEPS}.html").read_text()
+    for part in ("Confusion", "By label", "f1_macro", "good"):
+        assert part in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_head_is_new_where_the_weights_have_another(tuned, tmp_path):
+    """From a run with two labels to one with other labels: the body is that run's, the head is drawn anew."""
+    begun = tmp_path / "begun"
+    own = [argument for argument in run_of(begun) if not argument.startswith("model.")]
+    several = [
+        f"task.path={table('several')}",
+        *KINDS["several"],
+        "train.steps=1",
+        "optimizer.lr=0",
+        "checkpoint.every=1",
+    ]
+    assert runs.run([*own, f"model.from={tuned}", "task.labels=[bad,good,neither]", *several], devices=1) == DONE
+    ours, theirs = runs.checkpoint(begun, 1), runs.checkpoint(tuned, runs.STEPS)
+    for name, array in theirs.items():
+        if name.startswith("params/") and "head_" not in name:
+            np.testing.assert_array_equal(ours[name], array, err_msg=name)
+    assert ours["params/head_labels/weight"].shape == (32, 3)
+    assert np.any(ours["params/head_labels/weight"])
