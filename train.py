@@ -35,6 +35,7 @@ import numpy as np
 from checkpoint.store import CheckpointStore, Restored
 from data.opening import open_corpora
 from evaluation.in_training import Tasks
+from finetune.adapters.adaptation import adapted
 from inference.ahead import Ahead
 from inference.generate import continuations
 from inference.opening import keep_pretrained, with_weights
@@ -105,7 +106,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # at this point we have the batch of any step, the same on every mesh, and the held-out batches
 
         # ------------------------------------------------------------------------------------------------------- model
-        job = make_job(config, mesh)
+        job = make_job(config, mesh, **adapted(config))
         room = Room(job.abstract, memory_of(mesh.local_devices[0]), t, config.optimizer, mesh.shape)
         room.check()
         tasks = Tasks(config, job, tokenizer)

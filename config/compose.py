@@ -114,7 +114,7 @@ def is_group(key: str) -> bool:
 
 
 def _check_keys(overrides: list[str]) -> None:
-    valid, mappings_of_groups = keys(Config), tuple(f"{key}." for key in mappings(Config))
+    valid, mappings_of_groups = keys(Config, every_kind=True), tuple(f"{key}." for key in mappings(Config))
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.lstrip("+~")
