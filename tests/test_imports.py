@@ -18,12 +18,15 @@ ALLOWED = {
     "checkpoint": {"model", "parallel", "runtime"},
     # models made small, of what lies below them: what opens a model reads its forms, and so lies above
     "compress": {"checkpoint", "data", "model", "parallel", "runtime"},
+    # adapters wrap matrices, quantised ones too, and say what of a job is trained; above it stands what opens a run
+    "finetune": {"compress.forms", "compress.layers", "model", "parallel", "training.trainable"},
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
     "inference": {"checkpoint.config", "data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # a run's model for the programs that use it: it reads what training wrote
     "inference/opening.py": {
         *("checkpoint", "compress.folder", "config", "data.tokenizer", "model", "parallel", "runtime"),
-        *("data.chat", "tracking.run_directory", "training.job", "training.state"),
+        *("data.chat", "tracking.run_directory", "training.job", "training.state", "training.trainable"),
+        *("finetune.adapters.adaptation", "finetune.adapters.base"),  # of a run that trained these alone
     },
     # models behind an address: it opens one, gives it to the engine and guards the way there
     "serving": {
@@ -45,7 +48,7 @@ ALLOWED = {
             "model.config",
             "runtime",
         ),
-        *("evaluation.config", "model.counts", "model.specs"),
+        *("evaluation.config", "finetune.adapter_config", "model.counts", "model.specs"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
     },

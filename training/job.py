@@ -28,7 +28,7 @@ from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
 from training.state import TrainState, abstract_state, init_state, reordered
 from training.step import make_eval_step, make_train_step
-from training.trainable import Rule, Trainable, chosen, merged
+from training.trainable import Rule, Trainable, chosen, joined, of_same
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Job:
         """The state of a checkpoint; what it lacks of the parameters is that of `params`, as a run has them."""
         slots = self.stored_description.slots, self.description.slots
         state = self._moved(TrainState(**saved), self._trained_alone(self.abstract), *slots)
-        return replace(state, params=merged(params, state.params))
+        return replace(state, params=joined(params, state.params))
 
     def _trained_alone(self, state: TrainState) -> TrainState:
         return replace(state, params=chosen(state.params, self.trainable))
@@ -144,7 +144,7 @@ class Job:
         whole = isinstance(state, TrainState)
         key = ours, jax.tree.structure(state)
         if key not in self._movers:  # compiled once, not at every checkpoint
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, like if whole else like.params)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, like if whole else of_same(like.params, state))
             self._movers[key] = jax.jit(lambda state: reordered(state, ours, theirs), out_shardings=shardings)
         return self._movers[key](state)
 

@@ -14,7 +14,7 @@ from parallel.sharding import stored_over_stages
 from runtime.platform import platform
 from training.config import TrainConfig
 from training.loss import LossSums, chunked_losses
-from training.trainable import joined
+from training.trainable import joined, of_same
 
 
 def cut(x: jax.Array | None, parts: int) -> jax.Array | None:
@@ -58,11 +58,6 @@ def _shared(tree: dict) -> dict:
     return {name: value for name, value in tree.items() if name != LAYERS}
 
 
-def _like(tree: dict, values: dict) -> dict:
-    """The leaves of a nested dict that another one has, too."""
-    return {name: _like(tree[name], one) if isinstance(one, dict) else tree[name] for name, one in values.items()}
-
-
 def _run(description: Description, config: TrainConfig, schedule: PipelineSchedule, trained, fixed, batch, keys_B):
     micros = dict(batch) | ({} if keys_B is None else {"dropout_keys_B": keys_B})
     micros = {name: cut(x, schedule.microbatches) for name, x in micros.items()}
@@ -70,7 +65,7 @@ def _run(description: Description, config: TrainConfig, schedule: PipelineSchedu
     rows |= {"fixed": fixed.get(LAYERS, {})}
     what = program(description, config)
     shared = [_shared(params) for params in (trained, fixed)]
-    specs = [_like(what.shared_specs, params) for params in shared]
+    specs = [of_same(what.shared_specs, params) for params in shared]
     what = replace(what, shared_specs=specs[0], fixed_specs=specs[1])
     layers = trained.get(LAYERS, {})
     sums, router, *grads = pipeline.run(what, schedule, layers, rows, *shared, micros, padded=padded)

@@ -62,11 +62,16 @@ def reordered(tree, ours: tuple[int, ...], theirs: tuple[int, ...]):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def init_key(seed: int) -> jax.Array:
+    """What a run's first parameters are drawn from."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
 def make_state(description: Description, optimizer, seed: int, param_dtype, trainable=None) -> TrainState:
     """The first state of a run, on the default layout: to be traced, see `init_state`."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
+    run_key = jax.random.split(jax.random.key(seed))[1]
     dtypes = map_specs(lambda spec: jnp.dtype(spec.dtype or param_dtype), description.specs)
-    params = jax.tree.map(lambda p, dtype: p.astype(dtype), description.init(init_key), dtypes)
+    params = jax.tree.map(lambda p, dtype: p.astype(dtype), description.init(init_key(seed)), dtypes)
     zero = jnp.zeros((), jnp.float32)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

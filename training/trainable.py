@@ -55,9 +55,14 @@ def fixed(tree: dict, trainable: Trainable | None) -> dict:
 
 
 def joined(one: dict, other: dict) -> dict:
-    """The nested dict with the leaves of both, which have none in common."""
-    shared = {name: joined(one[name], other[name]) for name in one.keys() & other.keys()}
-    return {**one, **other, **shared}
+    """The nested dict with the leaves of both; where both have one, that of `other`."""
+    both = lambda a, b: joined(a, b) if isinstance(a, dict) else b
+    return {**one, **other, **{name: both(one[name], other[name]) for name in one.keys() & other.keys()}}
+
+
+def of_same(tree: dict, names: dict) -> dict:
+    """The leaves of a nested dict that another one has, too."""
+    return {name: of_same(tree[name], one) if isinstance(one, dict) else tree[name] for name, one in names.items()}
 
 
 def merged(whole: dict, part: dict) -> dict:
