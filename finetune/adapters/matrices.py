@@ -116,13 +116,18 @@ class LoraPair(nnx.Module):
 
     def matrix(self, dtype) -> jax.Array:
         """What is added to the matrix (*batch, *in, *out)."""
-        a, b = self.a.matrix(dtype), self.b.matrix(dtype)
-        rank, batch = a.shape[-1], a.ndim - self.inputs - 1
-        values = jnp.ones(rank, dtype) if self.values is None else cast_and_gather(self.values, dtype)
-        stack = a.shape[:batch]
-        a_EIR, b_ERO = a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
-        product = jnp.einsum("...ir,...r,...ro->...io", a_EIR, values, b_ERO)
-        return self.scale * product.reshape(*a.shape[:-1], *b.shape[batch + 1 :])
+        values = None if self.values is None else cast_and_gather(self.values, dtype)
+        return self.scale * thin_product(self.a.matrix(dtype), self.b.matrix(dtype), values, self.inputs)
+
+
+def thin_product(a: jax.Array, b: jax.Array, values: jax.Array | None, inputs: int) -> jax.Array:
+    """a (*batch, *in, R) times b (*batch, R, *out), with a factor for each R between them: (*batch, *in, *out)."""
+    batch, rank = a.ndim - inputs - 1, a.shape[-1]
+    values = jnp.ones(rank, a.dtype) if values is None else values
+    stack = a.shape[:batch]
+    a_EIR, b_ERO = a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
+    product = jnp.einsum("...ir,...r,...ro->...io", a_EIR, values, b_ERO)
+    return product.reshape(*a.shape[:-1], *b.shape[batch + 1 :])
 
 
 class _WithLora:
