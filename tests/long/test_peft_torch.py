@@ -40,7 +40,7 @@ def saved(family: str, config: peft.PeftConfig, folder: Path) -> tuple[torch.nn.
     """A random base and a random adapter on it, both saved; the logits with it."""
     base = made(family, 3)
     base.save_pretrained(folder / "base")
-    words = WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0")
+    words = WordLevel({"</s>": 0, **{str(token): token for token in range(1, VOCABULARY)}}, unk_token="</s>")
     tokenizers.Tokenizer(words).save(str(folder / "base" / "tokenizer.json"))
     model = peft.get_peft_model(base, config)
     generator = torch.Generator().manual_seed(1)
