@@ -13,6 +13,7 @@ from flax import nnx
 
 from compress.forms import QuantisedProjection
 from model.forms import Form
+from model.matmul import project
 from model.projection import Projection, biased, param
 from model.specs import ParameterSpec, Specs
 from parallel.sharding import cast_and_gather, shard
@@ -98,11 +99,21 @@ class Lora:
         return LoraQuantised(part, specs, self) if self.base else LoraProjection(part, specs, self)
 
 
+class Thin(Projection):
+    """A matrix with one small dim. It is pinned as it is multiplied: left to itself, the partitioner moves so small a
+    thing in ways that stages of a pipeline cannot follow.
+    """
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x times the weight, in x's dtype, before the bias."""
+        return project(x, shard(self.matrix(x.dtype), *self.axes))
+
+
 class LoraPair(nnx.Module):
     """The two thin matrices, and what stands between them."""
 
     def __init__(self, specs: Specs, scale: float):
-        self.a, self.b, self.scale = Projection(specs["a"]), Projection(specs["b"]), scale
+        self.a, self.b, self.scale = Thin(specs["a"]), Thin(specs["b"]), scale
         self.values = param(specs["values"]) if "values" in specs else None
         self.magnitude = param(specs["magnitude"]) if "magnitude" in specs else None
         self.inputs = len(specs["a"]["weight"].contracted)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compress.forms import QuantisedProjection
-from finetune.adapters.matrices import ADAPTER
+from finetune.adapters.matrices import ADAPTER, Thin
 from model.attention_rule import TokenInfo
 from model.forms import Form
 from model.kv_cache import Cache
@@ -60,7 +60,7 @@ class Net(nnx.Module):
     """Two matrices and what stands between them."""
 
     def __init__(self, specs: Specs, activation: str):
-        self.down, self.up, self.activation = Projection(specs["down"]), Projection(specs["up"]), activation
+        self.down, self.up, self.activation = Thin(specs["down"]), Thin(specs["up"]), activation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """What is added to x_BTD, of the tokens that this device holds between blocks."""
