@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from model.config import one_of
 
-BASES = ("float", "int8", "int4", "nf4")
+BASES = ("float", "bfloat16", "int8", "int4", "nf4")
 SCALINGS = ("lora", "rslora")
 
 
@@ -35,7 +35,7 @@ class _Matrices:
     """What adapters of matrices share."""
 
     targets: tuple[str, ...] = ("*",)  # patterns of a layer's matrices that get one: attention/query, ffn/*, moe/up
-    base: str = "float"  # float | int8 | int4 | nf4: what the model's own matrices are kept in
+    base: str = "float"  # float | bfloat16 | int8 | int4 | nf4: what the model's own matrices are kept in
     group: int = 64  # int4, nf4: inputs that share a step
 
     def __post_init__(self):
@@ -105,7 +105,7 @@ class BottleneckConfig:
     size: int = 64  # of its hidden vectors
     after: tuple[str, ...] = ("attention", "ffn")  # halves of a block that get one; moe counts as ffn
     activation: str = "gelu"  # of model.activation those that are not gated
-    base: str = "float"  # float | int8 | int4 | nf4: what the model's own matrices are kept in
+    base: str = "float"  # float | bfloat16 | int8 | int4 | nf4: what the model's own matrices are kept in
     group: int = 64  # int4, nf4: inputs that share a step
 
     def __post_init__(self):
@@ -124,7 +124,7 @@ class PrefixConfig:
 
     kind: str = "prefix"  # keys and values of tokens that are not there, in each layer
     length: int = 16  # how many tokens
-    base: str = "float"  # float | int8 | int4 | nf4: what the model's own matrices are kept in
+    base: str = "float"  # float | bfloat16 | int8 | int4 | nf4: what the model's own matrices are kept in
     group: int = 64  # int4, nf4: inputs that share a step
 
     def __post_init__(self):

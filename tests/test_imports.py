@@ -19,7 +19,10 @@ ALLOWED = {
     # models made small, of what lies below them: what opens a model reads its forms, and so lies above
     "compress": {"checkpoint", "data", "model", "parallel", "runtime"},
     # adapters wrap matrices, quantised ones too, and say what of a job is trained; above it stands what opens a run
-    "finetune": {"compress.forms", "compress.layers", "model", "parallel", "training.trainable"},
+    "finetune": {
+        *("checkpoint.config", "checkpoint.huggingface", "compress.forms", "compress.layers", "model", "parallel"),
+        *("runtime", "training.trainable"),
+    },
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
     "inference": {"checkpoint.config", "data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # a run's model for the programs that use it: it reads what training wrote
@@ -70,6 +73,7 @@ ENTRY_POINTS = {
     "inference/__main__.py",
     "checkpoint/huggingface/__main__.py",
     "compress/__main__.py",
+    "finetune/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",
     "serving/__main__.py",

@@ -15,7 +15,7 @@ from finetune.adapter_config import (
     PrefixConfig,
 )
 from finetune.adapters.adalora import AdaLoraRule
-from finetune.adapters.matrices import ADAPTER, Lora, Scaled
+from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
 from finetune.adapters.parts import Bottleneck, Prefix
 from model.config import ModelConfig
 from model.forms import Form, Forms, Path
@@ -52,6 +52,8 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
     if isinstance(config, FreezeConfig):
         return Adaptation({}, {}, matching(config.train, parameter_specs(model)))
     base = {path: form for path in matrices(model) if (form := _base(config))}
+    if config.base == "bfloat16":  # the tables, too
+        base |= {(name,): Narrow() for name in ("tokens", "head") if name in parameter_specs(model)}
     specs = parameter_specs(model)
     for path, form in base.items():
         form.specs(_part(specs, path))
@@ -88,7 +90,8 @@ def _part(specs: dict, path: Path) -> dict:
 
 
 def _base(config) -> Form | None:
-    return {"float": None, "int8": Int8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}[config.base]
+    bases = {"float": None, "bfloat16": Narrow(), "int8": Int8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}
+    return bases[config.base]
 
 
 def _on(base: Forms, paths: list[Path], form: Form) -> Forms:

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from compress.forms import numbers_of
 from compress.layers import quantise
 from finetune.adapters.adaptation import Adaptation
-from finetune.adapters.matrices import ADAPTER, Lora, dims_of, length_of
+from finetune.adapters.matrices import ADAPTER, Lora, Narrow, dims_of, length_of, numbers
 from model.forms import branch, replaced
 from model.specs import parameter_specs
 from model.transformer import Description
@@ -19,9 +18,13 @@ def in_base_forms(adaptation: Adaptation, description: Description, params: dict
 
     `description` is that of the model without any form, its layers in their own order.
     """
-    if not adaptation.base_forms:
+    forms = adaptation.base_forms
+    if all(isinstance(form, Narrow) for form in forms.values()):
+        for path in forms:
+            kept = branch(params, path)
+            params = replaced(params, path, kept | {"weight": kept["weight"].astype(jnp.bfloat16)})
         return params
-    return quantise(description, params, mesh, adaptation.base_forms, "round")[1]
+    return quantise(description, params, mesh, forms, "round")[1]
 
 
 def begun(description: Description, params: dict, mesh: Mesh) -> dict:
@@ -32,13 +35,11 @@ def begun(description: Description, params: dict, mesh: Mesh) -> dict:
             continue
         weight, ours = branch(specs, path)["weight"], branch(params, path)
         spec = branch(description.specs, path)[ADAPTER]["magnitude"]
-        kept = {name: value for name, value in ours.items() if name not in ("bias", ADAPTER)}
-
-        def measure(kept, weight=weight, form=form):
-            matrix = numbers_of(kept, weight, jnp.float32) if form.base else kept["weight"]
-            return length_of(matrix, dims_of(weight))
-
-        length = jax.jit(measure, out_shardings=parameter_sharding(mesh, spec.shape, spec.axes))(kept)
+        measure = jax.jit(
+            lambda ours, weight=weight: length_of(numbers(ours, weight), dims_of(weight)),
+            out_shardings=parameter_sharding(mesh, spec.shape, spec.axes),
+        )
+        length = measure(ours)
         magnitude = length.astype(ours[ADAPTER]["magnitude"].dtype)
         params = replaced(params, path, ours | {ADAPTER: ours[ADAPTER] | {"magnitude": magnitude}})
     return params

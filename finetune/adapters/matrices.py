@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from compress.forms import QuantisedProjection
+from compress.forms import QuantisedProjection, numbers_of
 from model.forms import Form
 from model.matmul import project
 from model.projection import Projection, biased, param
@@ -50,6 +50,31 @@ def some_dims(weight: ParameterSpec, dims: tuple[int, ...], value: float = 0.0) 
     kept = (*weight.batch, *dims)
     shape, axes = tuple(weight.shape[d] for d in kept), tuple(weight.axes[d] for d in kept)
     return replace(weight, shape=shape, axes=axes, contracted=(), std=0.0, value=value)
+
+
+def numbers(kept: dict, weight: ParameterSpec) -> jax.Array:
+    """The matrix or table of a base, float32, from what is kept of it: by itself, or as codes with their steps."""
+    codes = {name: value for name, value in kept.items() if name not in ("bias", ADAPTER)}
+    return codes["weight"].astype(jnp.float32) if len(codes) == 1 else numbers_of(codes, weight, jnp.float32)
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A matrix or a table that is kept in bfloat16: where it is computed with in bfloat16, nothing is lost."""
+
+    def specs(self, specs: Specs) -> Specs:
+        """The same, of another dtype."""
+        return {**specs, "weight": replace(specs["weight"], dtype="bfloat16")}
+
+    def module(self, part: nnx.Module, specs: Specs) -> nnx.Module:
+        """The part itself."""
+        part.weight = param(specs["weight"])
+        return part
+
+
+def is_coded(base: Form | None) -> bool:
+    """Whether a base keeps codes and no numbers."""
+    return base is not None and not isinstance(base, Narrow)
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
@@ -96,7 +121,7 @@ class Lora:
 
     def module(self, part: Projection, specs: Specs) -> nnx.Module:
         """The matrix with its adapter."""
-        return LoraQuantised(part, specs, self) if self.base else LoraProjection(part, specs, self)
+        return (LoraQuantised if is_coded(self.base) else LoraProjection)(part, specs, self)
 
 
 class Thin(Projection):
@@ -204,7 +229,7 @@ class Scaled:
 
     def module(self, part: Projection, specs: Specs) -> nnx.Module:
         """The matrix with its factors."""
-        return ScaledQuantised(part, specs, self) if self.base else ScaledProjection(part, specs, self)
+        return (ScaledQuantised if is_coded(self.base) else ScaledProjection)(part, specs, self)
 
 
 class Factors(nnx.Module):

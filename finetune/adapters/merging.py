@@ -6,8 +6,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from compress.forms import numbers_of
-from finetune.adapters.matrices import ADAPTER, SHORTEST, Lora, Scaled, beside, dims_of, length_of, thin_product
+from finetune.adapters.matrices import (
+    ADAPTER,
+    SHORTEST,
+    Lora,
+    Narrow,
+    Scaled,
+    beside,
+    dims_of,
+    is_coded,
+    length_of,
+    numbers,
+    thin_product,
+)
 from finetune.adapters.parts import Bottleneck, Prefix
 from model.forms import Form, Path, branch, replaced
 from model.specs import ParameterSpec
@@ -53,7 +64,9 @@ def unmerge(merged: Merged, description: Description, adapters: dict) -> dict:
     params = merged.params
     with jax.default_matmul_precision("float32"):
         for path, form in description.forms.items():
-            if not isinstance(form, Lora | Scaled) or form.base is not None:
+            if isinstance(form, Narrow):
+                continue
+            if not isinstance(form, Lora | Scaled) or is_coded(form.base):
                 raise ValueError(f"{'/'.join(path)} was kept in codes, which are gone: read the base again")
             weight, adapter = branch(merged.description.specs, path)["weight"], branch(adapters, path)[ADAPTER]
             if isinstance(form, Scaled) and not bool(jnp.all(adapter["factors"] != 0)):
@@ -76,8 +89,7 @@ def _folded(form: Form, weight: ParameterSpec, ours: dict) -> tuple[dict, jax.Ar
     """The parameters of a matrix without its adapter; and the lengths of its outputs' weights before DoRA's."""
     adapter, dims, length = ours.get(ADAPTER), dims_of(weight), None
     kept = {name: value for name, value in ours.items() if name == "bias"}
-    codes = {name: value for name, value in ours.items() if name not in ("bias", ADAPTER)}
-    matrix = codes["weight"].astype(jnp.float32) if len(codes) == 1 else numbers_of(codes, weight, jnp.float32)
+    matrix = numbers(ours, weight)
     if isinstance(form, Lora):
         matrix = matrix + _delta(form, dims, adapter)
         if form.magnitude:

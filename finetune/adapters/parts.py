@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compress.forms import QuantisedProjection
-from finetune.adapters.matrices import ADAPTER, Thin
+from finetune.adapters.matrices import ADAPTER, Thin, is_coded
 from model.attention_rule import TokenInfo
 from model.forms import Form
 from model.kv_cache import Cache
@@ -53,7 +53,7 @@ class Bottleneck:
         """The part with the net behind it."""
         if isinstance(part, MixtureOfExperts):
             return ExpertsWithNet(part, specs, self)
-        return QuantisedWithNet(part, specs, self) if self.base else ProjectionWithNet(part, specs, self)
+        return (QuantisedWithNet if is_coded(self.base) else ProjectionWithNet)(part, specs, self)
 
 
 class Net(nnx.Module):
