@@ -109,6 +109,10 @@ def family_at(path: Path, config: Config, reach: int) -> Family:
 def export_run(options: argparse.Namespace) -> str:
     """Writes peft's two files. Raises ValueError or OSError for what the user can mend."""
     found = adapted_run(options)
+    if found.config.adapter.also:
+        raise ValueError(
+            f"adapter.also={list(found.config.adapter.also)}: peft's files hold adapters alone; merge instead"
+        )
     family = family_at(found.path, found.config, found.reach)
     model = found.open(options.step)
     params = jax.tree.map(np.asarray, jax.device_get(chosen(model.params, is_adapter)))

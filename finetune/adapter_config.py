@@ -31,16 +31,26 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
-class _Matrices:
-    """What adapters of matrices share."""
+class _OnBase:
+    """What all adapters share."""
 
-    targets: tuple[str, ...] = ("*",)  # patterns of a layer's matrices that get one: attention/query, ffn/*, moe/up
     base: str = "float"  # float | bfloat16 | int8 | int4 | nf4: what the model's own matrices are kept in
     group: int = 64  # int4, nf4: inputs that share a step
+    also: tuple[str, ...] = ()  # patterns of the model's own parameters that are trained as well, as in final_norm/*
 
     def __post_init__(self):
         one_of("adapter.base", self.base, BASES)
         at_least(self, "group", 2)
+
+
+@dataclass(frozen=True)
+class _Matrices(_OnBase):
+    """What adapters of matrices share."""
+
+    targets: tuple[str, ...] = ("*",)  # patterns of a layer's matrices that get one: attention/query, ffn/*, moe/up
+
+    def __post_init__(self):
+        super().__post_init__()
         if not self.targets:
             raise ValueError("adapter.targets=[] names no matrix; use [*] for all")
 
@@ -98,19 +108,17 @@ class Ia3Config(_Matrices):
 
 
 @dataclass(frozen=True)
-class BottleneckConfig:
+class BottleneckConfig(_OnBase):
     """A small feed-forward net after each half of a block (arXiv 1902.00751)."""
 
     kind: str = "bottleneck"  # two matrices and an activation after attention and after ffn
     size: int = 64  # of its hidden vectors
     after: tuple[str, ...] = ("attention", "ffn")  # halves of a block that get one; moe counts as ffn
     activation: str = "gelu"  # of model.activation those that are not gated
-    base: str = "float"  # float | bfloat16 | int8 | int4 | nf4: what the model's own matrices are kept in
-    group: int = 64  # int4, nf4: inputs that share a step
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, "size", 1)
-        one_of("adapter.base", self.base, BASES)
         one_of("adapter.activation", self.activation, ("gelu", "gelu_exact", "relu", "relu2", "silu"))
         for half in self.after:
             one_of("adapter.after", half, ("attention", "ffn"))
@@ -119,17 +127,15 @@ class BottleneckConfig:
 
 
 @dataclass(frozen=True)
-class PrefixConfig:
+class PrefixConfig(_OnBase):
     """Keys and values that every token sees, weighted by a gate that begins at zero (arXiv 2303.16199)."""
 
     kind: str = "prefix"  # keys and values of tokens that are not there, in each layer
     length: int = 16  # how many tokens
-    base: str = "float"  # float | bfloat16 | int8 | int4 | nf4: what the model's own matrices are kept in
-    group: int = 64  # int4, nf4: inputs that share a step
 
     def __post_init__(self):
+        super().__post_init__()
         at_least(self, "length", 1)
-        one_of("adapter.base", self.base, BASES)
 
 
 AdapterConfig = NoAdapter | FreezeConfig | LoraConfig | AdaLoraConfig | Ia3Config | BottleneckConfig | PrefixConfig

@@ -59,7 +59,8 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
         form.specs(_part(specs, path))
     forms = _FORMS[type(config)](config, model, base)
     rule = AdaLoraRule(config, model.layers, steps) if isinstance(config, AdaLoraConfig) else None
-    return Adaptation(forms, base, is_adapter, rule)
+    also = matching(config.also, specs) if config.also else lambda name: False
+    return Adaptation(forms, base, lambda name: is_adapter(name) or also(name), rule)
 
 
 def adapted(config) -> dict:
