@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
 def adapted_run(options: argparse.Namespace) -> Found:
     """The run that an option names. Raises ValueError for one without adapters."""
     found = find_model(options.run, options.overrides, GROUPS)
-    if found.config.adapter.kind in ("none", "freeze"):
+    if found.config.adapter.kind == "none":
         raise ValueError(f"{options.run} has no adapters: adapter.kind={found.config.adapter.kind}")
     return found
 
@@ -109,10 +109,10 @@ def family_at(path: Path, config: Config, reach: int) -> Family:
 def export_run(options: argparse.Namespace) -> str:
     """Writes peft's two files. Raises ValueError or OSError for what the user can mend."""
     found = adapted_run(options)
+    if found.config.adapter.kind == "freeze":
+        raise ValueError(f"{options.run} has no adapters: adapter.kind=freeze")
     if found.config.adapter.also:
-        raise ValueError(
-            f"adapter.also={list(found.config.adapter.also)}: peft's files hold adapters alone; merge instead"
-        )
+        raise ValueError("adapter.also trains the model's own parameters, and peft's files hold none: merge instead")
     family = family_at(found.path, found.config, found.reach)
     model = found.open(options.step)
     params = jax.tree.map(np.asarray, jax.device_get(chosen(model.params, is_adapter)))
