@@ -75,7 +75,7 @@ def export(folder: Path, family: Family, model: ModelConfig, forms: Forms, param
                 "merge instead (python -m finetune merge)"
             )
         form, adapter = forms[matrix.path], branch(params, matrix.path)[ADAPTER]
-        config |= _config(form)
+        config |= _config(form) | {"task_type": "CAUSAL_LM" if model.causal else None}
         for layer, module in enumerate(matrix.modules()):
             its = lambda leaf, layer=layer: np.asarray(leaf[layer], np.float32)
             write = _lora_out if isinstance(form, Lora) else _factors_out
@@ -93,7 +93,7 @@ def export(folder: Path, family: Family, model: ModelConfig, forms: Forms, param
 
 
 def _config(form: Lora | Scaled) -> dict[str, Any]:
-    shared = {"task_type": "CAUSAL_LM", "inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None}
+    shared = {"inference_mode": True, "fan_in_fan_out": False, "modules_to_save": None}
     if isinstance(form, Scaled):
         return shared | {"peft_type": "IA3", "init_ia3_weights": True}
     lora = {"peft_type": "LORA", "r": form.rank, "lora_alpha": form.scale * form.rank, "use_rslora": False}
