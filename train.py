@@ -34,10 +34,11 @@ import numpy as np
 
 from checkpoint.store import CheckpointStore, Restored
 from evaluation.in_training import Tasks
+from finetune.adapters.adaptation import adapted
 from finetune.opening import open_subject
 from inference.ahead import Ahead
 from inference.generate import continuations
-from inference.opening import keep_pretrained, with_weights
+from inference.opening import first_state, keep_pretrained, resumed_state
 from parallel.mesh import make_mesh
 from parallel.sharding import replicated
 from performance.fits import Room, memory_of
@@ -103,8 +104,9 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # at this point we have the batch of any step, the same on every mesh, and what is held out
 
         # ------------------------------------------------------------------------------------------------------- model
-        job = make_job(config, mesh, loss=subject.loss)
-        room = Room(job.abstract, memory_of(mesh.local_devices[0]), t, config.optimizer, mesh.shape)
+        job = make_job(config, mesh, loss=subject.loss, **adapted(config))
+        limit = memory_of(mesh.local_devices[0])
+        room = Room(job.abstract, limit, t, config.optimizer, mesh.shape, job.saved["params"])
         room.check()
         tasks = Tasks(config, job, tokenizer)
         # at this point we know the shape and the layout of every array, and none has been made
@@ -146,7 +148,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         def save(number: int, metric: float | None = None) -> bool:
             record = {**ours, "progress": asdict(progress), "spent": asdict(meter.spent())}
-            return store.save(number, vars(job.to_stored(state)), record, metric=metric)
+            return store.save(number, job.to_saved(state), record, metric=metric)
 
         # -------------------------------------------------------------------------------------------------------- loop
         code, number, saved = DONE, first, first
@@ -211,8 +213,8 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 def beginning(job: Job, config: Config, restored: Restored | None) -> tuple[TrainState, int, Progress]:
     """The state to go on from, on the mesh; how many steps it has behind it; the best evaluation so far."""
     if restored is None:
-        return with_weights(job.init(config.seed), job, config.weights.path), 0, Progress()
-    return job.from_stored(TrainState(**restored.state)), restored.step, Progress(**restored.record["progress"])
+        return first_state(job, config), 0, Progress()
+    return resumed_state(job, config, restored.state), restored.step, Progress(**restored.record["progress"])
 
 
 def end(code, number, config: Config, run: RunDirectory, job: Job, state, tokenizer, store, reporter, ahead) -> int:
@@ -276,7 +278,7 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
         if store.steps():
             raise ValueError(f"{store.directory} holds checkpoints and checkpoint.resume=never; choose another one")
         return None
-    restored = store.restore(vars(job.stored), resize=has_vocabulary(job.description.specs))
+    restored = store.restore(job.saved, resize=has_vocabulary(job.description.specs))
     if restored is None:
         if config.checkpoint.resume == "require":
             raise ValueError(f"checkpoint.resume=require, but {store.directory} holds no checkpoint")

@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder and prints the table. Raises ValueError or OSError for what the user can mend."""
     began, recipe = time.perf_counter(), RECIPES[options.recipe]
     found = find_model(options.model, options.overrides, SETTINGS)
+    if found.forms:
+        raise ValueError(f"{found.path} has adapters: merge them first (python -m finetune merge {found.path} OUT)")
     if recipe.calibrated and found.config.mesh.context != 1:
         raise ValueError(f"mesh.context={found.config.mesh.context}: calibration text is not split; use data or fsdp")
     directory, config = RunDirectory(found.path), found.config

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from compress.grids import ZERO_PARTS, Grid, int8_grid, pack, unpack
+from compress.grids import NF4, ZERO_PARTS, Grid, Levels, int8_grid, pack, unpack
 from compress.recipes import Recipe
 from model.forms import Forms, branch, replaced
 from model.heads import Embedding
@@ -95,6 +95,23 @@ class Int4:
 
 
 @dataclass(frozen=True)
+class Nf4(Int4):
+    """A matrix in NF4: codes of the quantiles of a normal distribution, times the largest weight of each group."""
+
+    def specs(self, specs: Specs) -> Specs:
+        """`weight` half as long in its last input dim, `step` for each group. Raises as that of Int4."""
+        found = super().specs(specs)
+        return {name: spec for name, spec in found.items() if name != "zero"}
+
+    def kept(self, weight: ParameterSpec, grid: Levels, q_nm: jax.Array, scale_n: jax.Array | None) -> dict:
+        """As that of Int8."""
+        inputs = [weight.shape[dim] for dim in weight.contracted]
+        outputs = [weight.shape[dim] for dim in _outputs(weight)]
+        step = grid.step_Gm.reshape(*inputs[:-1], -1, *outputs)
+        return {"weight": pack(q_nm.reshape(weight.shape), len(inputs) - 1), "step": step}
+
+
+@dataclass(frozen=True)
 class Int8Rows:
     """A table in int8, with a step for each row."""
 
@@ -108,7 +125,7 @@ class Int8Rows:
         return QuantisedEmbedding(part, specs)
 
 
-KINDS: dict[str, Callable[..., Any]] = {"int8": Int8, "int4": Int4, "int8-rows": Int8Rows}
+KINDS: dict[str, Callable[..., Any]] = {"int8": Int8, "int4": Int4, "nf4": Nf4, "int8-rows": Int8Rows}
 
 
 def forms_for(description: Description, recipe: Recipe, group: int, tables: bool) -> Forms:
@@ -117,6 +134,7 @@ def forms_for(description: Description, recipe: Recipe, group: int, tables: bool
     Raises ValueError where a matrix cannot be cut into groups.
     """
     form = Int8() if recipe.bits == 8 else Int4(group, scaled=recipe.method == "awq")
+    form = Nf4(group) if recipe.normal else form
     found = {}
     for path, spec in leaves(description.specs):
         *part, name = path
@@ -195,7 +213,7 @@ def numbers(
     weight: jax.Array, step: jax.Array, zero=None, scale=None, *, inputs: int, outputs: int, dtype
 ) -> jax.Array:
     """The matrix (*batch, *in, *out) in `dtype`, by the numbers of its input and output dims."""
-    if zero is None:
+    if weight.dtype == jnp.int8:
         batch = step.ndim - outputs
         return weight.astype(dtype) * step.astype(dtype).reshape(
             *step.shape[:batch], *(1,) * inputs, *step.shape[batch:]
@@ -204,9 +222,13 @@ def numbers(
     codes = unpack(weight, axis)
     grouped = (*codes.shape[:axis], step.shape[axis], -1, *codes.shape[axis + 1 :])
     each = lambda x: jnp.expand_dims(x.astype(dtype), axis + 1)
-    # exact in 16 bits: a code less a zero has eight of them
-    centred = codes.reshape(grouped).astype(dtype) - each(zero) / ZERO_PARTS
-    matrix = (centred * each(step)).reshape(codes.shape)
+    codes = codes.reshape(grouped)
+    if zero is None:
+        centred = jnp.asarray(NF4, dtype)[codes]
+    else:  # exact in 16 bits: a code less a zero has eight of them
+        centred = codes.astype(dtype) - each(zero) / ZERO_PARTS
+    matrix = centred * each(step)
+    matrix = matrix.reshape(*grouped[:axis], -1, *grouped[axis + 2 :])
     return matrix if scale is None else matrix * scale.astype(dtype).reshape(*scale.shape, *(1,) * outputs)
 
 
@@ -220,6 +242,7 @@ class QuantisedProjection(nnx.Module):
         self.zero, self.scale = optional("zero"), optional("scale")
         self.bias, self.frozen_bias = part.bias, part.frozen_bias
         self.inputs, self.outputs = len(specs["weight"].contracted), len(_outputs(specs["weight"]))
+        self.by_output = specs["weight"].dtype == "int8"  # one step for each output, and no groups
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -231,14 +254,16 @@ class QuantisedProjection(nnx.Module):
         scale = None if self.scale is None else self.scale[...]
         return self._numbers(dtype, scale)
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x times the weight, in x's dtype, before the bias."""
+        if self.by_output:  # the step may as well be multiplied with afterwards
+            return project(x, _gathered(self.weight).astype(x.dtype)) * _gathered(self.step).astype(x.dtype)
+        x = x if self.scale is None else x * _gathered(self.scale).astype(x.dtype)
+        return project(x, self._numbers(x.dtype, None))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product in x's dtype."""
-        if self.zero is None:  # one step for each output may as well be multiplied with afterwards
-            y = project(x, _gathered(self.weight).astype(x.dtype)) * _gathered(self.step).astype(x.dtype)
-        else:
-            x = x if self.scale is None else x * _gathered(self.scale).astype(x.dtype)
-            y = project(x, self._numbers(x.dtype, None))
-        return biased(y, self.bias, frozen=self.frozen_bias)
+        return biased(self.product(x), self.bias, frozen=self.frozen_bias)
 
     def _numbers(self, dtype, scale) -> jax.Array:
         zero = None if self.zero is None else _gathered(self.zero)

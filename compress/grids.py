@@ -8,6 +8,7 @@ Steps are kept in bfloat16, zeros in sixteenths in a byte. Codes are chosen with
 nothing but a slightly other grid.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -16,6 +17,12 @@ import jax.numpy as jnp
 LARGEST_INT8 = 127
 LARGEST_INT4 = 15
 ZERO_PARTS = 16  # a zero is counted in these parts of a step
+# NF4: means of quantiles of the normal distribution, over the largest of them (arXiv 2305.14314, appendix E)
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +51,26 @@ class Grid:
         return (q_nm - zero_nm) * step_nm
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Levels:
+    """As a Grid, with the levels of NF4 times the step of each group of n // G inputs."""
+
+    step_Gm: jax.Array  # bfloat16
+
+    def encode(self, w_nm: jax.Array) -> jax.Array:
+        """The nearest codes, int32 (n, m)."""
+        middles = jnp.asarray([(a + b) / 2 for a, b in itertools.pairwise(NF4)])
+        return jnp.searchsorted(middles, w_nm / self._rows(w_nm.shape[0])).astype(jnp.int32)
+
+    def decode(self, q_nm: jax.Array) -> jax.Array:
+        """What codes stand for, float32 (n, m)."""
+        return jnp.asarray(NF4)[q_nm] * self._rows(q_nm.shape[0])
+
+    def _rows(self, n: int) -> jax.Array:
+        return jnp.repeat(self.step_Gm.astype(jnp.float32), n // self.step_Gm.shape[0], axis=0)
+
+
 def nearest(w: jax.Array, step: jax.Array, zero: jax.Array, low: int, high: int) -> jax.Array:
     """The codes, still floats, whose numbers are nearest to w."""
     return jnp.clip(jnp.round(w / step + zero), low, high)
@@ -66,6 +93,11 @@ def int4_grid(w_nm: jax.Array, group: int, shrink_Gm: jax.Array | float = 1.0) -
     step_Gm = _step((high_Gm - low_Gm) / LARGEST_INT4)
     zero_Gm = jnp.round(-low_Gm / step_Gm.astype(jnp.float32) * ZERO_PARTS)
     return Grid(step_Gm, jnp.clip(zero_Gm, 0, LARGEST_INT4 * ZERO_PARTS).astype(jnp.uint8))
+
+
+def nf4_levels(w_nm: jax.Array, group: int) -> Levels:
+    """For each `group` inputs of an output their largest weight, which is code 0 or 15."""
+    return Levels(_step(jnp.max(jnp.abs(w_nm.reshape(-1, group, w_nm.shape[1])), axis=1)))
 
 
 def _step(step: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ class Recipe:
     bits: int
     method: str  # round | gptq | awq: see compress/rounding.py
     words: str
+    normal: bool = False  # codes of quantiles of the normal distribution
 
     @property
     def calibrated(self) -> bool:
@@ -22,6 +23,7 @@ class Recipe:
 RECIPES = {
     "int8": Recipe(8, "round", "a step for each output of a matrix, the nearest codes"),
     "int4": Recipe(4, "round", "a step and a zero for each group of inputs, the nearest codes"),
+    "nf4": Recipe(4, "round", "codes of a normal distribution's quantiles, a step for each group (QLoRA)", normal=True),
     "int4-gptq": Recipe(4, "gptq", "the same grid, codes by GPTQ from calibration text"),
     "int4-awq": Recipe(4, "awq", "inputs scaled and groups clipped by AWQ from calibration text"),
 }

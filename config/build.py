@@ -18,8 +18,32 @@ def build(cls, values: dict, prefix: str = ""):
     made = {}
     for key, value in values.items():
         hint = hints[key]
+        if kinds := kinds_of(hint):
+            hint = _kind(kinds, value, prefix + key)
         made[key] = build(hint, value, f"{prefix}{key}.") if is_dataclass(hint) else _typed(value, hint, prefix + key)
     return cls(**made)
+
+
+def kinds_of(hint) -> dict[str, type]:
+    """The dataclasses of a group that is one of several, by the value of `kind` that chooses each; else none."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+    if not choices or not all(is_dataclass(choice) for choice in choices):
+        return {}
+    return {choice.kind: choice for choice in choices}
+
+
+def _kind(kinds: dict[str, type], value, name: str) -> type:
+    """The dataclass that the values of a group ask for; the first where they do not say."""
+    default = next(iter(kinds))
+    kind = value.get("kind", default) if isinstance(value, dict) else default
+    if kind not in kinds:
+        raise ValueError(f"{name}.kind={kind} is not one of {', '.join(kinds)}")
+    named = {kind: {f.name for f in fields(cls)} for kind, cls in kinds.items()}
+    for key in value if isinstance(value, dict) else ():
+        having = [f"{name}={other}" for other in kinds if key in named[other]]
+        if key not in named[kind] and having:
+            raise ValueError(f"{name}={kind} has no {name}.{key}; it is a key of {', '.join(having)}")
+    return kinds[kind]
 
 
 def _typed(value, hint, name: str):
@@ -60,14 +84,17 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def keys(cls, prefix: str = "") -> list[str]:
-    """All keys of a dataclass and of those nested in it, dotted."""
-    hints = typing.get_type_hints(cls)
-    return [
-        key
-        for f in fields(cls)
-        for key in (keys(hints[f.name], f"{prefix}{f.name}.") if is_dataclass(hints[f.name]) else [f"{prefix}{f.name}"])
-    ]
+def keys(cls, prefix: str = "", *, every_kind: bool = False) -> list[str]:
+    """All keys of a dataclass and of those nested in it, dotted; of a group of several kinds those of the first, or of
+    every one.
+    """
+    hints, found = typing.get_type_hints(cls), []
+    for f in fields(cls):
+        kinds = list(kinds_of(hints[f.name]).values()) or [hints[f.name]]
+        for hint in kinds if every_kind else kinds[:1]:
+            own = keys(hint, f"{prefix}{f.name}.", every_kind=every_kind) if is_dataclass(hint) else []
+            found += [key for key in own or [f"{prefix}{f.name}"] if key not in found]
+    return found
 
 
 def mappings(cls, prefix: str = "") -> list[str]:

@@ -26,12 +26,13 @@ def command_line(arguments: list[str]) -> list[Config]:
     The process becomes `python -m scaling search` with hydra/sweeper=search, `scaling run experiments/NAME/sweep.yaml`
     with experiment=NAME, and `scaling launch` with hydra/launcher=...: they start each run as a process of its own.
 
-    Help is printed and ends the process with 0; a mistake is one line on stderr and exit code 2.
+    Help, of the run that the other arguments ask for, is printed and ends the process with 0; a mistake is one line on
+    stderr and exit code 2.
     """
-    if {"-h", "--help"} & set(arguments):
-        print(help_text())
-        sys.exit(DONE)
     try:
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(overrides=[a for a in arguments if a not in ("-h", "--help")]))
+            sys.exit(DONE)
         if {"-m", "--multirun"} & set(arguments):
             words = [a for a in arguments if a not in ("-m", "--multirun", SEARCH)]
             if SEARCH in arguments:

@@ -23,8 +23,9 @@ CONF = Path(__file__).parent.parent / "conf"
 
 def load(overrides: list[str], *, allow_pickle: bool = False) -> Config:
     """The config of a list of overrides; `allow_pickle`: see open_pretrained. Raises ValueError in one line."""
-    path = next((_path_of(o) for o in reversed(overrides) if o.startswith(f"{FROM}=")), None)
-    overrides = [o for o in overrides if not o.startswith(f"{FROM}=")]
+    named = (f"{FROM}=", "weights.path=")  # two spellings of one thing
+    path = next((_path_of(o) for o in reversed(overrides) if o.startswith(named)), None)
+    overrides = [o for o in overrides if not o.startswith(named)]
     _check_keys(overrides)
     _check_single(parsed(overrides))  # Hydra itself would not say which one it could not read
     # a key that no YAML mentions is still a field of a dataclass: ++ lets Hydra set either
@@ -114,7 +115,7 @@ def is_group(key: str) -> bool:
 
 
 def _check_keys(overrides: list[str]) -> None:
-    valid, mappings_of_groups = keys(Config), tuple(f"{key}." for key in mappings(Config))
+    valid, mappings_of_groups = keys(Config, every_kind=True), tuple(f"{key}." for key in mappings(Config))
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.lstrip("+~")

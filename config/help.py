@@ -6,14 +6,15 @@ import io
 import json
 import textwrap
 import tokenize
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
 from config.build import plain
 from config.compose import CONF, load
 
 
-def help_text(program: str = "train.py") -> str:
-    """Every key with its default and its comment."""
+def help_text(program: str = "train.py", overrides: Sequence[str] = ()) -> str:
+    """Every key with its default and its comment, of the run that some overrides ask for."""
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
     presets = [f"  {g}={'|'.join(sorted(p.stem for p in (CONF / g).glob('*.yaml')))}" for g in groups]
     lines = [
@@ -23,11 +24,13 @@ def help_text(program: str = "train.py") -> str:
         *presets,
         "  model.from=PATH  # model, tokenizer and first weights: of a run, a Hugging Face folder, a .gguf file",
         "",
-        "keys, with the values of the default run:",
+        f"keys, with the values of {'this' if overrides else 'the default'} run:",
     ]
-    task = ["", "keys with a task, as they are with task=classification:"]
-    task += documented(load(["task=classification"]).task, "task.")
-    return "\n".join(lines + documented(load([])) + task)
+    lines += documented(load(list(overrides)))
+    if not overrides:
+        lines += ["", "keys with a task, as they are with task=classification:"]
+        lines += documented(load(["task=classification"]).task, "task.")
+    return "\n".join(lines)
 
 
 def documented(values, prefix: str = "") -> list[str]:
@@ -44,7 +47,13 @@ def documented(values, prefix: str = "") -> list[str]:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: beside it, on the lines right before it, or both, joined."""
+    """The comment of each field of a dataclass, or of one that it extends: beside it, on the lines right before it, or
+    both, joined.
+    """
+    return {name: text for base in reversed(cls.__mro__) if is_dataclass(base) for name, text in _own(base).items()}
+
+
+def _own(cls: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
     found, lines = {}, source.splitlines()
     at = {

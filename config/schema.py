@@ -15,6 +15,7 @@ from data.corpus import DataConfig
 from data.prepared import tokenizer_of
 from data.tokenizer import TokenizerConfig, vocab_size_of
 from evaluation.config import EvaluationConfig
+from finetune.adapter_config import AdapterConfig, NoAdapter
 from finetune.config import TaskConfig
 from inference.config import SampleConfig
 from model.config import ModelConfig
@@ -46,6 +47,7 @@ class Config:
     context: ContextConfig = field(default_factory=ContextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    adapter: AdapterConfig = field(default_factory=NoAdapter)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -107,7 +109,9 @@ def identity(config: Config | dict) -> dict:
 
     if values["train"].get("compute_dtype") == "auto":  # the same run, and directory, on every machine
         values = values | {"train": values["train"] | {"compute_dtype": "float32"}}
-    found = {name: part(name) for name in IDENTITY}
+    adapted = values.get("adapter", {}).get("kind", "none") != "none"
+    names = (*IDENTITY, "adapter") if adapted else IDENTITY  # a run without keeps the directory that it always had
+    found = {name: part(name) for name in names}
     if found["task"] is None:  # runs that were pretrained before there were tasks go on
         del found["task"]
     return json.loads(json.dumps(found))

@@ -26,6 +26,8 @@ from config.pretrained import FROM
 from config.schema import Config
 from data.chat import ChatTemplate, open_chat
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from finetune.adapters.adaptation import Adaptation, adaptation
+from finetune.adapters.base import begun, in_base_forms
 from inference.generate import reach_of
 from inference.options import GROUPS
 from model.config import MASKED_LM, ModelConfig
@@ -37,8 +39,8 @@ from runtime.config import RuntimeConfig
 from runtime.start import start
 from tracking.run_directory import RunDirectory
 from training.job import Job
-from training.state import TrainState, has_vocabulary
-from training.trainable import merged
+from training.state import TrainState, has_vocabulary, init_key
+from training.trainable import chosen, joined
 
 log = logging.getLogger("isomesh.model")
 
@@ -66,7 +68,7 @@ class Found:
     config: Config  # its mesh and runtime are those of this program, not of the training
     tokenizer: Tokenizer
     begin: tuple[int, ...] = ()  # tokens that the model wants before every text
-    forms: Forms = field(default_factory=dict)  # of its parameters, where it is compressed
+    forms: Forms = field(default_factory=dict)  # of its parameters, where it is compressed or has adapters
 
     @property
     def reach(self) -> int:
@@ -110,7 +112,9 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
     tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
     trained_here = directory.config.exists() and not directory.imported.exists()  # runs are trained without
     begin = () if trained_here else tuple(tokenizer.begin_ids)
-    return Found(directory.path, config, tokenizer, begin, read_forms(directory.path))
+    adapts = adaptation(config.adapter, config.model, config.train.steps)
+    forms = read_forms(directory.path) if adapts is None else adapts.forms
+    return Found(directory.path, config, tokenizer, begin, forms)
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:
@@ -137,6 +141,8 @@ def read_weights(
         opened = open_pretrained(path)
         return Weights(load_pretrained(opened, description, mesh, dtype), None, opened.fingerprint())
     config = load_run(path)
+    if adapts := adaptation(config.adapter, config.model, config.train.steps):
+        return _read_adapted(path, config, adapts, description, mesh, dtype, step)
     if read_forms(path) and not description.forms:
         raise ValueError(f"{path} is compressed, and codes are not trained: begin from what it was made of")
     stored = jnp.dtype(config.train.param_dtype)
@@ -147,6 +153,59 @@ def read_weights(
         own = map_specs(lambda spec: spec.dtype is not None, description.specs)
         params = jax.tree.map(lambda p, own: p if own else p.astype(dtype), params, own)
     return Weights(params, restored.step, _digest(restored))
+
+
+def _read_adapted(
+    path: Path, config: Config, adapts: Adaptation, description: Description, mesh: Mesh, dtype, step: str | int
+) -> Weights:
+    """As `read_weights`, of a run whose checkpoints hold adapters alone."""
+    if adapts.forms and not description.forms:
+        raise ValueError(f"{path} holds adapters: make a whole model of them with python -m finetune merge {path} OUT")
+    base = read_base(config, adapts, mesh, dtype)
+    wanted = abstract_params(jnp.dtype(config.train.param_dtype), description, mesh)["params"]
+    with closing(CheckpointStore(Path(config.checkpoint.dir or path / "checkpoints"), config.checkpoint)) as store:
+        restored = restore(store, step, {"params": chosen(wanted, adapts.trainable)}, description.specs)
+    params = jax.tree.map(lambda p: p.astype(dtype), restored.state["params"])
+    digest = hashlib.sha256(f"{base.digest} {_digest(restored)}".encode()).hexdigest()
+    return Weights(joined(base.params, params), restored.step, digest)
+
+
+def read_base(config: Config, adapts: Adaptation, mesh: Mesh, dtype: jnp.dtype) -> Weights:
+    """The parameters that a run's adapters stand on, with its layers in the model's order: those of weights.path, or
+    drawn from the seed where it has none. Raises ValueError for others than the run began with.
+    """
+    description, path = describe(config.model), config.weights.path
+    if path is None:
+        draw = lambda: jax.tree.map(lambda p: p.astype(dtype), description.init(init_key(config.seed)))
+        read = Weights(jax.jit(draw, out_shardings=description.shardings(mesh))(), None, f"seed {config.seed}")
+    else:
+        read = read_weights(Path(path), description, mesh, dtype)
+        asked = config.weights.digest or read.digest
+        if not read.digest.startswith(asked):
+            raise ValueError(
+                f"{path} holds other weights (digest {read.digest[:8]}) than those that the adapters were trained on "
+                f"({asked[:8]}): adapters fit no other base"
+            )
+    return read._replace(params=in_base_forms(adapts, description, read.params, mesh))
+
+
+def first_state(job: Job, config: Config) -> TrainState:
+    """The state that a run begins with. Raises as `read_weights`."""
+    adapts = adaptation(config.adapter, config.model, config.train.steps)
+    state = job.init(config.seed)
+    if adapts is None:
+        return with_weights(state, job, config.weights.path)
+    base = job.from_stored(read_base(config, adapts, job.mesh, jnp.dtype(config.train.param_dtype)).params)
+    return replace(state, params=begun(job.description, joined(state.params, base), job.mesh))
+
+
+def resumed_state(job: Job, config: Config, saved: dict) -> TrainState:
+    """The state of a run's checkpoint. Raises as `read_weights`."""
+    adapts = adaptation(config.adapter, config.model, config.train.steps)
+    if adapts is None:
+        return job.from_saved(saved, {})
+    base = job.from_stored(read_base(config, adapts, job.mesh, jnp.dtype(config.train.param_dtype)).params)
+    return job.from_saved(saved, base)
 
 
 def with_weights(state: TrainState, job: Job, path: str | None) -> TrainState:
@@ -161,7 +220,7 @@ def with_weights(state: TrainState, job: Job, path: str | None) -> TrainState:
     read = read_weights(Path(path), shared, job.mesh, dtype).params
     if shared is not job.stored_description:
         log.info("new in this model: %s", ", ".join(sorted(job.description.specs.keys() - shared.specs.keys())))
-        read = merged(job.to_stored(state.params), read)
+        read = joined(job.to_stored(state.params), read)
     return replace(state, params=job.from_stored(read))
 
 

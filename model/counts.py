@@ -34,12 +34,12 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     found, idle = Counter(), 0
     for path, spec in leaves(parameter_specs(config)):
         found[path[0]] += spec.size
-        idle += spec.size - _active(config, spec)
+        idle += spec.size - active_size(config, spec)
     embedding = sum(found[name] for name in EMBEDDING)
     return ParameterCount(embedding, found[LAYERS], found.total() - embedding - found[LAYERS], idle)
 
 
-def _active(config: ModelConfig, spec: ParameterSpec) -> int:
+def active_size(config: ModelConfig, spec: ParameterSpec) -> int:
     """The scalars of a parameter that take part in one token."""
     return spec.size * config.experts_per_token // config.experts if "experts" in spec.axes else spec.size
 
@@ -55,7 +55,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, full_attention: bool =
     """
     c, specs = config, list(leaves(parameter_specs(config)))
     output = c.vocab_size * c.width if c.head in ("vocabulary", *MASKED_LM) else 0
-    weights = sum(_active(c, spec) for _, spec in specs if spec.is_matrix) + output
+    weights = sum(active_size(c, spec) for _, spec in specs if spec.is_matrix) + output
     keys = c.layers * seq_len if full_attention else keys_seen(c, seq_len)
     return 6.0 * weights + 12.0 * c.heads * c.head_dim * keys
 

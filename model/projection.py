@@ -47,7 +47,11 @@ class Projection(nnx.Module):
         """The weight as a matmul in `dtype` needs it: for weights that are not multiplied with all tokens alike."""
         return cast_and_gather(self.weight, dtype)
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x times the weight, in x's dtype, before the bias."""
+        multiply = low_precision.dot if self.matmul_dtype == "float8" else project
+        return multiply(x, cast_and_gather(self.weight, x.dtype))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """The product in x's dtype."""
-        multiply = low_precision.dot if self.matmul_dtype == "float8" else project
-        return biased(multiply(x, self.matrix(x.dtype)), self.bias, frozen=self.frozen_bias)
+        return biased(self.product(x), self.bias, frozen=self.frozen_bias)

@@ -78,7 +78,7 @@ def _turned(block: Block, specs: Specs) -> Block:
     for name in ("attention", "ffn"):
         half = getattr(block, name)
         for part, spec in specs.get(name, {}).items():
-            if isinstance(projection := getattr(half, part), Projection):
+            if type(projection := getattr(half, part)) is Projection:  # an adapter's is one, and more
                 setattr(half, part, ByOutput(projection, spec["weight"]))
     return block
 

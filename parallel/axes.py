@@ -20,6 +20,7 @@ PARAMETER_AXES = {
     "types": (),  # kinds of tokens: two rows
     "features": (),  # the outputs of a head's own matrix, which a norm or a token's vector needs whole
     "norm": (),  # vectors: too small to be worth a gather
+    "rank": (),  # between the two thin matrices of an adapter
     "width_groups": ("fsdp",),  # of a quantised matrix: groups of inputs, or codes that share a byte, as the inputs
     "ffn_groups": ("tensor",),
     "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.run.slots
@@ -35,6 +36,7 @@ ACTIVATION_AXES = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
+    "rank": (),
     "width_groups": (),
     "ffn_groups": ("tensor",),
     "experts": ("expert",),  # of the matrices that a dispatch is handed

@@ -38,6 +38,7 @@ def compiled(config: Config, hardware: str) -> str:
     """The text of the training step."""
     import jax
 
+    from finetune.adapters.adaptation import adapted
     from parallel.mesh import make_mesh
     from performance.targets import h200
     from runtime.start import GPU_FLAGS, add_flags, start
@@ -54,7 +55,7 @@ def compiled(config: Config, hardware: str) -> str:
         devices = h200()
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     with jax.set_mesh(mesh):
-        job = make_job(config, mesh)
+        job = make_job(config, mesh, **adapted(config))
         traced = job.step.trace(job.abstract, abstract_batch(config.train, mesh, segments=config.data.segments))
         target = "cuda" if hardware == "h200" else mesh.devices.flat[0].platform
         return traced.lower(lowering_platforms=(target,)).compile().as_text()

@@ -34,10 +34,13 @@ class Need:
         return " + ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
 
 
-def need(state, memory=None) -> Need:
-    """Of a training.state.TrainState of shapes with shardings; `memory` is the compiled step's account, if known."""
+def need(state, memory=None, trained=None) -> Need:
+    """Of a training.state.TrainState of shapes with shardings; `memory` is the compiled step's account, if known, and
+    `trained` the parameters that have gradients, if not all do.
+    """
     parameters, moments = bytes_a_device(state.params), bytes_a_device(state.opt_state)
-    gradients = parameters  # all at once: their norm is taken before the first is used
+    # all at once: their norm is taken before the first is used
+    gradients = parameters if trained is None else bytes_a_device(trained)
     if memory is None:
         return Need(parameters, moments, gradients)
     rest = memory.argument_size_in_bytes + memory.temp_size_in_bytes - parameters - moments - gradients
@@ -64,10 +67,11 @@ class Room:
     train: TrainConfig
     optimizer: OptimizerConfig
     mesh: Mapping[str, int]
+    trained: Any = None  # the parameters that have gradients, if not all do
 
     def check(self, memory=None) -> None:
         """Raises MemoryError, with what fits instead, for a step that needs more; `memory` as of `need`."""
-        if need(self.state, memory).total > self.limit:
+        if need(self.state, memory, self.trained).total > self.limit:
             raise MemoryError(self.explain(memory))
 
     @contextlib.contextmanager
@@ -87,7 +91,7 @@ class Room:
 
     def explain(self, memory=None) -> str:
         """The line that a user reads."""
-        needed = need(self.state, memory)
+        needed = need(self.state, memory, self.trained)
         about = "" if needed.activations is not None else " before activations"
         said = f"out of device memory: a step needs {needed.total / 1e9:.1f} GB{about} ({needed.told()})"
         ways = settings_that_fit(needed, self.limit, self.train, self.optimizer, self.mesh)

@@ -1,5 +1,6 @@
 """What a training token costs: the FLOPs that the model needs, and those that are computed again to save memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from model import attention_kernels
 from model.attention import QUERY_CHUNK
 from model.config import GATED, ModelConfig
-from model.counts import flops_per_token, keys_seen
+from model.counts import active_size, flops_per_token, keys_seen
 from model.heads import vocabulary_parts
+from model.specs import Specs, leaves, parameter_specs
 from runtime.platform import platform
 from training.config import TrainConfig
 
@@ -24,22 +26,44 @@ class Flops:
 
 
 def count_flops(
-    model: ModelConfig, train: TrainConfig, mesh: jax.sharding.Mesh, context_style: str, *, packed: bool
+    model: ModelConfig,
+    train: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    context_style: str,
+    *,
+    packed: bool,
+    specs: Specs | None = None,
+    trained: Callable[[str], bool] | None = None,
 ) -> Flops:
     """The FLOPs of a token in training on `mesh`, which must be in context: kernels depend on its platform.
 
-    context_style: how attention crosses the context axis, if that is not 1. packed: documents are kept apart.
+    context_style: how attention crosses the context axis, if that is not 1. packed: documents are kept apart. trained:
+    whether a parameter, by its '/'-joined names in `specs`, is; None: all are.
     By arithmetic, because XLA's own count takes the body of a loop once, however often it runs, and so misses most of
     scanned layers, of accumulated gradients and of pipelines.
     """
-    needed = flops_per_token(model, train.seq_len)
+    more = 0.0 if trained is None else _of_a_choice(model, specs, trained)
+    needed = flops_per_token(model, train.seq_len) + more
     scores = 2 * model.heads * model.head_dim * keys_seen(model, train.seq_len)  # of all layers; as much as the values
     again = 2 * model.layers * _weights_again(model, train.remat)
     across = context_style if mesh.shape["context"] > 1 else None
     again += scores * _attention_again(model, train, packed, across)
     if vocabulary_parts(train.loss_chunk, train.seq_len) > 1:
         again += 2 * model.vocab_size * model.width  # the logits
-    return Flops(needed, flops_per_token(model, train.seq_len, full_attention=True), needed + again)
+    return Flops(needed, flops_per_token(model, train.seq_len, full_attention=True) + more, needed + again)
+
+
+def _of_a_choice(model: ModelConfig, specs: Specs, trained: Callable[[str], bool]) -> float:
+    """How many FLOPs more a token costs where some parameters alone are trained: no gradients of the others' matrices,
+    and the matrices of adapters, which the model does not count.
+    """
+    found, plain = 0.0, parameter_specs(model)
+    own = {"/".join(path): spec for path, spec in leaves(plain)}
+    found -= 2.0 * sum(active_size(model, spec) for name, spec in own.items() if spec.is_matrix and not trained(name))
+    table = "tokens/weight" if model.tied_embeddings else "head/weight"
+    found -= 0.0 if trained(table) else 2.0 * model.vocab_size * model.width
+    beside = {"/".join(path): spec for path, spec in leaves(specs) if spec.is_matrix}
+    return found + 6.0 * sum(active_size(model, spec) for name, spec in beside.items() if name not in own)
 
 
 def _weights_again(model: ModelConfig, remat: str) -> int:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import jax
 
+from finetune.adapters.adaptation import adapted
 from parallel.mesh import make_mesh
 from runtime.start import start
 from training.job import abstract_batch, make_job
@@ -27,7 +28,7 @@ def needed(config: Config) -> dict[str, int]:
     """Bytes a device: `arguments` (state and batch), `temporary`, and their sum `total`, as train.py's header says."""
     mesh = make_mesh(mesh_sizes(config, jax.device_count()))
     with jax.set_mesh(mesh):
-        job = make_job(config, mesh)
+        job = make_job(config, mesh, **adapted(config))
         batch = abstract_batch(config.train, mesh, segments=config.data.segments)
         memory = job.compile(job.step, batch).memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes

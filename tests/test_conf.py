@@ -96,3 +96,25 @@ def test_one_directory_for_the_same_numbers_whatever_the_mesh():
     for other in ("seed=1", "optimizer.lr=1", "model.dropout=0.1", "train.batch_size=64", "data.heldout=0.1"):
         assert compose.load([other]).run.dir != directory
     assert compose.load(["run.name=mine"]).run.dir.startswith("runs/mine-")
+
+
+def test_a_group_of_several_kinds_has_the_keys_of_one():
+    assert compose.load(["adapter=lora", "adapter.rank=3"]).adapter.rank == 3
+    assert "adapter.rank" not in build.keys(schema.Config)
+    assert "adapter.rank=8" in help.help_text(overrides=["adapter=dora"])
+    again = compose.to_yaml(compose.load(["adapter=ia3"]))
+    assert build.build(schema.Config, yaml.safe_load(again)) == compose.load(["adapter=ia3"])
+    for words, said in (
+        (["adapter.rank=3"], "adapter=none has no adapter.rank; it is a key of adapter=lora, adapter=adalora"),
+        (["adapter=prefix", "adapter.rank=3"], "adapter=prefix has no adapter.rank; it is a key of"),
+        (["adapter=lora", "adapter.rnk=3"], "unknown adapter.rnk; did you mean adapter.rank"),
+        (["adapter=lora", "adapter.kind=lra"], "adapter.kind=lra is not one of none, freeze, lora"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            compose.load(words)
+
+
+def test_adapters_belong_to_what_a_run_is():
+    assert compose.load(["adapter=lora"]).run.dir != compose.load([]).run.dir
+    assert compose.load(["adapter=lora", "adapter.rank=9"]).run.dir != compose.load(["adapter=lora"]).run.dir
+    assert "adapter" not in schema.identity(compose.load([]))

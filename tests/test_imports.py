@@ -16,16 +16,32 @@ ALLOWED = {
     "performance": {"model", "parallel", "runtime", "training.config"},  # what a program costs; settings of a step
     "training": {"performance", "model", "parallel", "runtime", "data"},
     # what models are tuned for: tasks that read rows, minimise and judge with the steps of training
-    "finetune": {"config.build", "config.schema", "data", "inference", "model", "parallel", "runtime", "training"},
+    "finetune": {
+        "checkpoint.config",
+        "config.build",
+        "config.schema",
+        "data",
+        "inference",
+        "model",
+        "parallel",
+        "runtime",
+        "training",
+    },
     "checkpoint": {"model", "parallel", "runtime"},
     # models made small, of what lies below them: what opens a model reads its forms, and so lies above
     "compress": {"checkpoint", "data", "model", "parallel", "runtime"},
+    # adapters wrap matrices, quantised ones too, and say what of a job is trained; above it stands what opens a run
+    "finetune/adapters": {
+        *("checkpoint.config", "checkpoint.huggingface", "compress.forms", "compress.layers", "model", "parallel"),
+        *("runtime", "training.trainable"),
+    },
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
     "inference": {"checkpoint.config", "data.tokenizer", "model", "parallel", "runtime"},  # text comes in and goes out
     # a run's model for the programs that use it: it reads what training wrote
     "inference/opening.py": {
         *("checkpoint", "compress.folder", "config", "data.tokenizer", "model", "parallel", "runtime"),
         *("data.chat", "tracking.run_directory", "training.job", "training.state", "training.trainable"),
+        *("finetune.adapters.adaptation", "finetune.adapters.base"),  # of a run that trained these alone
     },
     # models behind an address: it opens one, gives it to the engine and guards the way there
     "serving": {
@@ -47,7 +63,7 @@ ALLOWED = {
             "model.config",
             "runtime",
         ),
-        *("evaluation.config", "finetune.config", "model.counts", "model.specs"),
+        *("evaluation.config", "finetune.adapter_config", "finetune.config", "model.counts", "model.specs"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
     },
@@ -69,6 +85,7 @@ ENTRY_POINTS = {
     "inference/__main__.py",
     "checkpoint/huggingface/__main__.py",
     "compress/__main__.py",
+    "finetune/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",
     "serving/__main__.py",

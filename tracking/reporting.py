@@ -163,7 +163,11 @@ def introduce(
     """
     t, mesh, primary = config.train, job.mesh, jax.process_index() == 0
     first = restored.step if restored else 0
-    flops = count_flops(config.model, t, mesh, config.context.style, packed=config.data.segments)
+    if job.trainable is not None:
+        size = sum(leaf.size for leaf in jax.tree.leaves(job.saved["params"]))
+        facts = {"trained": f"{human(size)} parameters, adapter={config.adapter.kind}"} | facts
+    chosen = {"specs": job.description.specs, "trained": job.trainable}
+    flops = count_flops(config.model, t, mesh, config.context.style, packed=config.data.segments, **chosen)
     console.header(header(config.model, t, mesh, job.schedule, peak, flops, memory, t.steps - first) | facts)
     for warning in filter(None, (slow_network_warning(mesh), short_warmup_warning(config.optimizer, t.steps))):
         console.warn(warning)

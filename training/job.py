@@ -7,7 +7,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from model.config import MASKED_LM, ModelConfig
+from model.forms import Forms
 from model.transformer import Description, describe
 from parallel.config import ContextConfig, PipelineConfig, schedule_for
 from parallel.pipeline.run import slots
@@ -27,7 +28,7 @@ from training.config import OptimizerConfig, TrainConfig
 from training.optimizer import learning_rate, make_optimizer
 from training.state import TrainState, abstract_state, init_state, reordered
 from training.step import Loss, cross_entropy, make_eval_step, make_train_step
-from training.trainable import Trainable, chosen
+from training.trainable import Rule, Trainable, chosen, joined, of_same
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Job:
     abstract: TrainState
     stored: TrainState
     trainable: Trainable | None = None  # None: all parameters are trained
+    rule: Rule | None = None
     loss: Loss = cross_entropy
 
     @property
@@ -73,7 +75,8 @@ class Job:
         o = self.optimizer_config
         lr_schedule = learning_rate(o, self.train.steps)
         shared = self.description, self.optimizer, lr_schedule, self.train, o.clip_norm, self.schedule
-        return make_train_step(*shared, trainable=self.trainable, loss=self.loss, **kwargs)
+        kwargs |= {"trainable": self.trainable, "rule": self.rule, "loss": self.loss}
+        return make_train_step(*shared, **kwargs)
 
     @property
     def evaluate(self) -> Callable:
@@ -103,6 +106,25 @@ class Job:
         """The inverse of `to_stored`."""
         return self._moved(state, self.abstract, self.stored_description.slots, self.description.slots)
 
+    @property
+    def saved(self) -> dict:
+        """What a checkpoint holds of a state, as shapes: of the parameters those alone that are trained."""
+        return vars(self._trained_alone(self.stored))
+
+    def to_saved(self, state: TrainState) -> dict:
+        """A state as a checkpoint holds it."""
+        slots = self.description.slots, self.stored_description.slots
+        return vars(self._moved(self._trained_alone(state), self._trained_alone(self.stored), *slots))
+
+    def from_saved(self, saved: dict, params: dict) -> TrainState:
+        """The state of a checkpoint; what it lacks of the parameters is that of `params`, as a run has them."""
+        slots = self.stored_description.slots, self.description.slots
+        state = self._moved(TrainState(**saved), self._trained_alone(self.abstract), *slots)
+        return replace(state, params=joined(params, state.params))
+
+    def _trained_alone(self, state: TrainState) -> TrainState:
+        return replace(state, params=chosen(state.params, self.trainable))
+
     @contextlib.contextmanager
     def for_inference(self, params: dict) -> Iterator[tuple[Description, dict]]:
         """The model and its parameters as generation needs them, on the same devices: stages become shards."""
@@ -122,10 +144,11 @@ class Job:
         if ours == theirs:
             return state
         whole = isinstance(state, TrainState)
-        if (ours, whole) not in self._movers:  # compiled once, not at every checkpoint
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, like if whole else like.params)
-            self._movers[ours, whole] = jax.jit(lambda state: reordered(state, ours, theirs), out_shardings=shardings)
-        return self._movers[ours, whole](state)
+        key = ours, jax.tree.structure(state)
+        if key not in self._movers:  # compiled once, not at every checkpoint
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, like if whole else of_same(like.params, state))
+            self._movers[key] = jax.jit(lambda state: reordered(state, ours, theirs), out_shardings=shardings)
+        return self._movers[key](state)
 
     @functools.cached_property
     def _movers(self) -> dict[tuple, Callable]:
@@ -142,24 +165,35 @@ class Settings(Protocol):
     context: ContextConfig
 
 
-def make_job(config: Settings, mesh: Mesh, trainable: Trainable | None = None, *, loss: Loss = cross_entropy) -> Job:
+def make_job(
+    config: Settings,
+    mesh: Mesh,
+    trainable: Trainable | None = None,
+    forms: Forms | None = None,
+    rule: Rule | None = None,
+    *,
+    loss: Loss = cross_entropy,
+) -> Job:
     """The job of a run on `mesh`, which must be in context. Raises ValueError for a pipeline that cannot be.
 
-    Parameters that are not `trainable` have no gradient and no moments; see training.trainable.matching. `loss` is what
-    is minimised.
+    Parameters that are not `trainable` have no gradient and no moments, and are in no checkpoint; see
+    training.trainable.matching. `forms` stand in the place of parts of the model, a `rule` around the optimizer; `loss`
+    is what is minimised.
     """
     model, train, style = config.model, config.train, config.context.style
     if loss is cross_entropy and model.head not in ("vocabulary", *MASKED_LM):
         raise ValueError(f"model.head={model.head} gives no logits to train; use vocabulary or masked_lm")
     schedule = schedule_for(config.pipeline, train.batch_size // train.grad_accumulation, mesh.shape)
-    stored = describe(model, context_style=style)
-    description = stored if schedule is None else describe(model, slots(model.layers, schedule), style)
-    optimizer = make_optimizer(config.optimizer, chosen(description.specs, trainable), model, train.param_dtype)
+    stored = describe(model, context_style=style, forms=forms)
+    description = stored if schedule is None else describe(model, slots(model.layers, schedule), style, forms)
+    trained = chosen(description.specs, trainable)
+    optimizer = make_optimizer(config.optimizer, trained, model, train.param_dtype)
+    optimizer = optimizer if rule is None else rule.around(optimizer, trained)
     dtype = jnp.dtype(train.param_dtype)
     abstract = lambda description: abstract_state(mesh, description, optimizer, dtype, trainable)
     of_run, of_checkpoints = abstract(description), abstract(stored)
     pieces = description, stored, optimizer, schedule, of_run, of_checkpoints
-    return Job(mesh, model, train, config.optimizer, *pieces, trainable, loss)
+    return Job(mesh, model, train, config.optimizer, *pieces, trainable, rule, loss)
 
 
 def abstract_batch(train: TrainConfig, mesh: Mesh, *, segments: bool) -> dict[str, jax.ShapeDtypeStruct]:

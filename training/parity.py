@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from finetune.adapters.adaptation import adapted
 from parallel.mesh import AXES, make_mesh
 from parallel.sharding import local_rows, put_batch, replicated
 from runtime.start import start
@@ -50,7 +51,7 @@ def trace(config: Config, sizes: dict[str, int], steps: int = STEPS) -> Trace:
     # of several processes, each runs the comparison with one device by itself
     mesh = make_mesh(sizes, jax.local_devices()[:needed] if needed < jax.device_count() else None)
     with jax.set_mesh(mesh):
-        job = make_job(config, mesh)
+        job = make_job(config, mesh, **adapted(config))
         batches = [
             put_batch(mesh, random_batch(config, i, local_rows(mesh, t.batch_size)), t.batch_size) for i in range(steps)
         ]

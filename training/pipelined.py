@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from model.specs import map_specs
+from model.specs import LAYERS, map_specs
 from model.transformer import Description, block_of, rematerialised, rows_of
 from parallel.pipeline import run as pipeline
 from parallel.pipeline import schedules
@@ -15,6 +15,7 @@ from parallel.sharding import stored_over_stages
 from runtime.platform import platform
 from training.config import TrainConfig
 from training.loss import LossSums
+from training.trainable import joined, of_same
 
 
 def cut(x: jax.Array | None, parts: int) -> jax.Array | None:
@@ -33,34 +34,43 @@ def program(description: Description, config: TrainConfig, loss_of: Callable) ->
         names = ("positions_BT", "segments_BT", "places_BT", "dropout_keys_B", "mask_BT", "types_BT")
         return description.bind({}).info(micro["tokens_BT"], *(micro.get(name) for name in names))
 
-    def embed(shared, micro):
-        return description.bind(shared).embed(micro["tokens_BT"], prepare(micro), dtype)
+    def embed(shared, fixed, micro):
+        return description.bind(joined(fixed, shared)).embed(micro["tokens_BT"], prepare(micro), dtype)
 
     def layer(params, constants, x_BTD):
         row, info = constants
-        x_BTD, _, aux = block(params, x_BTD, row, info)
+        x_BTD, _, aux = block(joined(row["fixed"], params), x_BTD, row, info)
         return x_BTD, None if aux is None else aux.objective, aux
 
-    def loss(shared, x_BTD, micro):
-        model = description.bind(shared)
+    def loss(shared, fixed, x_BTD, micro):
+        model = description.bind(joined(fixed, shared))
         sums = loss_of(model, model.finish(x_BTD), micro, config)
         return sums.nll + config.z_loss * sums.z, sums
 
     scanned = description.config.scan_layers
-    shared = lambda tree: {name: value for name, value in tree.items() if name != "layers"}
-    specs = map_specs(lambda spec: stored_over_stages(spec.axes), shared(description.specs))
+    specs = map_specs(lambda spec: stored_over_stages(spec.axes), _shared(description.specs))
     return pipeline.Program(
         prepare, embed, rematerialised(layer, config.remat, scanned=scanned), loss, specs, unroll=not scanned
     )
 
 
-def _run(description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B, loss):
+def _shared(tree: dict) -> dict:
+    return {name: value for name, value in tree.items() if name != LAYERS}
+
+
+def _run(
+    description: Description, config: TrainConfig, schedule: PipelineSchedule, trained, fixed, batch, keys_B, loss
+):
     micros = dict(batch) | ({} if keys_B is None else {"dropout_keys_B": keys_B})
     micros = {name: cut(x, schedule.microbatches) for name, x in micros.items()}
-    shared = {name: value for name, value in params.items() if name != "layers"}
     rows, padded = rows_of(description.config, description.slots), -1 in description.slots
+    rows |= {"fixed": fixed.get(LAYERS, {})}
     what = program(description, config, loss)
-    sums, router, *grads = pipeline.run(what, schedule, params["layers"], rows, shared, micros, padded=padded)
+    shared = [_shared(params) for params in (trained, fixed)]
+    specs = [of_same(what.shared_specs, params) for params in shared]
+    what = replace(what, shared_specs=specs[0], fixed_specs=specs[1])
+    layers = trained.get(LAYERS, {})
+    sums, router, *grads = pipeline.run(what, schedule, layers, rows, *shared, micros, padded=padded)
     return replace(sums, router=router), *grads
 
 
@@ -69,12 +79,23 @@ def pipelined_losses(
 ) -> LossSums:
     """As training.step.loss_sums, through the stages."""
     forward = schedules.forward_only(schedule.stages, schedule.microbatches, schedule.placement)
-    return _run(description, config, forward, params, batch, None, loss)[0]
+    return _run(description, config, forward, {}, params, batch, None, loss)[0]
 
 
 def pipelined_gradients(
-    description: Description, config: TrainConfig, schedule: PipelineSchedule, params, batch, keys_B, tokens, loss
+    description: Description,
+    config: TrainConfig,
+    schedule: PipelineSchedule,
+    trained,
+    fixed,
+    batch,
+    keys_B,
+    tokens,
+    loss,
 ):
-    """(gradients of what is minimised, divided by `tokens`; loss sums) of a batch, through the stages."""
-    sums, layers, shared = _run(description, config, schedule, params, batch, keys_B, loss)
-    return jax.tree.map(lambda g: g / tokens, shared | {"layers": layers}), sums
+    """(gradients of what is minimised, divided by `tokens`; loss sums) of a batch, through the stages.
+
+    The gradients are those of `trained`, which with `fixed` are the parameters.
+    """
+    sums, layers, shared = _run(description, config, schedule, trained, fixed, batch, keys_B, loss)
+    return jax.tree.map(lambda g: g / tokens, shared | ({LAYERS: layers} if LAYERS in trained else {})), sums

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from model.specs import Specs, leaves
+from model.specs import Specs, leaves, map_specs
 from model.transformer import Description
 from parallel.sharding import replicated, sharding_like
 from training.trainable import chosen
@@ -62,10 +62,16 @@ def reordered(tree, ours: tuple[int, ...], theirs: tuple[int, ...]):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def init_key(seed: int) -> jax.Array:
+    """What a run's first parameters are drawn from."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
 def make_state(description: Description, optimizer, seed: int, param_dtype, trainable=None) -> TrainState:
     """The first state of a run, on the default layout: to be traced, see `init_state`."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = jax.tree.map(lambda p: p.astype(param_dtype), description.init(init_key))
+    run_key = jax.random.split(jax.random.key(seed))[1]
+    dtypes = map_specs(lambda spec: jnp.dtype(spec.dtype or param_dtype), description.specs)
+    params = jax.tree.map(lambda p, dtype: p.astype(dtype), description.init(init_key(seed)), dtypes)
     zero = jnp.zeros((), jnp.float32)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -115,7 +121,7 @@ def abstract_state(mesh: Mesh, description: Description, optimizer, param_dtype,
 
 def init_state(abstract: TrainState, description: Description, optimizer, seed: int, trainable=None) -> TrainState:
     """The first state, drawn shard by shard: no device ever holds more than its part. Bitwise equal on every mesh."""
-    dtype = jax.tree.leaves(abstract.params)[0].dtype
+    dtype = abstract.params["tokens"]["weight"].dtype  # that of parameters without one of their own
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # runs once: four fifths of its time would be the compiler's optimisation
     quick = {"xla_backend_optimization_level": 0}

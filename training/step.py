@@ -18,7 +18,7 @@ from training.loss import LossSums, TokenLosses, chunked_losses, token_losses
 from training.pipelined import cut, pipelined_gradients, pipelined_losses
 from training.rounding import stored_as
 from training.state import Monitor, TrainState
-from training.trainable import Trainable, chosen, merged
+from training.trainable import Rule, Trainable, chosen, fixed, joined
 
 SPIKE_DECAY = 0.98
 WARM_MONITOR = 20  # steps before a spike is called one
@@ -98,18 +98,17 @@ def gradients(
     trained = chosen(params, trainable)
 
     def objective(trained, batch, keys_B):
-        params_of_all = merged(params, trained)
+        params_of_all = joined(params, trained)
         sums = loss_sums(config, batch, *hidden(description, config, params_of_all, batch, keys_B), loss)
         return sums.objective(config.z_loss) / tokens, sums
 
     if schedule is None:
         gradient = jax.grad(objective, has_aux=True)
     else:
+        rest = fixed(params, trainable)
 
         def gradient(trained, batch, keys_B):
-            whole = merged(params, trained)
-            grads, sums = pipelined_gradients(description, config, schedule, whole, batch, keys_B, tokens, loss)
-            return chosen(grads, trainable), sums
+            return pipelined_gradients(description, config, schedule, trained, rest, batch, keys_B, tokens, loss)
 
     if config.grad_accumulation == 1:
         grads, sums = gradient(trained, batch, keys_B)
@@ -192,13 +191,15 @@ def make_train_step(
     *,
     trainable: Trainable | None = None,
     loss: Loss = cross_entropy,
+    rule: Rule | None = None,
     expose_gradients: bool = False,
 ) -> Callable:
     """The step (state, batch) -> (state, metrics); metrics are float32 under their logged names, scalars or, by layer,
     vectors.
 
     `schedule` is that of a pipeline, where the mesh has one. `optimizer` is made for the parameters that are
-    `trainable`. With `expose_gradients` the step also returns the gradients before clipping.
+    `trainable`, and around it is the `rule` that adjusts them. With `expose_gradients` the step also returns the
+    gradients before clipping.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -217,6 +218,8 @@ def make_train_step(
             params = jax.tree.map(lambda p, d: p.astype(jnp.float32) - lr * d, trained, direction)
             if description.config.balance_bias and (trainable is None or trainable(BALANCE_BIAS)):
                 params = balanced(params, sums.router.load_E, description.config.balance_bias)
+            if rule is not None:
+                params = rule.adjust(trained, params, opt_state, state.step)
             params = stored_as(trained, params, state.step)
 
         healthy = jnp.isfinite(mean) & jnp.isfinite(norm)
@@ -227,8 +230,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             keep = lambda new, old: jnp.where(apply & jnp.isfinite(new), new, old)
             params, opt_state = jax.tree.map(keep, (params, opt_state), (trained, state.opt_state))
-            params = merged(state.params, params)
             param_norm = optax.tree.norm(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+            params = joined(state.params, params)
         new_state = TrainState(
             step=state.step + jnp.where(halted, 0, 1),
             params=params,

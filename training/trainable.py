@@ -2,10 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Protocol
+
+import jax
+import optax
 
 from model.specs import Specs, leaves
 
 Trainable = Callable[[str], bool]  # of a parameter's '/'-joined names
+
+
+class Rule(Protocol):
+    """What stands beside an optimizer and decides more about parameters than their gradients do."""
+
+    def around(self, core: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
+        """The optimizer with what the rule keeps of gradients in its state; `specs` are of what is trained."""
+
+    def adjust(self, before: dict, after: dict, opt_state: optax.OptState, step: jax.Array) -> dict:
+        """The trained parameters after step `step` (0 first) as the rule wants them, from before and after it."""
 
 
 def matching(patterns: Sequence[str], specs: Specs) -> Trainable:
@@ -35,9 +49,17 @@ def chosen(tree: dict, trainable: Trainable | None, path: tuple[str, ...] = ()) 
     return kept
 
 
-def merged(whole: dict, part: dict) -> dict:
-    """`whole` with the leaves of `part` in place of its own."""
-    return {
-        name: part.get(name, value) if not isinstance(value, dict) else merged(value, part.get(name, {}))
-        for name, value in whole.items()
-    }
+def fixed(tree: dict, trainable: Trainable | None) -> dict:
+    """What is not trained of a nested dict."""
+    return {} if trainable is None else chosen(tree, lambda name: not trainable(name))
+
+
+def joined(one: dict, other: dict) -> dict:
+    """The nested dict with the leaves of both; where both have one, that of `other`."""
+    both = lambda a, b: joined(a, b) if isinstance(a, dict) else b
+    return {**one, **other, **{name: both(one[name], other[name]) for name in one.keys() & other.keys()}}
+
+
+def of_same(tree: dict, names: dict) -> dict:
+    """The leaves of a nested dict that another one has, too."""
+    return {name: of_same(tree[name], one) if isinstance(one, dict) else tree[name] for name, one in names.items()}

@@ -33,6 +33,7 @@ from config.layout import model_requirements
 from config.pretrained import FROM
 from config.schema import identity
 from data.tokenizer import load_tokenizer
+from finetune.adapters.merging import merge
 from inference.opening import Opened, chat_of, find_model, keep_pretrained
 from model.counts import parameter_count
 from model.transformer import describe
@@ -108,7 +109,11 @@ def export_weights(options: argparse.Namespace) -> None:
         written |= {"eos_token_id": model.tokenizer.eos_id, "bos_token_id": model.tokenizer.eos_id}
     texts.setdefault("generation_config.json", json.dumps(eos | {"do_sample": True}, indent=2) + "\n")
     with jax.set_mesh(model.mesh):
-        params = dense(model.description, model.params) if found.forms else model.params
+        params = model.params
+        if model.config.adapter.kind != "none":
+            params = merge(model.description, params, model.mesh).params
+        elif found.forms:
+            params = dense(model.description, params)
         size = export(options.folder, model.config.model, written, params, dtype, texts)
     seconds = time.perf_counter() - began
     said = f"{written['model_type']}, {size / 1e9:.2f} GB of {dtype}"

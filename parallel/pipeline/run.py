@@ -40,15 +40,17 @@ MANUAL = ("pipe", "data")  # over data too, so that gradients of microbatches ad
 class Program:
     """The functions that a pipeline runs, of one microbatch. Shapes are those of one data shard.
 
-    `micro` holds the microbatch's arrays, `shared` the parameters outside the layers, of which `shared_specs` says what
-    is split over `pipe`; `embed` and `loss` run on all stages at once and may reduce over `pipe`.
+    `micro` holds the microbatch's arrays, `shared` the parameters outside the layers that have gradients and `fixed`
+    those that have none, of which the specs say what is split over `pipe`; `embed` and `loss` run on all stages at once
+    and may reduce over `pipe`.
     """
 
     prepare: Callable[[Any], Any]  # micro -> info: what every layer needs to know besides x
-    embed: Callable[[Any, Any], jax.Array]  # (shared, micro) -> x
+    embed: Callable[[Any, Any, Any], jax.Array]  # (shared, fixed, micro) -> x
     layer: Callable[[Any, Any, jax.Array], tuple]  # (params, (meta, info), x) -> (x, objective or None, aux or None)
-    loss: Callable[[Any, jax.Array, Any], tuple]  # (shared, x, micro) -> (objective, sums)
+    loss: Callable[[Any, Any, jax.Array, Any], tuple]  # (shared, fixed, x, micro) -> (objective, sums)
     shared_specs: Any  # PartitionSpecs, a prefix of the pytree of shared parameters
+    fixed_specs: Any = None  # the same of the fixed ones
     unroll: bool = False  # the layers of a stage, instead of a scan
 
 
@@ -131,7 +133,7 @@ class _Layers:
 
     def __init__(self, program: Program, layers, meta, info, x: jax.Array, padded: bool):
         self.program, self.layers, self.meta, self.padded = program, layers, meta, padded
-        self.rows = jax.tree.leaves(layers)[0].shape[1]
+        self.rows = meta["layer"].shape[1]
         self.first = jax.tree.map(lambda a: a[0, 0], (layers, meta))
         self.phases: Phases = phases(program.layer, self.first[0], (self.first[1], info), x)
         self.info, self.x = info, x
@@ -213,34 +215,34 @@ class _Layers:
         return self._each(work, row.chunk, out, pools)
 
 
-def run(program: Program, schedule: PipelineSchedule, layers, meta, shared, micros, *, padded: bool = False):
+def run(program: Program, schedule: PipelineSchedule, layers, meta, shared, fixed, micros, *, padded: bool = False):
     """Runs the schedule over microbatches; under jit, with a mesh of `schedule.stages` stages in context.
 
-    `layers` and `meta` (with an int32 "layer", -1 where there is none) are stacked in the order of `slots`; leaves of
-    `micros` are (microbatches, B, ...), or (microbatches, 1, ...) where all sequences share them. Returns sums, aux (by
-    layer), and, if the schedule has backward operations, the gradients of layers and shared, float32.
+    `layers` and `meta` (what has no gradient; with an int32 "layer", -1 where there is none) are stacked in the order
+    of `slots`; leaves of `micros` are (microbatches, B, ...), or (microbatches, 1, ...) where all sequences share them.
+    Returns sums, aux (by layer), and, if the schedule has backward operations, the gradients of layers and shared,
+    float32.
     """
     buffers = allocate(schedule)
     data = jax.sharding.get_abstract_mesh().shape["data"]
     trained = bool((buffers.ticks.embed_gradient >= 0).any())
     rows = lambda a: P(None, "data") if a.shape[1] > 1 or data == 1 else P()
-    in_specs = (P("pipe"), P("pipe"), program.shared_specs, jax.tree.map(rows, micros))
+    in_specs = (P("pipe"), P("pipe"), program.shared_specs, program.fixed_specs, jax.tree.map(rows, micros))
     out_specs = (P(), P("pipe"), *((P("pipe"), program.shared_specs) if trained else ()))
     body = partial(_stage, program, schedule, buffers, padded, trained)
     return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names=set(MANUAL))(
-        layers, meta, shared, micros
+        layers, meta, shared, fixed, micros
     )
 
 
-def _stage(
-    program: Program, schedule: PipelineSchedule, b: Buffers, padded: bool, trained: bool, layers, meta, shared, micros
-):
-    """What one stage does; the arguments are its own parts."""
+def _stage(program: Program, schedule: PipelineSchedule, b: Buffers, padded: bool, trained: bool, *arguments):
+    """What one stage does; the arguments are its own parts of those of `run`."""
+    layers, meta, shared, fixed, micros = arguments
     stacked = lambda a: a.reshape(schedule.chunks, a.shape[0] // schedule.chunks, *a.shape[1:])
     layers, meta = jax.tree.map(stacked, vary((layers, meta), MANUAL))
     # what is the same on all stages stays so; over data the gradients shall differ until the end
-    shared, micros = vary((shared, micros), ("data",))
-    together = _Together(program, schedule, shared, micros, trained)
+    shared, fixed, micros = vary((shared, fixed, micros), ("data",))
+    together = _Together(program, schedule, shared, fixed, micros, trained)
     info_of = lambda microbatch: vary(program.prepare(_at(micros, microbatch)), MANUAL)
     nothing = together.nothing
     stage_layers = _Layers(program, layers, meta, info_of(0), nothing, padded)
@@ -289,11 +291,11 @@ def _stage(
 class _Together:
     """What all stages do at once for a microbatch: embedding and loss, with the gradients of the shared parameters."""
 
-    def __init__(self, program: Program, schedule: PipelineSchedule, shared, micros, trained: bool):
+    def __init__(self, program: Program, schedule: PipelineSchedule, shared, fixed, micros, trained: bool):
         self.shared, self.trained = shared, trained
         self.first, self.last = schedule.placement[0][0], schedule.placement[-1][0]
-        self._embed = lambda shared, m: program.embed(shared, _at(micros, m))
-        self._loss = lambda shared, x, m: program.loss(shared, x, _at(micros, m))
+        self._embed = lambda shared, m: program.embed(shared, fixed, _at(micros, m))
+        self._loss = lambda shared, x, m: program.loss(shared, fixed, x, _at(micros, m))
         x = jax.eval_shape(self._embed, shared, 0)
         self.nothing = vary(jnp.zeros(x.shape, x.dtype), MANUAL)
         sums = jax.eval_shape(self._loss, shared, self.nothing, 0)[1]

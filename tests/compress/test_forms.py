@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.forms import Int4, Int8, Int8Rows, dense, forms_for, from_json, to_json
+from compress.forms import Int4, Int8, Int8Rows, Nf4, dense, forms_for, from_json, to_json
 from compress.layers import quantise
 from compress.recipes import RECIPES
 from model.config import ModelConfig
@@ -50,7 +50,9 @@ def logits(mesh, description, params, dtype=jnp.float32) -> np.ndarray:
         return np.asarray(jax.jit(run)(params, jnp.asarray(TOKENS_NT)))
 
 
-@pytest.mark.parametrize(("config", "recipe"), [(DENSE, "int8"), (DENSE, "int4-awq"), (EXPERTS, "int4")])
+@pytest.mark.parametrize(
+    ("config", "recipe"), [(DENSE, "int8"), (DENSE, "int4-awq"), (EXPERTS, "int4"), (DENSE, "nf4")]
+)
 def test_a_quantised_model_computes_what_its_numbers_say(config, recipe):
     """As the float model with the dequantised matrices does; in bfloat16, too, within its rounding."""
     mesh, (plain, params), (description, codes) = made(config, recipe)
@@ -131,6 +133,7 @@ def test_codes_are_gathered_as_codes():
 
 def test_forms_are_told_and_read():
     forms = {("layers", "ffn", "up"): Int4(16, True), ("layers", "ffn", "down"): Int8(), ("tokens",): Int8Rows()}
+    forms |= {("layers", "ffn", "gate"): Nf4(16)}
     assert from_json(to_json(forms)) == forms
 
 

@@ -12,7 +12,7 @@ from parallel.mesh import make_mesh
 from parallel.sharding import put_batch
 from training.job import make_job
 from training.parity import ONE_DEVICE, named, random_batch
-from training.trainable import chosen, matching, merged
+from training.trainable import chosen, joined, matching
 
 PATTERNS = ("layers/attention/query/*", "final_norm/*")
 
@@ -34,7 +34,7 @@ def after_two_steps(patterns=None, model: str = "llama", **sizes: int):
             first = grads if first is None else first
         memory = job.step.lower(job.abstract, batches[0]).compile().memory_analysis()
         if job.schedule is not None:
-            first = chosen(job.to_stored(merged(state.params, first)), trainable)
+            first = chosen(job.to_stored(joined(state.params, first)), trainable)
         return start, named(job.to_stored(state.params)), named(first), memory.temp_size_in_bytes, moments
 
 

@@ -1,0 +1,141 @@
+"""From a run's adapter settings to what a job is made of: forms of parts, what is trained, a rule for its updates."""
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from compress.forms import ROUTER, Int4, Int8, Nf4
+from finetune.adapter_config import (
+    AdaLoraConfig,
+    AdapterConfig,
+    BottleneckConfig,
+    FreezeConfig,
+    Ia3Config,
+    LoraConfig,
+    NoAdapter,
+    PrefixConfig,
+)
+from finetune.adapters.adalora import AdaLoraRule
+from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
+from finetune.adapters.parts import Bottleneck, Prefix
+from model.config import ModelConfig
+from model.forms import Form, Forms, Path
+from model.specs import LAYERS, leaves, parameter_specs
+from training.trainable import Rule, Trainable, matching
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `training.job.make_job` takes beside a run's config."""
+
+    forms: Forms  # of the model with its adapters
+    base_forms: Forms  # of the model without them: quantised matrices, or none
+    trainable: Trainable
+    rule: Rule | None = None
+
+    def for_job(self) -> dict:
+        """The arguments of make_job."""
+        return {"forms": self.forms, "trainable": self.trainable, "rule": self.rule}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its '/'-joined names, is one of an adapter."""
+    return f"/{ADAPTER}/" in name
+
+
+def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptation | None:
+    """What a run of `steps` steps with these settings trains; None where it has no adapter.
+
+    Raises ValueError for targets that the model has not, and matrices that cannot be cut into groups.
+    """
+    if isinstance(config, NoAdapter):
+        return None
+    if isinstance(config, FreezeConfig):
+        return Adaptation({}, {}, matching(config.train, parameter_specs(model)))
+    base = {path: form for path in matrices(model) if (form := _base(config))}
+    if config.base == "bfloat16":  # the tables, too
+        base |= {(name,): Narrow() for name in ("tokens", "head") if name in parameter_specs(model)}
+    specs = parameter_specs(model)
+    for path, form in base.items():
+        form.specs(_part(specs, path))
+    forms = _FORMS[type(config)](config, model, base)
+    rule = AdaLoraRule(config, model.layers, steps) if isinstance(config, AdaLoraConfig) else None
+    also = matching(config.also, specs) if config.also else lambda name: False
+    return Adaptation(forms, base, lambda name: is_adapter(name) or also(name), rule)
+
+
+def adapted(config) -> dict:
+    """The arguments of make_job, of a run's whole config; none where it has no adapter. Raises as `adaptation`."""
+    found = adaptation(config.adapter, config.model, config.train.steps)
+    return {} if found is None else found.for_job()
+
+
+def matrices(model: ModelConfig) -> list[Path]:
+    """The matrices of a layer, but the routers'."""
+    paths = [path for path, spec in leaves(parameter_specs(model)) if path[0] == LAYERS and spec.is_matrix]
+    return [path[:-1] for path in paths if path[-1] == "weight" and path[-2] != ROUTER]
+
+
+def targets(patterns: tuple[str, ...], model: ModelConfig) -> list[Path]:
+    """The matrices whose names in a layer match one of the patterns. Raises ValueError for one that none matches."""
+    named = {"/".join(path[1:]): path for path in matrices(model)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(f"adapter.targets: no matrix matches {pattern}; there are {', '.join(named)}")
+    return [path for name, path in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _part(specs: dict, path: Path) -> dict:
+    for name in path:
+        specs = specs[name]
+    return specs
+
+
+def _base(config) -> Form | None:
+    bases = {"float": None, "bfloat16": Narrow(), "int8": Int8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}
+    return bases[config.base]
+
+
+def _on(base: Forms, paths: list[Path], form: Form) -> Forms:
+    """The form at these paths, on that of the base there."""
+    return {**base, **{path: replace(form, base=base.get(path)) for path in paths}}
+
+
+def _lora(config: LoraConfig, model: ModelConfig, base: Forms) -> Forms:
+    divisor = config.rank**0.5 if config.scaling == "rslora" else config.rank
+    form = Lora(config.rank, config.alpha / divisor, magnitude=config.dora)
+    return _on(base, targets(config.targets, model), form)
+
+
+def _adalora(config: AdaLoraConfig, model: ModelConfig, base: Forms) -> Forms:
+    form = Lora(config.initial_rank, config.alpha / config.initial_rank, values=True)
+    return _on(base, targets(config.targets, model), form)
+
+
+def _ia3(config: Ia3Config, model: ModelConfig, base: Forms) -> Forms:
+    paths = targets(config.targets, model)
+    found = _on(base, [path for path in paths if path[-1] == "down"], Scaled(inputs=True))
+    return found | _on(base, [path for path in paths if path[-1] != "down"], Scaled(inputs=False))
+
+
+def _bottleneck(config: BottleneckConfig, model: ModelConfig, base: Forms) -> Forms:
+    form, found = Bottleneck(config.size, config.activation), dict(base)
+    if "attention" in config.after:
+        found |= _on({}, [(LAYERS, "attention", "out")], replace(form, base=base.get((LAYERS, "attention", "out"))))
+    if "ffn" in config.after and model.experts:  # behind all experts; their matrices have forms of their own
+        found = {(LAYERS, "moe"): form, **found}
+    elif "ffn" in config.after:
+        found |= _on({}, [(LAYERS, "ffn", "down")], replace(form, base=base.get((LAYERS, "ffn", "down"))))
+    return found
+
+
+def _prefix(config: PrefixConfig, model: ModelConfig, base: Forms) -> Forms:
+    return {(LAYERS, "attention"): Prefix(config.length), **base}  # first: it makes the part whose matrices follow
+
+
+_FORMS = {
+    LoraConfig: _lora,
+    AdaLoraConfig: _adalora,
+    Ia3Config: _ia3,
+    BottleneckConfig: _bottleneck,
+    PrefixConfig: _prefix,
+}

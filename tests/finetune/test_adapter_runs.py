@@ -1,0 +1,125 @@
+"""A run that trains adapters: what its checkpoints hold, how it goes on, what it refuses, and what is made of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from checkpoint.digests import read_manifest
+from finetune.__main__ import main
+from finetune.options import parse
+from inference.opening import find_model
+
+DONE, MISTAKE = 0, 2
+STEPS = 8
+HERE = ("runtime.cpu_devices=8", "mesh.fsdp=4", "mesh.tensor=2")  # how programs open what one device trained
+SHAPE = ("model.layers=2", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.head_dim=8", "model.ffn=64")
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # whatever a run writes by mistake lands here
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a text, a trained model `base`, and one with adapters on it, `tuned`."""
+    folder = tmp_path_factory.mktemp("adapters")
+    runs.corpus(folder / "text")
+    assert runs.run(runs.overrides(folder / "text", folder / "base", f"train.steps={STEPS}"), devices=1) == DONE
+    assert tune(folder, folder / "tuned", f"train.steps={STEPS}") == DONE
+    return folder
+
+
+def tune(home: Path, directory: Path, *more: str, devices: int = 1) -> int:
+    """Trains adapters on `base`."""
+    arguments = runs.overrides(home / "text", directory)
+    arguments = [argument for argument in arguments if argument not in SHAPE and not argument.startswith("model.")]
+    arguments += [f"model.from={home / 'base'}", "adapter=lora", "adapter.rank=2", "adapter.dora=true"]
+    return runs.run([*arguments, *more], devices=devices)
+
+
+def logits(path: Path) -> np.ndarray:
+    opened = find_model(path, HERE).open()
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 16)).astype(np.int32))
+    with jax.set_mesh(opened.mesh):
+        model = lambda params: opened.description.bind(params)
+        run = jax.jit(lambda params: model(params).logits(model(params)(tokens_BT, dtype=jnp.float32)[0]))
+        return np.asarray(run(opened.params))
+
+
+def test_checkpoints_hold_adapters_alone(home):
+    leaves = read_manifest(home / "tuned/checkpoints/00000008")["leaves"]
+    params = [name for name in leaves if name.startswith("params/")]
+    assert params
+    assert all("/adapter/" in name for name in leaves if "layers/" in name or name.startswith("params/"))
+    size = lambda run: sum(f.stat().st_size for f in (home / run / "checkpoints/00000008").rglob("*") if f.is_file())
+    assert size("tuned") < 0.6 * size("base")  # of a model so small that metadata weigh
+
+
+def test_it_learns_and_goes_on_bitwise(home, tmp_path):
+    shutil.copytree(home / "tuned", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/00000008")
+    assert tune(home, tmp_path / "run", f"train.steps={STEPS}") == DONE
+    assert runs.losses(tmp_path / "run") == runs.losses(home / "tuned")
+    ours, theirs = runs.checkpoint(tmp_path / "run", STEPS), runs.checkpoint(home / "tuned", STEPS)
+    runs.assert_same_arrays(ours, theirs)
+    base = runs.evaluations(home / "base")[STEPS]
+    assert runs.evaluations(home / "tuned")[STEPS] < base
+
+
+def test_it_goes_on_in_stages_as_on_one_device(home, tmp_path):
+    shutil.copytree(home / "tuned", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/00000008")
+    mesh = ("mesh.pipe=2", "mesh.fsdp=2", "pipeline.schedule=1f1b")
+    assert tune(home, tmp_path / "run", f"train.steps={STEPS}", *mesh, devices=4) == DONE
+    runs.assert_near(runs.losses(tmp_path / "run"), runs.losses(home / "tuned"))
+
+
+def test_another_base_is_refused(home, tmp_path, capsys):
+    shutil.copytree(home, tmp_path / "other")
+    step = next((tmp_path / "other/base/checkpoints").glob("*8/manifest.json"))
+    shutil.rmtree(step.parent)  # so that an earlier one is the newest
+    other = home.parent / "other"
+    shutil.move(home / "base", home / "kept")
+    shutil.move(tmp_path / "other/base", home / "base")
+    try:
+        assert tune(home, home / "tuned", f"train.steps={STEPS + 2}") == MISTAKE
+        assert "weights.digest" in (said := capsys.readouterr().err)
+        assert len(said.strip().splitlines()) == 1
+        with pytest.raises(ValueError, match=r"than those that the adapters were trained on .* fit no other base"):
+            find_model(home / "tuned", HERE).open()
+    finally:
+        shutil.rmtree(home / "base")
+        shutil.move(home / "kept", home / "base")
+    assert not other.exists()
+
+
+def test_merged_exported_and_imported_it_gives_the_same_logits(home, tmp_path, capsys):
+    theirs = logits(home / "tuned")
+    near = lambda path: np.testing.assert_allclose(logits(path), theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+    assert main(parse(["merge", str(home / "tuned"), "merged", *HERE])) == DONE
+    near(Path("merged"))
+    assert main(parse(["export", str(home / "tuned"), "peft", *HERE])) == DONE
+    assert json.loads(Path("peft/adapter_config.json").read_text())["use_dora"] is True
+    assert main(parse(["import", "peft", "again", "--base", str(home / "base"), *HERE])) == DONE
+    near(Path("again"))
+    capsys.readouterr()
+    assert main(parse(["export", str(home / "base"), "none"])) == MISTAKE
+    assert "base has no adapters: adapter.kind=none" in capsys.readouterr().err
+    assert not Path("none").exists()
+    settings = json.loads(Path("peft/adapter_config.json").read_text()) | {"bias": "all"}
+    Path("peft/adapter_config.json").write_text(json.dumps(settings))
+    assert main(parse(["import", "peft", "none", "--base", str(home / "base"), *HERE])) == MISTAKE
+    assert "bias='all' is not known here" in capsys.readouterr().err
+
+
+def test_a_run_with_adapters_is_no_base(home, tmp_path, capsys):
+    arguments = [a for a in runs.overrides(home / "text", tmp_path / "run") if not a.startswith("model.")]
+    assert runs.run([*arguments, f"model.from={home / 'tuned'}"], devices=1) == MISTAKE
+    assert "holds adapters: make a whole model of them with python -m finetune merge" in capsys.readouterr().err

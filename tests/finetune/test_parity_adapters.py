@@ -1,0 +1,21 @@
+"""The mesh is no hyperparameter of adapters: with them a model trains on a product of axes as on one device.
+
+More of them are in tests/long/test_adapters_on_meshes.py.
+"""
+
+import pytest
+from meshes import assert_changes_nothing
+
+ADAM = ("optimizer=adamw",)
+CASES = {
+    "stages": ("llama", {"pipe": 2, "fsdp": 2, "tensor": 2}, ["pipeline.schedule=zero_bubble"], ["adapter=lora"]),
+    "nf4": ("llama", {"fsdp": 2, "tensor": 2}, [], ["adapter=qlora", "adapter.group=8", "adapter.dora=true"]),
+    "adalora of experts": ("moe", {"expert": 4, "data": 2}, [], ["adapter=adalora", "adapter.begin=0"]),
+    "prefix across context": ("llama", {"context": 2, "tensor": 4}, [], ["adapter=prefix"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mesh_changes_nothing(case):
+    model, mesh, how, adapter = CASES[case]
+    assert_changes_nothing(model, mesh, *how, extra=(*ADAM, *adapter))

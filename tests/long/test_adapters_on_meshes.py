@@ -1,0 +1,35 @@
+"""Every kind of adapter on every axis and on products of them trains as on one device."""
+
+import pytest
+from meshes import assert_changes_nothing
+
+KINDS = {
+    "lora": ("adapter=lora",),
+    "rslora": ("adapter=rslora", "adapter.rank=4"),
+    "dora": ("adapter=dora",),
+    "int8": ("adapter=lora", "adapter.base=int8"),
+    "int4": ("adapter=lora", "adapter.base=int4", "adapter.group=8"),
+    "nf4": ("adapter=qlora", "adapter.group=8"),
+    "adalora": ("adapter=adalora", "adapter.begin=0"),
+    "ia3": ("adapter=ia3",),
+    "bottleneck": ("adapter=bottleneck", "adapter.size=8"),
+    "prefix": ("adapter=prefix",),
+    "freeze": ("adapter=freeze", "adapter.train=[layers/attention/*,final_norm/*]"),
+}
+MESHES = {
+    "data x fsdp x tensor": ("llama", {"data": 2, "fsdp": 2, "tensor": 2}, ()),
+    "stages": ("llama", {"pipe": 2, "fsdp": 2, "tensor": 2}, ("pipeline.schedule=1f1b",)),
+    "context": ("gemma", {"context": 3, "tensor": 2}, ()),
+    "uneven stages": ("gpt2", {"pipe": 2, "tensor": 2}, ("pipeline.schedule=zero_bubble",)),
+    "experts": ("moe", {"expert": 2, "fsdp": 2, "tensor": 2}, ()),
+    "stages of experts": ("moe", {"pipe": 2, "expert": 4}, ("pipeline.schedule=zero_bubble",)),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_changes_nothing(kind, mesh):
+    model, sizes, how = MESHES[mesh]
+    layers = ("model.layers=3",) if mesh == "uneven stages" else ()
+    group = ("adapter.group=2",) if "adapter.group=8" in KINDS[kind] and model in ("gpt2", "moe") else ()
+    assert_changes_nothing(model, sizes, *how, extra=("optimizer=adamw", *layers, *KINDS[kind], *group))
