@@ -1,0 +1,67 @@
+"""How training programs behave, as far as time depends on it: this project's, and those that published tables."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Software:
+    """One program. Shares say how much of an exchange runs beside computation, if there is enough of it."""
+
+    name: str
+    lockstep: bool  # stages exchange in every tick of a pipeline's table, and wait for each other
+    ends_on_all_stages: bool  # embedding and loss are split over the stages, instead of lying on the first and last
+    gathers_every_microbatch: bool  # fsdp inside a pipeline; else once a step (ZeRO-2)
+    reduces_every_microbatch: bool  # gradients over fsdp, of each microbatch
+    moments_over_data: bool = False  # optimizer state and its update split over data (ZeRO-1)
+    sequence_parallel: bool = True  # norms and residuals are split over tensor
+    fused_attention: bool = True
+    attention: float = 1.0  # of the rate of a kernel made for the machine: FlashAttention-2 leaves a Hopper half idle
+    selective: bool = False  # remat=attention: as in arXiv 2205.05198, attention's inside alone is computed again
+    dots_again: float = 0.0  # remat=dots: share of a layer's matmuls that is computed again all the same
+    gradient_bytes: int = 2  # that travel, an element
+    passes: float = 1.0  # over memory in elementwise work, relative to a compiler that fuses it
+    kernel_us: float = 2.0  # lost between two kernels
+    overlap_tensor: float = 0.0
+    overlap_fsdp: float = 0.9
+    overlap_data: float = 0.5
+    overlap_context: float = 0.5
+    overlap_expert: float = 0.0
+    overlap_pipe: float = 0.5
+
+
+ISOMESH = Software("isomesh", True, True, True, True)
+# Compilers for TPUs run collectives as asynchronous kernels beside the matmuls, tensor's in windowed einsums
+ISOMESH_TPU = replace(ISOMESH, kernel_us=0.5, overlap_tensor=0.6, overlap_fsdp=0.97, overlap_data=0.9)
+PROGRAMS = {
+    "isomesh": ISOMESH,
+    # arXiv 2104.04473: replicas over data reduced at the end, all activations recomputed, unfused attention
+    "megatron2021": Software(
+        "megatron2021", False, False, False, False, sequence_parallel=False, fused_attention=False, gradient_bytes=4,
+        passes=1.4, kernel_us=4.0, overlap_data=0.0, overlap_pipe=0.0,
+    ),
+    # Megatron-Core: distributed optimizer, interleaved schedules, collectives beside matmuls
+    "megatron": Software(
+        "megatron", False, False, False, False, moments_over_data=True, selective=True, gradient_bytes=4, passes=1.3,
+        attention=0.8, kernel_us=4.0, overlap_tensor=0.5, overlap_data=0.9, overlap_pipe=0.8,
+    ),
+    # pytorch/torchtitan: FSDP2, per-operation remat; "eager" where a table says that nothing was compiled
+    "torchtitan": Software(
+        "torchtitan", False, False, False, False, dots_again=0.5, attention=0.65, gradient_bytes=4, passes=1.3, kernel_us=4.0, overlap_pipe=0.5,
+    ),
+    "torchtitan-eager": Software(
+        "torchtitan-eager", False, False, False, False, dots_again=0.5, attention=0.65, gradient_bytes=4, passes=2.6, kernel_us=5.0, overlap_pipe=0.5,
+    ),
+    "torchtitan-async": Software(
+        "torchtitan-async", False, False, False, False, dots_again=0.5, attention=0.65, gradient_bytes=4, passes=1.3, kernel_us=4.0, overlap_tensor=0.5,
+        overlap_pipe=0.5,
+    ),
+    # AI-Hypercomputer/maxtext on TPUs: the compiler's overlap, no pipeline in the tables
+    "maxtext": replace(ISOMESH_TPU, name="maxtext"),
+}  # fmt: skip
+
+
+def program(name: str, platform: str) -> Software:
+    """The program of that name on a platform. Raises ValueError."""
+    if name not in PROGRAMS:
+        raise ValueError(f"--program {name} is unknown; use one of {', '.join(PROGRAMS)}")
+    return ISOMESH_TPU if (name, platform) == ("isomesh", "tpu") else PROGRAMS[name]
