@@ -3,9 +3,19 @@
 tests/planner/test_bubble.py holds these against the tables of parallel.pipeline.schedules, which they stand for.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 
 def seconds(
-    schedule: str, stages: int, microbatches: int, chunks: int, forward: float, backward: float, weight: float, lockstep: bool
+    schedule: str,
+    stages: int,
+    microbatches: int,
+    chunks: int,
+    forward: float,
+    backward: float,
+    weight: float,
+    lockstep: bool,
 ) -> float:
     """A step of all microbatches. The costs are those of one microbatch on one whole stage.
 
@@ -16,13 +26,10 @@ def seconds(
     P, M, v = stages, microbatches, chunks
     f, b, w = forward, backward, weight
     whole, wait = f + b + w, max(f + b - w, 0.0)
-    drifting = {
-        "gpipe": M * whole + (P - 1) * whole,
-        "1f1b": M * whole + (P - 1) * whole,
-        "interleaved": M * whole + (P - 1) / v * whole,
-        "zero_bubble": M * whole + (P - 1) * wait,
-        "zero_bubble_v": M * whole + (P - 1) * wait / 2,
-    }[schedule]
+    if schedule in ("gpipe", "1f1b", "interleaved"):
+        drifting = (M + (P - 1) / v) * whole
+    else:
+        drifting = M * whole + (P - 1) * wait / v
     if not lockstep or schedule == "gpipe":
         return drifting
     longest = max(f, b, w)
@@ -38,23 +45,32 @@ def seconds(
 def ticks(schedule: str, stages: int, microbatches: int, chunks: int) -> float:
     """How often all stages exchange in lockstep."""
     P, M, v = stages, microbatches, chunks
-    return {
-        "gpipe": 2 * (M + P - 1),
-        "1f1b": 2 * (M + P - 1),
-        "interleaved": 2 * (v * M + P - 1),
-        "zero_bubble": 3 * M + P - 1,
-        "zero_bubble_v": 6 * M + P - 1,
-    }[schedule]
+    if schedule in ("gpipe", "1f1b", "interleaved"):
+        return 2 * (v * M + P - 1)
+    return 3 * v * M + P - 1
 
 
-def in_flight(schedule: str, stages: int, microbatches: int, chunks: int) -> float:
-    """Most microbatches whose activations the fullest stage holds, of its whole share of layers; the docs' table."""
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """What a stage keeps at a schedule's peak, in microbatches of its whole share of layers."""
+
+    kept: float  # from forward to backward, or to the gradients of weights where these are apart
+    held: float  # from backward to the gradients of weights
+    messages: int
+
+
+@lru_cache(1 << 14)
+def slots(schedule: str, stages: int, microbatches: int, chunks: int) -> Slots:
+    """Those of the fullest stage, as parallel.pipeline.buffers allots them; one of each without a pipeline."""
     P, M, v = stages, microbatches, chunks
-    most = {
-        "gpipe": M,
-        "1f1b": P,
-        "interleaved": P + (P - 1) / v if v > 1 else P,
-        "zero_bubble": P,
-        "zero_bubble_v": P,
-    }[schedule]
-    return min(most, M)
+    if P == 1:
+        return Slots(1.0, 0.0, 0)
+    if schedule == "gpipe":
+        return Slots(M, 1 / v, M + 1)
+    if schedule == "1f1b":
+        return Slots(min(P, M), 1.0, 3)
+    if schedule == "interleaved":
+        return Slots(min(P * v + P - 1 if v > 1 else P, v * M) / v, 1 / v, 6)
+    if schedule == "zero_bubble":
+        return Slots(min(P, M), min(P, M), 3)
+    return Slots(min(2 * P, 2 * M) / 2, (2 * P - 1) / 2 if M >= 2 * P - 1 else 0.5, 4)

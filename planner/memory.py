@@ -1,13 +1,21 @@
-"""Bytes that one device needs for a step, by part."""
+"""Bytes that one device needs for a step, by part: what the compiler's account of the same step comes to.
+
+The parts are added up as if all lived at once, because compilers place them so: what one phase has freed is rarely where
+the next one wants it. tests/planner and tests/long hold the sum against compiled steps.
+"""
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from model.config import GATED, ModelConfig
+from planner.bubble import Slots
 from planner.layout import Layout
 from planner.parameters import Held
-from planner.software import Software
 
-FRAGMENTATION = 0.06  # of what is temporary, beyond the arrays themselves
+if TYPE_CHECKING:
+    from planner.cost import Planner
+
+FRAGMENTATION = 0.08  # of what is temporary, kept free beyond the arrays themselves
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
 MOMENTS = {"adamw": 2.0, "lion": 1.0, "sgd": 1.0, "muon": 1.2, "adafactor": 0.02}  # of each parameter
 
@@ -20,15 +28,16 @@ class Memory:
     moments: float
     gradients: float
     activations: float  # what layers keep for their backward pass, at the schedule's peak
-    working: float  # of the layer that is being differentiated, gathered weights among it
+    working: float  # of the layer that is being differentiated
+    weights: float  # in the compute dtype, whole where fsdp splits them
     logits: float
-    buffers: float  # of exchanges and of a pipeline's messages
+    buffers: float  # of sums of gradients, and of a pipeline's messages
     fragmentation: float
 
     @property
     def total(self) -> float:
         """All parts."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
         """By name."""
@@ -37,87 +46,89 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class LayerValues:
-    """Elements of one layer's values for one token on one device, by what keeps them."""
+    """Elements that one layer has of each token, on one device."""
 
-    stream: float  # what goes from layer to layer
-    kept: float  # for the backward pass, beside the stream
-    inside: float  # all that exists while a layer is differentiated
-    scores: float  # of attention that is not fused, for all layers' kept values; elements of 4 bytes
-    scores_inside: float
+    stream: float  # goes from layer to layer, and is kept by all
+    kept: float  # from forward to backward, beside the stream
+    held: float  # from backward to the gradients of weights, where a schedule has these apart
+    everything: float  # while the layer is differentiated
+    scores: float  # float32, kept: of attention that has no fused kernel
+    scores_now: float  # float32, while the layer is differentiated
 
 
-def layer_values(
-    c: ModelConfig, seq_len: int, y: int, context: int, remat: str, fused: bool, software: Software
-) -> LayerValues:
-    """What one layer keeps of a token, and what it needs while it is differentiated."""
-    streams = y if software.sequence_parallel else 1
-    heads, kv = c.heads * c.head_dim / y, 2 * c.kv_heads * c.head_dim / min(y, c.kv_heads)
+def layer_values(c: ModelConfig, seq_len: int, layout: Layout, *, fused: bool, sequence_parallel: bool) -> LayerValues:
+    """Of one layer. What a remat policy keeps is that of model.transformer.REMAT_POLICIES."""
+    y, remat, context = layout.tensor, layout.remat, layout.context
+    stream = c.width / (y if sequence_parallel else 1)
+    queries, keys = c.heads * c.head_dim / y, 2 * c.kv_heads * c.head_dim / min(y, c.kv_heads)
     gated = 2 if c.activation in GATED else 1
     active = (c.experts_per_token if c.experts else 1) + c.shared_experts
-    inner = (gated + 1) * c.ffn / y * active
-    routed = 2 * c.width * c.experts_per_token if c.experts else 0
-    stream = c.width / streams
-    everything = 2 * c.width + stream + 2 * heads + kv + inner + routed
+    opened, hidden = gated * c.ffn / y * active, c.ffn / y * active
+    routed = 2 * c.width * c.experts_per_token if c.experts else 0.0
+    inputs = 2 * c.width + queries + hidden  # of all matmuls
+    everything = inputs + stream + queries + keys + opened + routed
     kept = {
         "none": everything,
         "full": 0.0,
-        "attention": heads,
-        "dots": heads * 2 + kv + inner * gated / (gated + 1) + 2 * stream + routed / 2,
+        "attention": queries,
+        "dots": 2 * queries + keys + (stream if not c.experts else 0.0) + (opened if not c.experts else routed),
     }[remat]
-    scores = inside = 0.0
-    if not fused:
-        keys = seq_len
-        chunked = seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0
-        parts = next(n for n in (8, 4, 2, 1) if seq_len % n == 0 and seq_len // n >= min(seq_len, 128))
-        share = (parts + 1) / (2 * parts) if c.causal and context == 1 else 1.0
-        each = c.heads / y * keys * share
-        scores = each if remat in ("none", "dots") and not chunked and context == 1 else 0.0
-        inside = c.heads / y * keys * (QUERY_CHUNK / seq_len if chunked or context > 1 else share)
-    return LayerValues(stream, kept, everything + 3 * c.width + inner, scores, 2.5 * inside)
+    held = queries + keys + opened + 2 * c.width + routed + (0.0 if remat == "none" else inputs + opened)
+    if fused:
+        return LayerValues(stream, kept, held, everything, 0.0, 0.0)
+    in_turn = context > 1 or (seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0)
+    parts = next(n for n in (8, 4, 2, 1) if seq_len % n == 0 and seq_len // n >= min(seq_len, 128))
+    seen = seq_len * ((parts + 1) / (2 * parts) if c.causal else 1.0)
+    now = min(QUERY_CHUNK, seq_len / context) / (seq_len / context) * seq_len / context if in_turn else seen
+    kept_scores = c.heads / y * seen if remat == "none" and not in_turn else 0.0
+    return LayerValues(stream, kept, held, everything, kept_scores, c.heads / y * now)
 
 
-def memory(
-    model: ModelConfig,
-    layout: Layout,
-    held: Held,
-    software: Software,
-    *,
-    seq_len: int,
-    sequences: float,
-    element: int,
-    param_bytes: int,
-    moment_bytes: int,
-    optimizer: str,
-    rows: float,
-    in_flight: float,
-    fused: bool,
-    logit_parts: int,
-) -> Memory:
-    """Of one device: `sequences` in a microbatch, `rows` layers of a stage, microbatches `in_flight`."""
-    c, y = model, layout.tensor
-    tokens = sequences * seq_len / layout.context
-    v = layer_values(c, seq_len, y, layout.context, layout.remat, fused, software)
-    token_bytes = element * (v.stream + v.kept) + 4 * v.scores
-    activations = in_flight * rows * tokens * token_bytes
-    working = tokens * (element * 1.5 * v.inside + 4 * v.scores_inside)
-    gathered = (held.layer + held.experts) * (element * 2 + 4 if layout.fsdp > 1 else element)
-    spread = layout.pipe if software.ends_on_all_stages else 1
-    head_tokens = tokens
-    vocabulary = c.vocab_size / y / spread
-    logits = head_tokens * vocabulary / logit_parts * (element + 8)
-    table = vocabulary * c.width * (element * 2 + 4) if layout.fsdp > 1 else vocabulary * c.width * element
-    messages = (2 * layout.pipe + 2) * tokens * v.stream * element if layout.pipe > 1 else 0.0
-    gradients = held.stored * (param_bytes if software.name != "megatron2021" else 4)
-    if layout.microbatches > 1 and layout.pipe == 1:
-        gradients *= 2  # of a microbatch, beside the sum
-    temporary = activations + working + gathered + logits + table + messages + gradients
-    return Memory(
-        parameters=held.stored * param_bytes,
-        moments=held.stored * MOMENTS[optimizer] * moment_bytes / (layout.data if software.moments_over_data else 1),
-        gradients=gradients,
-        activations=activations,
-        working=working + gathered + table,
-        logits=logits,
-        buffers=messages,
-        fragmentation=FRAGMENTATION * temporary,
-    )
+class MemoryModel:
+    """What a layout needs; what its schedule and its moments add is told by `of`."""
+
+    def __init__(self, planner: "Planner", layout: Layout, held: Held, sequences: float, rows: int):
+        """`sequences` in a microbatch of a device, `rows` layers of a stage."""
+        c, train, software = planner.model, planner.config.train, planner.software
+        self.copies = layout.data if software.moments_over_data else 1
+        self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
+        self.state_bytes = software.state_bytes or planner.param_bytes
+        tokens, element = sequences * train.seq_len / layout.context, planner.element
+        fused, parallel = planner.work.fused, software.sequence_parallel
+        v = layer_values(c, train.seq_len, layout, fused=fused, sequence_parallel=parallel)
+        kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
+        self.a_slot = rows * tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores)
+        self.a_held = rows * tokens * element * v.held
+        self.a_message = tokens * v.stream * element
+        self.working = tokens * (element * v.everything + 4 * v.scores_now)
+        spread = layout.pipe if software.ends_on_all_stages else 1
+        vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
+        self.logits = tokens * vocabulary / parts * (4 + max(element, 4 if planner.machine.platform == "cpu" else 2))
+        one_layer, split = held.layer + held.experts, layout.fsdp > 1
+        if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
+            self.weights = rows * one_layer * (element + 4)
+        else:
+            table = vocabulary * c.width * element
+            self.weights = (table + one_layer * element if split else 0.0) + (one_layer * element if split else 0.0)
+        if not split and element != planner.param_bytes:
+            self.weights += rows * one_layer * element  # cast
+        self.gradients = held.stored * (software.gradient_bytes if software.state_bytes else planner.param_bytes)
+        summed = layout.data * layout.expert * layout.context > 1
+        again = layout.microbatches > 1 and layout.pipe == 1
+        self.sums = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * summed
+        self.sums += held.stored * 4 if again else 0.0
+
+    def of(self, slots: Slots, moment_bytes: int) -> Memory:
+        """With a schedule's slots, and moments of so many bytes."""
+        activations = slots.kept * self.a_slot + slots.held * self.a_held
+        buffers = self.sums + slots.messages * self.a_message
+        temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
+        parameters, moments = self.stored * self.state_bytes, self.moments * moment_bytes
+        parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
+        return Memory(parameters, moments, *parts, FRAGMENTATION * temporary)
+
+    def total(self, slots: Slots, moment_bytes: int) -> float:
+        """Of `of`, quickly."""
+        temporary = self.gradients + self.working + self.weights + self.logits + self.sums
+        temporary += slots.kept * self.a_slot + slots.held * self.a_held + slots.messages * self.a_message
+        return self.stored * self.state_bytes + self.moments * moment_bytes + (1 + FRAGMENTATION) * temporary

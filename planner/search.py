@@ -1,6 +1,7 @@
 """Every legal layout of a run on so many devices, weighed: mesh x schedule x chunks x microbatches x remat x moments."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -8,31 +9,42 @@ from config.layout import requirements
 from config.schema import Config
 from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
-from planner.cost import Planner, Prediction
+from planner.cost import Planner
 from planner.layout import Layout
 
 REMATS = ("none", "attention", "dots", "full")
 SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
 
 
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A layout with what decides its place; `Planner.predict` tells the rest."""
+
+    layout: Layout
+    step: float  # seconds
+    memory: float  # bytes of a device
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search has found: layouts that fit, the fastest first, and those that do not, the smallest first."""
 
-    fitting: list[Prediction]
-    too_large: list[Prediction]
-    seconds: float = 0.0
+    fitting: list[Weighed]
+    too_large: list[Weighed]
+    seconds: float  # that the search took
 
     @property
     def considered(self) -> int:
         """Layouts that were weighed."""
         return len(self.fitting) + len(self.too_large)
 
-    def meshes(self) -> list[Prediction]:
+    def meshes(self) -> list[Weighed]:
         """The best layout of each mesh, the fastest first."""
-        best: dict[tuple, Prediction] = {}
-        for p in self.fitting:
-            best.setdefault(tuple(p.layout.sizes.values()), p)
+        best: dict[tuple, Weighed] = {}
+        for w in self.fitting:
+            layout = w.layout
+            mesh = (layout.pipe, layout.data, layout.fsdp, layout.expert, layout.context, layout.tensor)
+            best.setdefault(mesh, w)
         return list(best.values())
 
 
@@ -141,19 +153,19 @@ def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
 
 def search(planner: Planner, pins: Pins) -> Found:
     """All legal layouts. Moments in 16 bits change a run's numbers: they are taken only where 32 bits do not fit."""
-    config, fitting, too_large = planner.config, [], []
-    asked = pins.moment_dtype
+    config, fitting, too_large, began = planner.config, [], [], time.perf_counter()
+    asked, limit = pins.moment_dtype, planner.machine.limit
+    halved = asked is None and config.optimizer.name != "adafactor" and config.train.param_dtype == "float32"
     for sizes in meshes(config, planner.devices, pins):
         for layout in layouts(config, sizes, pins):
-            p = planner.predict(replace(layout, moment_dtype=asked) if asked else layout)
-            if not p.fits and asked is None and _may_be_halved(config):
-                narrow = planner.predict(replace(layout, moment_dtype="bfloat16"))
-                p = narrow if narrow.fits else p
-            (fitting if p.fits else too_large).append(p)
-    fitting.sort(key=lambda p: p.step)
-    too_large.sort(key=lambda p: p.memory.total)
-    return Found(fitting, too_large)
-
-
-def _may_be_halved(config: Config) -> bool:
-    return config.optimizer.name != "adafactor" and config.train.param_dtype == "float32"
+            layout = replace(layout, moment_dtype=asked) if asked else layout
+            step, memory = planner.weigh(layout)
+            if memory > limit and halved:
+                narrow = replace(layout, moment_dtype="bfloat16")
+                less, fewer = planner.weigh(narrow)
+                if fewer <= limit:
+                    layout, step, memory = narrow, less, fewer
+            (fitting if memory <= limit else too_large).append(Weighed(layout, step, memory))
+    fitting.sort(key=lambda w: w.step)
+    too_large.sort(key=lambda w: w.memory)
+    return Found(fitting, too_large, time.perf_counter() - began)

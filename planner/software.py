@@ -19,6 +19,7 @@ class Software:
     selective: bool = False  # remat=attention: as in arXiv 2205.05198, attention's inside alone is computed again
     dots_again: float = 0.0  # remat=dots: share of a layer's matmuls that is computed again all the same
     gradient_bytes: int = 2  # that travel, an element
+    state_bytes: int = 0  # of a parameter with its master copy, moments apart; 0: as train.param_dtype says
     passes: float = 1.0  # over memory in elementwise work, relative to a compiler that fuses it
     kernel_us: float = 2.0  # lost between two kernels
     overlap_tensor: float = 0.0
@@ -37,11 +38,12 @@ PROGRAMS = {
     # arXiv 2104.04473: replicas over data reduced at the end, all activations recomputed, unfused attention
     "megatron2021": Software(
         "megatron2021", False, False, False, False, sequence_parallel=False, fused_attention=False, gradient_bytes=4,
+        state_bytes=6,
         passes=1.4, kernel_us=4.0, overlap_data=0.0, overlap_pipe=0.0,
     ),
     # Megatron-Core: distributed optimizer, interleaved schedules, collectives beside matmuls
     "megatron": Software(
-        "megatron", False, False, False, False, moments_over_data=True, selective=True, gradient_bytes=4, passes=1.3,
+        "megatron", False, False, False, False, moments_over_data=True, selective=True, gradient_bytes=4, state_bytes=2, passes=1.3,
         attention=0.8, kernel_us=4.0, overlap_tensor=0.5, overlap_data=0.9, overlap_pipe=0.8,
     ),
     # pytorch/torchtitan: FSDP2, per-operation remat; "eager" where a table says that nothing was compiled

@@ -3,7 +3,7 @@
 Volumes are those of ring algorithms; every exchange names its mesh axis, how often it happens and what may hide it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from model.config import ModelConfig
@@ -32,107 +32,136 @@ class Exchange:
         return self.times * self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What exchanges are made of, on one device."""
+
+    tokens: float  # of a microbatch, context shards apart
+    element: int  # bytes of the compute dtype
+    gradient: int  # bytes of a travelling gradient
+    layer: float  # parameters of one layer that are no experts, before fsdp splits them
+    experts: float  # those of its experts
+    tables: float  # those outside the layers
+    rows: float  # layers of a stage
+    chunked: bool  # logits come in parts, and are computed again
+
+
 def exchanges(
-    model: ModelConfig,
-    layout: Layout,
-    lines: Mapping[str, Lines],
-    software: Software,
-    *,
-    tokens: float,
-    element: int,
-    gradient_bytes: int,
-    layer: float,
-    experts: float,
-    tables: float,
-    rows: float,
-    chunked: bool,
+    model: ModelConfig, layout: Layout, lines: Mapping[str, Lines], software: Software, sizes: Sizes
 ) -> list[Exchange]:
-    """All exchanges of a layout.
-
-    tokens: of a device in a microbatch, context shards apart. layer, experts: parameters of one layer that are no
-    experts, and experts', on a device before fsdp splits them; tables: those outside the layers; rows: layers of a
-    stage. element: bytes of the compute dtype; gradient_bytes: of a travelling gradient.
-    """
-    c, found = model, []
-    full = layout.remat == "full" or (layout.remat == "attention" and not software.selective)
-
-    def add(axis, kind, beside, times, size, seconds, overlap):
-        if layout.sizes[axis] > 1 and times and size:
-            found.append(Exchange(axis, kind, beside, times, size, seconds, overlap))
-
-    stream = tokens * c.width * element
-    y, line = layout.tensor, lines["tensor"]
-    if y > 1:  # four gathers and four scatters a layer; remat repeats the forward ones, but for the last scatter
-        once, again = line.seconds(stream), (3 if full else 0)
-        part = stream * (y - 1) / y
-        add("tensor", "gather and scatter", FORWARD, 4, part, once, software.overlap_tensor)
-        add("tensor", "gather and scatter", BACKWARD, 4 + again, part, once, software.overlap_tensor)
-        add("tensor", "gather and scatter", EACH, 4, part, once, software.overlap_tensor)
-    z, line = layout.fsdp, lines["fsdp"]
-    if z > 1:
-        whole, share = (layer + experts) * element, (z - 1) / z
-        repeated = layout.pipe == 1 or software.gathers_every_microbatch
-        reduced = layout.pipe == 1 or software.reduces_every_microbatch
-        gather = line.seconds(whole)
-        scatter = line.seconds((layer + experts) * gradient_bytes)
-        scattered = (layer + experts) * gradient_bytes * share
-        if repeated:
-            add("fsdp", "gather of weights", FORWARD, 1, whole * share, gather, software.overlap_fsdp)
-            add("fsdp", "gather of weights", BACKWARD, 1, whole * share, gather, software.overlap_fsdp)
-        else:
-            add("fsdp", "gather of weights", ONCE, rows, whole * share, gather, software.overlap_fsdp)
-        beside, times = (BACKWARD, 1) if reduced else (ONCE, rows)
-        add("fsdp", "scatter of gradients", beside, times, scattered, scatter, software.overlap_fsdp)
-        table = line.seconds(tables * element)
-        times = (4 if chunked else 3) if repeated else 0
-        beside = EACH if repeated else ONCE
-        add("fsdp", "gather and scatter of tables", beside, max(times, 3), tables * element * share, table, software.overlap_fsdp)
-    shard = (rows * layer + tables) / z
-    shard_experts = rows * experts / z
-    for axis, size in (("data", shard + shard_experts), ("expert", shard), ("context", shard + shard_experts)):
-        n, line = layout.sizes[axis], lines[axis]
-        if n == 1:
-            continue
-        moved = size * gradient_bytes
-        every = axis != "data" and layout.pipe > 1 and software.reduces_every_microbatch or (
-            layout.pipe == 1 and layout.microbatches > 1 and software.reduces_every_microbatch
-        )
-        travelled, taken = 2 * moved * (n - 1) / n, 2 * line.seconds(moved)
-        if axis == "data" and software.moments_over_data:  # a scatter of gradients, a gather of parameters
-            travelled, taken = (moved + size * element) * (n - 1) / n, line.seconds(moved) + line.seconds(size * element)
-        overlap = 0.0 if layout.pipe > 1 and software.lockstep else software.overlap_data
-        add(axis, "sum of gradients", EACH if every else ONCE, 1, travelled, taken, overlap)
-    c_, line = layout.context, lines["context"]
-    if c_ > 1:
-        keys = tokens * c_ * c.kv_heads * c.head_dim / y  # of one of keys and values, all tokens
-        if layout.style == "ulysses":
-            sent = tokens * c.head_dim / y * element * (2 * c.heads + 2 * max(c.kv_heads, c_)) * (c_ - 1) / c_
-            add("context", "all-to-all of heads", FORWARD, 1, sent, line.all_to_all(sent), software.overlap_context / 2)
-            add("context", "all-to-all of heads", BACKWARD, 2, sent, line.all_to_all(sent), software.overlap_context / 2)
-        else:
-            part, over = (c_ - 1) / c_, software.overlap_context * (1 if layout.style == "ring" else 0.5)
-            going = 2 * keys * element
-            back = 2 * keys * (element + 4)
-            steps = (c_ - 1) if layout.style == "ring" else 1
-            late = line.latency * (steps - 1)
-            forward, backward = line.seconds(going) + late, line.seconds(back) + late
-            add("context", "keys and values", FORWARD, 1, going * part, forward, over)
-            add("context", "keys, values, their gradients", BACKWARD, 1, back * part, backward, over)
-            if full and layout.remat == "full":
-                add("context", "keys and values again", BACKWARD, 1, going * part, forward, over)
-    e, line = layout.expert, lines["expert"]
-    if e > 1 and c.experts:
-        sent = element * c.experts_per_token * stream / element * (e - 1) / e
-        taken = line.all_to_all(element * c.experts_per_token * stream / element)
-        add("expert", "tokens to experts and back", FORWARD, 2, sent, taken, software.overlap_expert)
-        add("expert", "tokens to experts and back", BACKWARD, 4 if full else 2, sent, taken, software.overlap_expert)
-    p, line = layout.pipe, lines["pipe"]
-    if p > 1:
-        boundary = stream / y
-        taken = line.shift(boundary)
-        overlap = software.overlap_pipe
-        if not software.lockstep:
-            add("pipe", "boundaries of stages", EACH, 2 * layout.chunks, boundary, taken, overlap)
-        if software.ends_on_all_stages:  # embedded tokens, the last result, its gradient, the first gradient
-            add("pipe", "sums for embedding and loss", EACH, 4, 2 * boundary * (p - 1) / p, 2 * line.seconds(boundary), 0.0)
+    """All exchanges of a layout."""
+    found: list[Exchange] = []
+    for axis, rule in RULES.items():
+        if getattr(layout, axis) > 1:
+            rule(model, layout, lines[axis], software, sizes, lambda *what, at=axis: found.append(Exchange(at, *what)))
     return found
+
+
+def exposed(found: list[Exchange], room: dict[str, float], often: Mapping[str, float]):
+    """What computation waits for: seconds by what it runs beside, then of a step by axis; and what is hidden, by axis.
+
+    `room` are the seconds of computation that each may hide behind, `often` how many of these a step has.
+    """
+    waits, shown, hidden = dict.fromkeys(room, 0.0), {}, {}
+    for e in found:
+        total = e.times * e.seconds
+        may = min(e.overlap * total, room[e.beside])
+        room[e.beside] -= may
+        waits[e.beside] += total - may
+        shown[e.axis] = shown.get(e.axis, 0.0) + often[e.beside] * (total - may)
+        hidden[e.axis] = hidden.get(e.axis, 0.0) + often[e.beside] * may
+    return waits, shown, hidden
+
+
+Add = Callable[[str, str, float, float, float, float], None]
+
+
+def _tensor(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
+    """Four gathers and four scatters a layer; remat repeats the forward ones, but for the last scatter."""
+    stream, y = s.tokens * model.width * s.element, layout.tensor
+    again = 3 if layout.remat == "full" or (layout.remat == "attention" and not software.selective) else 0
+    part, once = stream * (y - 1) / y, line.seconds(stream)
+    for beside, times in ((FORWARD, 4), (BACKWARD, 4 + again), (EACH, 4)):
+        add("gathers and scatters of tokens", beside, times, part, once, software.overlap_tensor)
+
+
+def _fsdp(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
+    """A gather for forward and for backward, a scatter of gradients; tables likewise, once a microbatch."""
+    share, weights, over = (layout.fsdp - 1) / layout.fsdp, s.layer + s.experts, software.overlap_fsdp
+    repeated = layout.pipe == 1 or software.gathers_every_microbatch
+    reduced = layout.pipe == 1 or software.reduces_every_microbatch
+    gather, scatter = line.seconds(weights * s.element), line.seconds(weights * s.gradient)
+    for beside, times in ((FORWARD, 1), (BACKWARD, 1)) if repeated else ((ONCE, s.rows),):
+        add("gathers of weights", beside, times, weights * s.element * share, gather, over)
+    beside, times = (BACKWARD, 1) if reduced else (ONCE, s.rows)
+    add("scatters of gradients", beside, times, weights * s.gradient * share, scatter, over)
+    table, times = s.tables * s.element, 4 if s.chunked and repeated else 3
+    add("tables", EACH if repeated else ONCE, times, table * share, line.seconds(table), over)
+
+
+def _sum(axis: str):
+    """Gradients of what an axis holds copies of, summed by a scatter and a gather."""
+
+    def rule(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
+        n, copied = getattr(layout, axis), s.layer + (s.experts if axis != "expert" else 0)
+        held = (s.rows * copied + s.tables) / layout.fsdp
+        gradients, parameters = held * s.gradient, held * s.element
+        moved, seconds = 2 * gradients, 2 * line.seconds(gradients)
+        if axis == "data" and software.moments_over_data:  # a scatter of gradients, a gather of parameters
+            moved, seconds = gradients + parameters, line.seconds(gradients) + line.seconds(parameters)
+        cut = layout.microbatches > 1 and software.reduces_every_microbatch
+        every = cut and (layout.pipe == 1 or axis != "data")
+        over = 0.0 if layout.pipe > 1 and software.lockstep else software.overlap_data
+        add("sum of gradients", EACH if every else ONCE, 1, moved * (n - 1) / n, seconds, over)
+
+    return rule
+
+
+def _context(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
+    """Keys and values go round, or heads go across; and gradients are summed."""
+    _sum("context")(model, layout, line, software, s, add)
+    c, n, y, over = model, layout.context, layout.tensor, software.overlap_context
+    if layout.style == "ulysses":
+        heads = 2 * c.heads + 2 * max(c.kv_heads, n)
+        sent = s.tokens * c.head_dim / y * s.element * heads
+        for beside, times in ((FORWARD, 1), (BACKWARD, 3 if layout.remat == "full" else 2)):
+            add("heads for tokens", beside, times, sent * (n - 1) / n, line.all_to_all(sent), over / 2)
+        return
+    keys = 2 * s.tokens * n * c.kv_heads * c.head_dim / y  # and values, of all tokens
+    late, over = (line.latency * (n - 2), over) if layout.style == "ring" else (0.0, over / 2)
+    going, back = keys * s.element, keys * (s.element + 4)
+    once = line.seconds(going) + late
+    add("keys and values", FORWARD, 1, going * (n - 1) / n, once, over)
+    add("keys, values and their gradients", BACKWARD, 1, back * (n - 1) / n, line.seconds(back) + late, over)
+    if layout.remat == "full":
+        add("keys and values again", BACKWARD, 1, going * (n - 1) / n, once, over)
+
+
+def _expert(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
+    """Tokens travel to experts and back; and gradients of what is no expert are summed."""
+    _sum("expert")(model, layout, line, software, s, add)
+    if not model.experts:
+        return
+    sent, share = s.tokens * model.width * s.element * model.experts_per_token, (layout.expert - 1) / layout.expert
+    taken, again = line.all_to_all(sent), 2 if layout.remat in ("full", "attention") else 0
+    for beside, times in ((FORWARD, 2), (BACKWARD, 2 + again)):
+        add("tokens to experts and back", beside, times, sent * share, taken, software.overlap_expert)
+
+
+def _pipe(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
+    """Boundaries (in lockstep they are a pipeline's ticks), and what embedding and loss cost where all stages do them."""
+    p, boundary = layout.pipe, s.tokens * model.width * s.element / layout.tensor
+    if not software.lockstep:
+        add("boundaries", EACH, 2 * layout.chunks, boundary, line.shift(boundary), software.overlap_pipe)
+    if software.ends_on_all_stages:  # embedded tokens, the last result, its gradient, the first gradient
+        add("sums for embedding and loss", EACH, 4, 2 * boundary * (p - 1) / p, 2 * line.seconds(boundary), 0.0)
+
+
+RULES = {
+    "tensor": _tensor,
+    "fsdp": _fsdp,
+    "data": _sum("data"),
+    "expert": _expert,
+    "context": _context,
+    "pipe": _pipe,
+}

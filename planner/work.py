@@ -169,6 +169,15 @@ class Work:
         elements = self.software.passes * (residual + heads + inner + routed) + narrowed
         return Parts(memory=n * elements * self.element / self.bandwidth)
 
+    def kept(self, y: int, remat: str) -> float:
+        """Elements of a token that a layer's scan puts into stacks for the backward pass."""
+        c = self.model
+        heads, inner = (c.heads + 2 * c.kv_heads) * c.head_dim / y, self.gated * c.ffn / y
+        queries = c.heads * c.head_dim / y
+        everything = 2 * c.width + heads + queries + inner + c.ffn / y
+        more = {"none": everything, "full": 0.0, "attention": queries, "dots": heads + queries + inner}[remat]
+        return c.width / y + more
+
     def _idle_share(self) -> float:
         """Share of a layer's matmuls that full remat need not repeat: what ends a residual branch (performance.flops)."""
         c = self.model
