@@ -57,6 +57,7 @@ class Slots:
     kept: float  # from forward to backward, or to the gradients of weights where these are apart
     held: float  # from backward to the gradients of weights
     messages: int
+    copied: int  # copies of a stage's gradients, which several chunks cost
 
 
 @lru_cache(1 << 14)
@@ -64,13 +65,13 @@ def slots(schedule: str, stages: int, microbatches: int, chunks: int) -> Slots:
     """Those of the fullest stage, as parallel.pipeline.buffers allots them; one of each without a pipeline."""
     P, M, v = stages, microbatches, chunks
     if P == 1:
-        return Slots(1.0, 0.0, 0)
+        return Slots(1.0, 0.0, 0, 0)
     if schedule == "gpipe":
-        return Slots(M, 1 / v, M + 1)
+        return Slots(M, 0.0, M + 1, 0)
     if schedule == "1f1b":
-        return Slots(min(P, M), 1.0, 3)
+        return Slots(min(P, M), 0.0, 3, 0)
     if schedule == "interleaved":
-        return Slots(min(P * v + P - 1 if v > 1 else P, v * M) / v, 1 / v, 6)
+        return Slots(min(P * v + P - 1 if v > 1 else P, v * M) / v, 0.0, 6, int(v > 1))
     if schedule == "zero_bubble":
-        return Slots(min(P, M), min(P, M), 3)
-    return Slots(min(2 * P, 2 * M) / 2, (2 * P - 1) / 2 if M >= 2 * P - 1 else 0.5, 4)
+        return Slots(min(P, M), min(P, M), 3, 0)
+    return Slots(min(2 * P, 2 * M) / 2, (2 * P - 1) / 2 if M >= 2 * P - 1 else 0.5, 4, 1)

@@ -71,7 +71,7 @@ def layer_values(c: ModelConfig, seq_len: int, layout: Layout, *, fused: bool, s
         "none": everything,
         "full": 0.0,
         "attention": queries,
-        "dots": 2 * queries + keys + (stream if not c.experts else 0.0) + (opened if not c.experts else routed),
+        "dots": queries * (2 if fused else 1) + keys + (stream if not c.experts else 0.0) + (opened if not c.experts else routed),
     }[remat]
     held = queries + keys + opened + 2 * c.width + routed + (0.0 if remat == "none" else inputs + opened)
     if fused:
@@ -99,29 +99,32 @@ class MemoryModel:
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
         self.a_slot = rows * tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores)
         self.a_held = rows * tokens * element * v.held
+        self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep
         self.a_message = tokens * v.stream * element
         self.working = tokens * (element * v.everything + 4 * v.scores_now)
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
-        self.logits = tokens * vocabulary / parts * (4 + max(element, 4 if planner.machine.platform == "cpu" else 2))
+        # twice: with their gradient. In float32, but for GPUs (model.platforms.narrow_logits)
+        logit_bytes = 2 * element if planner.machine.platform == "gpu" else 8
+        self.logits = tokens * vocabulary / parts * logit_bytes
         one_layer, split = held.layer + held.experts, layout.fsdp > 1
         if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
             self.weights = rows * one_layer * (element + 4)
         else:
             table = vocabulary * c.width * element
-            self.weights = (table + one_layer * element if split else 0.0) + (one_layer * element if split else 0.0)
-        if not split and element != planner.param_bytes:
-            self.weights += rows * one_layer * element  # cast
+            self.weights = table + one_layer * element if split else 0.0
         self.gradients = held.stored * (software.gradient_bytes if software.state_bytes else planner.param_bytes)
         summed = layout.data * layout.expert * layout.context > 1
         again = layout.microbatches > 1 and layout.pipe == 1
         self.sums = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * summed
         self.sums += held.stored * 4 if again else 0.0
+        if layout.context > 1:  # compilers then use the same memory for the layers and for the loss
+            self.working, self.weights = max(self.working + self.weights - self.logits, 0.0), 0.0
 
     def of(self, slots: Slots, moment_bytes: int) -> Memory:
         """With a schedule's slots, and moments of so many bytes."""
         activations = slots.kept * self.a_slot + slots.held * self.a_held
-        buffers = self.sums + slots.messages * self.a_message
+        buffers = max(self.sums - activations / 2, 0.0) + slots.messages * self.a_message + slots.copied * self.a_stage
         temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
         parameters, moments = self.stored * self.state_bytes, self.moments * moment_bytes
         parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
@@ -129,6 +132,10 @@ class MemoryModel:
 
     def total(self, slots: Slots, moment_bytes: int) -> float:
         """Of `of`, quickly."""
-        temporary = self.gradients + self.working + self.weights + self.logits + self.sums
-        temporary += slots.kept * self.a_slot + slots.held * self.a_held + slots.messages * self.a_message
+        temporary = self.gradients + self.working + self.weights + self.logits
+        # sums of gradients come when activations are gone
+        activations = slots.kept * self.a_slot + slots.held * self.a_held
+        # sums of gradients come when half of the activations are gone
+        temporary += max(activations, self.sums + activations / 2)
+        temporary += slots.messages * self.a_message + slots.copied * self.a_stage
         return self.stored * self.state_bytes + self.moments * moment_bytes + (1 + FRAGMENTATION) * temporary

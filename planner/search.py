@@ -121,8 +121,8 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
             yield ordered
 
 
-def layouts(config: Config, sizes: Mapping[str, int], pins: Pins) -> Iterator[Layout]:
-    """All layouts on one mesh, with moments as they are and rounded to 16 bits."""
+def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bool = False) -> Iterator[Layout]:
+    """All layouts on one mesh. `grouped`: interleaved microbatches come in groups of as many as there are stages."""
     rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     style = pins.style or config.context.style
     remats = [pins.remat] if pins.remat else REMATS
@@ -137,7 +137,8 @@ def layouts(config: Config, sizes: Mapping[str, int], pins: Pins) -> Iterator[La
     for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
         for chunks in _chunks(schedule, layers, pipe, pins):
             for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
-                if rows % cut == 0 and (cut >= pipe or cut == rows or pins.microbatches):
+                few = (cut < pipe and cut < rows) or (grouped and schedule == "interleaved" and cut % pipe)
+                if rows % cut == 0 and (not few or pins.microbatches):
                     for remat in remats:
                         yield Layout(**sizes, schedule=schedule, chunks=chunks, microbatches=cut, remat=remat, style=style)
 
@@ -157,7 +158,7 @@ def search(planner: Planner, pins: Pins) -> Found:
     asked, limit = pins.moment_dtype, planner.machine.limit
     halved = asked is None and config.optimizer.name != "adafactor" and config.train.param_dtype == "float32"
     for sizes in meshes(config, planner.devices, pins):
-        for layout in layouts(config, sizes, pins):
+        for layout in layouts(config, sizes, pins, grouped=not planner.software.lockstep):
             layout = replace(layout, moment_dtype=asked) if asked else layout
             step, memory = planner.weigh(layout)
             if memory > limit and halved:

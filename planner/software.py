@@ -37,14 +37,14 @@ PROGRAMS = {
     "isomesh": ISOMESH,
     # arXiv 2104.04473: replicas over data reduced at the end, all activations recomputed, unfused attention
     "megatron2021": Software(
-        "megatron2021", False, False, False, False, sequence_parallel=False, fused_attention=False, gradient_bytes=4,
+        "megatron2021", False, False, False, False, sequence_parallel=False, fused_attention=False,
         state_bytes=6,
         passes=1.4, kernel_us=4.0, overlap_data=0.0, overlap_pipe=0.0,
     ),
     # Megatron-Core: distributed optimizer, interleaved schedules, collectives beside matmuls
     "megatron": Software(
         "megatron", False, False, False, False, moments_over_data=True, selective=True, gradient_bytes=4, state_bytes=2, passes=1.3,
-        attention=0.8, kernel_us=4.0, overlap_tensor=0.5, overlap_data=0.9, overlap_pipe=0.8,
+        attention=0.65, kernel_us=4.0, overlap_tensor=0.7, overlap_data=0.9, overlap_pipe=0.8,
     ),
     # pytorch/torchtitan: FSDP2, per-operation remat; "eager" where a table says that nothing was compiled
     "torchtitan": Software(
