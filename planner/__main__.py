@@ -28,7 +28,8 @@ def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
     parser = Parser(
         "python -m planner",
         description="Ranks the layouts of a run on a machine that need not be there.",
-        usage="%(prog)s [--hardware NAME|FILE.yaml] [--devices N] [--top N] [--json FILE] [--picture FILE] [key=value ...]\n"
+        usage="%(prog)s [--hardware NAME|FILE.yaml] [--devices N] [--top N] [--json FILE] [--picture FILE] "
+        "[key=value ...]\n"
         "       %(prog)s inference [--hardware NAME] ... [key=value ...]\n       %(prog)s calibrate RUN [RUN ...]",
     )
     parser.add_argument("--hardware", default="h200", help=f"{', '.join(known())}, or a .yaml file like those")

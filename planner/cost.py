@@ -143,7 +143,9 @@ class Planner:
         return 2 if layout.moment_dtype == "bfloat16" else self.param_bytes
 
     def _kept(self, layout: Layout) -> tuple[bubble.Slots, int]:
-        return bubble.slots(layout.schedule, layout.pipe, layout.microbatches, layout.chunks), self._moment_bytes(layout)
+        return bubble.slots(layout.schedule, layout.pipe, layout.microbatches, layout.chunks), self._moment_bytes(
+            layout
+        )
 
     def _waits(self, layout: Layout, base: Base, *, exchanging: bool = True) -> float:
         """Seconds in which a stage has nothing to do, and those of exchanges in lockstep."""

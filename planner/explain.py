@@ -1,10 +1,14 @@
 """Words about a plan: the table, why the second lost, what binds, how far from the roofline, what would fit."""
 
+import contextlib
+import math
 from dataclasses import replace
 
+from config.layout import requirements
+from parallel.mesh import AXES, MeshConfig, resolve
 from planner.cost import Planner, Prediction
 from planner.reliability import reliability
-from planner.search import Found, Pins, Weighed, search
+from planner.search import Found, Pins, Weighed, meshes, search
 
 WORDS = {
     "matmul": "matmuls",
@@ -51,7 +55,9 @@ def table(planner: Planner, weighed: list[Weighed]) -> str:
 
 def why_second(best: Prediction, second: Prediction) -> str:
     """Why the runner-up lost: the parts of a step that it has more of."""
-    more = {part: second.seconds.get(part, 0.0) - best.seconds.get(part, 0.0) for part in {*best.seconds, *second.seconds}}
+    more = {
+        part: second.seconds.get(part, 0.0) - best.seconds.get(part, 0.0) for part in {*best.seconds, *second.seconds}
+    }
     worst = sorted((part for part in more if more[part] > 0 and part != "uncounted"), key=lambda part: -more[part])[:2]
     slower = second.step / best.step - 1
     if not worst or slower < 1e-6:
@@ -102,7 +108,9 @@ def exchanges_told(planner: Planner, p: Prediction) -> list[str]:
     for e in p.exchanges:
         times = e.times * often[e.beside]
         total = f"{times * e.bytes / 1e9:,.2f} GB, {duration(times * e.seconds)}"
-        lines.append(f"{e.axis:8}{e.kind:32}{times:>8,.0f} x {e.bytes / 1e6:>10,.2f} MB = {total} on {link(planner, p, e.axis)}")
+        lines.append(
+            f"{e.axis:8}{e.kind:32}{times:>8,.0f} x {e.bytes / 1e6:>10,.2f} MB = {total} on {link(planner, p, e.axis)}"
+        )
     return lines
 
 
@@ -113,13 +121,45 @@ def cost_told(planner: Planner, p: Prediction, tokens: float) -> list[str]:
     stored = p.memory.parameters + p.memory.moments
     r = reliability(machine, devices, hours, stored / (SAVE_GB_S * 1e9))
     spent = r.hours * devices
-    money = "" if machine.price_per_hour is None else f", {spent * machine.price_per_hour:,.0f} at {machine.price_per_hour} an hour"
+    money = (
+        ""
+        if machine.price_per_hour is None
+        else f", {spent * machine.price_per_hour:,.0f} at {machine.price_per_hour} an hour"
+    )
     return [
-        f"{tokens:.3g} tokens: {r.hours_without:,.1f} hours without failures, {r.hours:,.1f} with {r.failures:.1f} expected; "
-        f"{spent:,.0f} device-hours{money}",
+        f"{tokens:.3g} tokens: {r.hours_without:,.1f} hours without failures, {r.hours:,.1f} with {r.failures:.1f} "
+        f"expected; {spent:,.0f} device-hours{money}",
         f"one failure in {r.hours_between_failures:,.1f} hours on {devices:,} devices: a checkpoint every "
         f"{r.interval_minutes:,.1f} minutes is best, goodput {r.goodput:.1%}",
     ]
+
+
+def nothing_legal(planner: Planner, pins: Pins) -> str:
+    """One line: what the pins contradict, with the meshes that are legal without them."""
+    config, devices = planner.config, planner.devices
+    fixed = math.prod(pins.mesh.values())
+    if devices % fixed:
+        asked = " ".join(f"mesh.{axis}={size}" for axis, size in pins.mesh.items() if size > 1)
+        return f"{asked} = {fixed} devices does not divide --devices {devices}; use a multiple of {fixed}"
+    with contextlib.suppress(StopIteration):
+        sizes = next(meshes(config, devices, Pins(pins.mesh)))
+        told = " ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+        cut = pins.accumulation or pins.microbatches
+        if cut:
+            return (
+                f"no mesh cuts its sequences into {cut} parts: on {told} a shard has {rows}, so use a divisor of that"
+            )
+        return f"no schedule fits model.layers={config.model.layers} on the meshes that are left, such as {told}"
+    sizes = {axis: pins.mesh.get(axis, 1) for axis in AXES}
+    free = [axis for axis in ("fsdp", "data") if axis not in pins.mesh]
+    if free:
+        sizes[free[0]] = devices // fixed
+    try:
+        resolve(MeshConfig(**sizes), devices, requirements(config))
+    except ValueError as error:
+        return str(error)
+    return f"no mesh of {devices} devices is legal for train.batch_size={config.train.batch_size} and these sizes"
 
 
 def nothing_fits(planner: Planner, found: Found, pins: Pins) -> str:

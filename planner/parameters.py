@@ -1,4 +1,4 @@
-"""How many parameters a device holds on a mesh, by the tables of parallel/axes.py: what a planner asks thousands of times."""
+"""How many parameters a device holds on a mesh, by the tables of parallel/axes.py, asked thousands of times."""
 
 import math
 from collections import Counter

@@ -52,7 +52,7 @@ def reliability(
 
 
 def availability(lost: float, copies: int) -> float:
-    """The chance that a stored copy is there, 1 - (1 - p)^R with p = 1 - lost, where each of R is lost independently."""
+    """The chance that one of R copies is there, 1 - (1 - p)^R with p = 1 - lost, where each is lost independently."""
     return 1 - lost**copies
 
 

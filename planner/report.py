@@ -13,7 +13,20 @@ from planner import explain
 from planner.cost import Planner, Prediction
 from planner.search import Found, Weighed
 
-COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#222222", "#88ccaa", "#dd9944", "#7755bb", "#5599bb")
+COLORS = (
+    "#4477aa",
+    "#66ccee",
+    "#228833",
+    "#ccbb44",
+    "#ee6677",
+    "#aa3377",
+    "#bbbbbb",
+    "#222222",
+    "#88ccaa",
+    "#dd9944",
+    "#7755bb",
+    "#5599bb",
+)
 
 
 def text(planner: Planner, found: Found, settings: list[str], top: int, tokens: float) -> str:
@@ -23,15 +36,18 @@ def text(planner: Planner, found: Found, settings: list[str], top: int, tokens: 
     train = planner.config.train
     cut = " ".join(shlex.quote(word) for word in command(settings, best))
     lines = [
-        f"{count.total / 1e9:,.2f}e9 parameters on {planner.devices:,} x {planner.machine.name}, as {planner.software.name} trains",
-        f"a step of {train.batch_size:,} x {train.seq_len:,} tokens in {planner.dtype}; {found.considered:,} layouts weighed in "
-        f"{found.seconds:.1f} s, {len(found.fitting):,} fit; the best of each mesh:",
+        f"{count.total / 1e9:,.2f}e9 parameters on {planner.devices:,} x {planner.machine.name}, trained by "
+        f"{planner.software.name}",
+        f"a step of {train.batch_size:,} x {train.seq_len:,} tokens in {planner.dtype}; {found.considered:,} layouts "
+        f"weighed in {found.seconds:.1f} s, {len(found.fitting):,} fit; the best of each mesh:",
         "",
         explain.table(planner, ranked),
         "",
         f"paste     python train.py {cut}",
     ]
-    second = f"{explain.why_second(best, planner.predict(ranked[1].layout))}" if len(ranked) > 1 else "no other mesh fits"
+    second = (
+        f"{explain.why_second(best, planner.predict(ranked[1].layout))}" if len(ranked) > 1 else "no other mesh fits"
+    )
     section = lambda name, told: [f"{name:10}{told[0]}", *(f"{'':10}{line}" for line in told[1:])] if told else []
     lines += section("second", [second])
     lines += section("binds", explain.what_binds(planner, best, found))

@@ -1,4 +1,4 @@
-"""Every legal layout of a run on so many devices, weighed: mesh x schedule x chunks x microbatches x remat x moments."""
+"""Every legal layout of a run on so many devices: mesh x schedule x chunks x microbatches x remat x moments."""
 
 import math
 import time
@@ -89,8 +89,8 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
     """All legal meshes of `devices` that keep the pins. A dense model has no use for the expert axis, and a sequence
     is cut over context only where that leaves 512 tokens of it or more; unless they are pinned.
     """
-    asked = [r for r in requirements(replace(config, train=replace(config.train, grad_accumulation=1)))]
-    asked = [r for r in asked if not isinstance(r, (StageRequirement, MicrobatchRequirement))]
+    whole = replace(config, train=replace(config.train, grad_accumulation=1))
+    asked = [r for r in requirements(whole) if not isinstance(r, StageRequirement | MicrobatchRequirement)]
     model, train = config.model, config.train
     most = {
         "pipe": model.layers,
@@ -140,7 +140,9 @@ def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bo
                 few = (cut < pipe and cut < rows) or (grouped and schedule == "interleaved" and cut % pipe)
                 if rows % cut == 0 and (not few or pins.microbatches):
                     for remat in remats:
-                        yield Layout(**sizes, schedule=schedule, chunks=chunks, microbatches=cut, remat=remat, style=style)
+                        yield Layout(
+                            **sizes, schedule=schedule, chunks=chunks, microbatches=cut, remat=remat, style=style
+                        )
 
 
 def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:

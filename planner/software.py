@@ -30,36 +30,46 @@ class Software:
     overlap_pipe: float = 0.5
 
 
-ISOMESH = Software("isomesh", True, True, True, True)
+ISOMESH = Software("isomesh", lockstep=True, ends_on_all_stages=True, gathers_every_microbatch=True,
+                   reduces_every_microbatch=True)  # fmt: skip
 # Compilers for TPUs run collectives as asynchronous kernels beside the matmuls, tensor's in windowed einsums
 ISOMESH_TPU = replace(ISOMESH, kernel_us=0.5, overlap_tensor=0.6, overlap_fsdp=0.97, overlap_data=0.9)
+# Of frameworks on PyTorch: stages drift, hold the ends of the model, and keep weights and gradients between microbatches
+PYTORCH = Software("", lockstep=False, ends_on_all_stages=False, gathers_every_microbatch=False,
+                   reduces_every_microbatch=False, gradient_bytes=4, passes=1.3, kernel_us=4.0, attention=0.65)  # fmt: skip
+TORCHTITAN = replace(PYTORCH, name="torchtitan", dots_again=0.5)
 PROGRAMS = {
     "isomesh": ISOMESH,
-    # arXiv 2104.04473: replicas over data reduced at the end, all activations recomputed, unfused attention
-    "megatron2021": Software(
-        "megatron2021", False, False, False, False, sequence_parallel=False, fused_attention=False,
+    # arXiv 2104.04473: 16-bit gradients reduced over data at the end, all activations recomputed, unfused attention
+    "megatron2021": replace(
+        PYTORCH,
+        name="megatron2021",
+        sequence_parallel=False,
+        fused_attention=False,
+        gradient_bytes=2,
         state_bytes=6,
-        passes=1.4, kernel_us=4.0, overlap_data=0.0, overlap_pipe=0.0,
+        passes=1.4,
+        overlap_data=0.0,
+        overlap_pipe=0.0,
     ),
-    # Megatron-Core: distributed optimizer, interleaved schedules, collectives beside matmuls
-    "megatron": Software(
-        "megatron", False, False, False, False, moments_over_data=True, selective=True, gradient_bytes=4, state_bytes=2, passes=1.3,
-        attention=0.65, kernel_us=4.0, overlap_tensor=0.7, overlap_data=0.9, overlap_pipe=0.8,
+    # Megatron-Core: distributed optimizer, collectives beside matmuls
+    "megatron": replace(
+        PYTORCH,
+        name="megatron",
+        moments_over_data=True,
+        selective=True,
+        state_bytes=2,
+        overlap_tensor=0.7,
+        overlap_data=0.9,
+        overlap_pipe=0.8,
     ),
-    # pytorch/torchtitan: FSDP2, per-operation remat; "eager" where a table says that nothing was compiled
-    "torchtitan": Software(
-        "torchtitan", False, False, False, False, dots_again=0.5, attention=0.65, gradient_bytes=4, passes=1.3, kernel_us=4.0, overlap_pipe=0.5,
-    ),
-    "torchtitan-eager": Software(
-        "torchtitan-eager", False, False, False, False, dots_again=0.5, attention=0.65, gradient_bytes=4, passes=2.6, kernel_us=5.0, overlap_pipe=0.5,
-    ),
-    "torchtitan-async": Software(
-        "torchtitan-async", False, False, False, False, dots_again=0.5, attention=0.65, gradient_bytes=4, passes=1.3, kernel_us=4.0, overlap_tensor=0.5,
-        overlap_pipe=0.5,
-    ),
-    # AI-Hypercomputer/maxtext on TPUs: the compiler's overlap, no pipeline in the tables
+    # pytorch/torchtitan: FSDP2, remat by operation, torch.compile or not, asynchronous tensor parallelism or not
+    "torchtitan": TORCHTITAN,
+    "torchtitan-eager": replace(TORCHTITAN, name="torchtitan-eager", passes=2.6, kernel_us=5.0),
+    "torchtitan-async": replace(TORCHTITAN, name="torchtitan-async", overlap_tensor=0.5),
+    # AI-Hypercomputer/maxtext on TPUs: the same compiler
     "maxtext": replace(ISOMESH_TPU, name="maxtext"),
-}  # fmt: skip
+}
 
 
 def program(name: str, platform: str) -> Software:

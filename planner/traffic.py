@@ -1,4 +1,4 @@
-"""What devices exchange in a step, and how long it takes on the networks: the table of docs/parallelism.md, spelled out.
+"""What devices exchange in a step, and how long it takes on the networks: docs/parallelism.md spelled out.
 
 Volumes are those of ring algorithms; every exchange names its mesh axis, how often it happens and what may hide it.
 """
@@ -149,7 +149,7 @@ def _expert(model: ModelConfig, layout: Layout, line: Lines, software: Software,
 
 
 def _pipe(model: ModelConfig, layout: Layout, line: Lines, software: Software, s: Sizes, add: Add) -> None:
-    """Boundaries (in lockstep they are a pipeline's ticks), and what embedding and loss cost where all stages do them."""
+    """Boundaries (in lockstep they are a pipeline's ticks), and embedding and loss where all stages do them."""
     p, boundary = layout.pipe, s.tokens * model.width * s.element / layout.tensor
     if not software.lockstep:
         add("boundaries", EACH, 2 * layout.chunks, boundary, line.shift(boundary), software.overlap_pipe)

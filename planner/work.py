@@ -17,7 +17,10 @@ ATTENTION_MATMULS = 0.85  # of what large matmuls sustain, inside attention kern
 BACKWARD_KERNEL = 0.8  # of the forward attention kernel's rate
 GROUPED = 0.85  # of what large matmuls sustain, in those of experts
 TILE = 64  # keys that a causal kernel computes in vain, a query
-SCORE_BYTES, SCORE_BYTES_BACKWARD = 13.0, 20.0  # memory traffic of an unfused score in 16 bits (arXiv 2205.05198, fig. 3)
+SCORE_BYTES, SCORE_BYTES_BACKWARD = (
+    13.0,
+    20.0,
+)  # memory traffic of an unfused score in 16 bits (arXiv 2205.05198, fig. 3)
 LOGIT_BYTES = 14.0  # memory traffic of a logit, forward and backward
 
 
@@ -105,7 +108,9 @@ class Work:
         flops = 2.0 * n * c.vocab_size * c.width / parts
         traffic = n * c.vocab_size / parts * LOGIT_BYTES * self.element / 2 * (4 / 3 if chunked else 1)
         moved = times * self.element * (c.vocab_size * c.width / parts + n * c.width)
-        return Parts(times * flops / self.rate + moved / self.bandwidth, 0.0, traffic / self.bandwidth, 0.0, times * flops)
+        return Parts(
+            times * flops / self.rate + moved / self.bandwidth, 0.0, traffic / self.bandwidth, 0.0, times * flops
+        )
 
     def optimizer(self, stored: float, moment_bytes: int, param_bytes: int, name: str) -> float:
         """Seconds of clipping and updating `stored` parameters of a device."""
@@ -150,7 +155,12 @@ class Work:
             backward = 8 * every * c.head_dim / self.rate + every * SCORE_BYTES_BACKWARD * scale / self.bandwidth
             return Parts(attention=forward, flops=flops), Parts(attention=backward, flops=2 * flops)
         seen = pairs * (1 + TILE / self.keys if c.causal else 1)
-        rate = self.rate * ATTENTION_MATMULS * self.software.attention * min(1.0, c.head_dim / m.matrix_unit if m.matrix_unit > 1 else 1.0)
+        rate = (
+            self.rate
+            * ATTENTION_MATMULS
+            * self.software.attention
+            * min(1.0, c.head_dim / m.matrix_unit if m.matrix_unit > 1 else 1.0)
+        )
         exponentials = seen / (1e12 * m.exponentials_tera_s * self.software.attention)
         forward = 4 * seen * c.head_dim / rate + exponentials
         backward = 10 * seen * c.head_dim / (rate * BACKWARD_KERNEL) + exponentials
@@ -179,7 +189,7 @@ class Work:
         return c.width / y + more
 
     def _idle_share(self) -> float:
-        """Share of a layer's matmuls that full remat need not repeat: what ends a residual branch (performance.flops)."""
+        """Share of a layer's matmuls that full remat does not repeat: what ends a residual branch (performance.flops)."""
         c = self.model
         if c.norm_position != "pre" or c.experts:
             return 0.0
