@@ -16,7 +16,8 @@ from planner.parameters import Held
 if TYPE_CHECKING:
     from planner.cost import Planner
 
-FRAGMENTATION = 0.12  # of what is temporary, kept free: compilers needed up to so much more than the arrays counted
+FRAGMENTATION = 0.2  # of what is temporary, kept free: the most that compilers needed beyond the arrays counted
+SCORES = 1.7  # arrays as large as scores, while unfused attention is differentiated
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
 MOMENTS = {"adamw": 2.0, "lion": 1.0, "sgd": 1.0, "muon": 1.2, "adafactor": 0.02}  # of each parameter
@@ -82,7 +83,7 @@ def layer_values(c: ModelConfig, seq_len: int, layout: Layout, *, fused: bool, s
     seen = seq_len * ((parts + 1) / (2 * parts) if c.causal else 1.0)
     at_once = seq_len / context * min(1.0, QUERY_CHUNK / (seq_len / context)) if in_turn else seen
     kept_scores = c.heads / y * seen if remat == "none" and not in_turn else 0.0
-    return LayerValues(stream, kept, held, everything, kept_scores, c.heads / y * at_once)
+    return LayerValues(stream, kept, held, everything, kept_scores, SCORES * c.heads / y * at_once)
 
 
 @dataclass(frozen=True, slots=True)

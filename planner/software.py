@@ -30,13 +30,23 @@ class Software:
     overlap_pipe: float = 0.5
 
 
-ISOMESH = Software("isomesh", lockstep=True, ends_on_all_stages=True, gathers_every_microbatch=True,
-                   reduces_every_microbatch=True)  # fmt: skip
+ISOMESH = Software(
+    "isomesh", lockstep=True, ends_on_all_stages=True, gathers_every_microbatch=True, reduces_every_microbatch=True
+)
 # Compilers for TPUs run collectives as asynchronous kernels beside the matmuls, tensor's in windowed einsums
 ISOMESH_TPU = replace(ISOMESH, kernel_us=0.5, overlap_tensor=0.6, overlap_fsdp=0.97, overlap_data=0.9)
-# Of frameworks on PyTorch: stages drift, hold the ends of the model, and keep weights and gradients between microbatches
-PYTORCH = Software("", lockstep=False, ends_on_all_stages=False, gathers_every_microbatch=False,
-                   reduces_every_microbatch=False, gradient_bytes=4, passes=1.3, kernel_us=4.0, attention=0.65)  # fmt: skip
+# On PyTorch stages drift, two hold the ends of the model, and weights and gradients stay whole between microbatches
+PYTORCH = Software(
+    "",
+    lockstep=False,
+    ends_on_all_stages=False,
+    gathers_every_microbatch=False,
+    reduces_every_microbatch=False,
+    gradient_bytes=4,
+    passes=1.3,
+    kernel_us=4.0,
+    attention=0.65,
+)
 TORCHTITAN = replace(PYTORCH, name="torchtitan", dots_again=0.5)
 PROGRAMS = {
     "isomesh": ISOMESH,

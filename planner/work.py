@@ -189,7 +189,7 @@ class Work:
         return c.width / y + more
 
     def _idle_share(self) -> float:
-        """Share of a layer's matmuls that full remat does not repeat: what ends a residual branch (performance.flops)."""
+        """Share of a layer's matmuls that full remat leaves out: what ends a residual branch (performance.flops)."""
         c = self.model
         if c.norm_position != "pre" or c.experts:
             return 0.0
