@@ -27,14 +27,16 @@ def seconds(
     f, b, w = forward, backward, weight
     whole, wait = f + b + w, max(f + b - w, 0.0)
     if schedule in ("gpipe", "1f1b", "interleaved"):
-        drifting = (M + (P - 1) / v) * whole
-    else:
-        drifting = M * whole + (P - 1) * wait / v
+        drifting = (max(M, P) + (min(M, P) - 1) / v) * whole
+    else:  # the gradients of weights of so many microbatches fill the gaps; without any, stages work one by one
+        full = v * P - v + 1
+        filled = (min(M, full) - 1) / max(full - 1, 1)
+        drifting = M * whole + (P - 1) * ((1 - filled) * (f + b) + filled * wait / v)
     if not lockstep or schedule == "gpipe":
         return drifting
     longest = max(f, b, w)
     if schedule in ("1f1b", "interleaved"):
-        ticks = P * f + (2 * M - P + 2 * (P - 1) / v) * max(f, b + w)
+        ticks = P * f + (2 * max(M, P) - P + 2 * (min(M, P) - 1) / v) * max(f, b + w)
     elif schedule == "zero_bubble":
         ticks = P * f + (3 * M - 1) * longest
     else:
@@ -46,8 +48,8 @@ def ticks(schedule: str, stages: int, microbatches: int, chunks: int) -> float:
     """How often all stages exchange in lockstep."""
     P, M, v = stages, microbatches, chunks
     if schedule in ("gpipe", "1f1b", "interleaved"):
-        return 2 * (v * M + P - 1)
-    return 3 * v * M + P - 1
+        return 2 * (v * max(M, P) + min(M, P) - 1)
+    return 3 * v * M + P - 1 if M >= P else v * (2 * (P + M) - 1)
 
 
 @dataclass(frozen=True, slots=True)
