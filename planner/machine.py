@@ -3,8 +3,11 @@
 No JAX here: a search starts at once.
 """
 
+import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from config.build import build, one_line
+from performance.hardware import cache_root
 
 FOLDER = Path(__file__).parent / "machines"
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -57,6 +61,7 @@ class Machine:
     usable: float = 0.92  # share of the memory that a program may take (runtime.start.GPU_MEMORY)
     shared: bool = False  # devices are simulated: they share the peak and the memory
     price_per_hour: float | None = None  # of a device, in money of the user's
+    calibrated: str = ""  # what `sustained` was fitted to: planner.calibration
     hours_between_failures: float = 50_000  # of a device: 419 in 54 days of 16,384 H100 (arXiv 2407.21783, table 5)
 
     def __post_init__(self):
@@ -95,16 +100,46 @@ def known() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def open_machine(name: str) -> Machine:
-    """The machine of that name, or of the file where `name` ends with .yaml. Raises ValueError in one line."""
+def calibration_file(name: str) -> Path:
+    """Where the factors that were fitted for a machine are kept; it need not exist."""
+    return cache_root() / "planner" / f"{Path(name).stem.replace('-', '_')}.json"
+
+
+def open_machine(name: str, *, calibrated: bool = True) -> Machine:
+    """The machine of that name, or of the file where `name` ends with .yaml, with the factors that were fitted to runs
+    if there are any and they are wanted. Raises ValueError in one line.
+    """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name.replace('-', '_')}.yaml"
     if not file.is_file():
         choices = ", ".join(known())
         raise ValueError(f"--hardware {name}: no such machine; use one of {choices}, or the path of a .yaml file")
     try:
-        return build(Machine, yaml.safe_load(file.read_text()))
+        machine = build(Machine, yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {one_line(error)}") from None
+    kept = calibration_file(name)
+    if not calibrated or not kept.is_file():
+        return machine
+    try:
+        found = json.loads(kept.read_text())
+        told = f"fitted to {found['runs']} runs on {found['date']}"
+        return replace(machine, sustained=build(Sustained, found["sustained"]), calibrated=told)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{kept} is damaged ({one_line(error)}): delete it, or calibrate again") from None
+
+
+def written(path: Path, content: bytes) -> None:
+    """Writes beside the file, then renames. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
 
 
 def machine_of(device_kind: str) -> Machine | None:

@@ -1,16 +1,15 @@
 """A plan as a page of text, as JSON, and as a picture."""
 
+import io
 import json
-import os
 import shlex
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from model.counts import parameter_count
 from planner import explain
 from planner.cost import Planner, Prediction
+from planner.machine import written
 from planner.search import Found, Weighed
 
 COLORS = (
@@ -37,7 +36,7 @@ def text(planner: Planner, found: Found, settings: list[str], top: int, tokens: 
     cut = " ".join(shlex.quote(word) for word in command(settings, best))
     lines = [
         f"{count.total / 1e9:,.2f}e9 parameters on {planner.devices:,} x {planner.machine.name}, trained by "
-        f"{planner.software.name}",
+        f"{planner.software.name}{f' ({planner.machine.calibrated})' if planner.machine.calibrated else ''}",
         f"a step of {train.batch_size:,} x {train.seq_len:,} tokens in {planner.dtype}; {found.considered:,} layouts "
         f"weighed in {found.seconds:.1f} s, {len(found.fitting):,} fit; the best of each mesh:",
         "",
@@ -101,21 +100,8 @@ def full(planner: Planner, p: Prediction, settings: list[str]) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes beside the file, then renames. Raises OSError."""
-    _write(path, lambda file: file.write(json.dumps(value).encode()))
-
-
-def _write(path: Path, write: Callable) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    """Raises OSError, and then leaves what was there."""
+    written(path, json.dumps(value).encode())
 
 
 def picture(planner: Planner, ranked: list[Weighed], path: Path) -> None:
@@ -137,7 +123,9 @@ def picture(planner: Planner, ranked: list[Weighed], path: Path) -> None:
     figure.suptitle(f"{planner.devices:,} x {planner.machine.name}", x=0.01, ha="left", fontsize=10)
     figure.tight_layout()
     kind = path.suffix.removeprefix(".") or "png"
-    _write(path, lambda file: figure.savefig(file, format=kind, dpi=120))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=120)
+    written(path, drawn.getvalue())
     plt.close(figure)
 
 

@@ -51,7 +51,7 @@ ALLOWED = {
     },
     # weighs layouts of a run by arithmetic, on machines that are not there: no JAX
     "planner": {
-        *("config", "model.config", "model.counts", "model.specs", "runtime"),
+        *("config", "model.config", "model.counts", "model.specs", "performance.hardware", "runtime"),
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
     },
     "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps

@@ -39,7 +39,7 @@ class Row:
 
     def planner(self) -> Planner:
         """For this row's run and machine."""
-        machine = open_machine(self.hardware)
+        machine = open_machine(self.hardware, calibrated=False)
         return Planner(
             config_of(self.run + self.layout), machine, self.devices, program(self.program, machine.platform)
         )
