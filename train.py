@@ -44,6 +44,7 @@ from parallel.sharding import replicated
 from performance.fits import Room, memory_of
 from performance.hardware import peak_flops
 from performance.profile import ProfiledStep
+from planner.choice import forecast, planned
 from runtime.agreement import agreed, code_versions, require_same, require_shared
 from runtime.exit_codes import DONE, FAULT, MISTAKE, PREEMPTED
 from runtime.start import start, transfer_guard
@@ -79,11 +80,10 @@ def main(jobs: list[Config], began: float | None = None) -> int:
 def train(config: Config, began: float) -> int:
     """One run, from its config to its exit code. Raises ValueError or OSError for what is wrong before the loop."""
     require_same(shared(config) | code_versions())
-    config = in_processes(config, jax.default_backend(), jax.process_count())
+    config = planned(in_processes(config, jax.default_backend(), jax.process_count()), jax.devices())
     mesh, primary = make_mesh(mesh_sizes(config, jax.device_count())), jax.process_index() == 0
-    run = RunDirectory(Path(config.run.dir))
-    about = (run.path.name, config.train.steps)
-    with run.held() if primary else nullcontext(), exporter(config.metrics, *about, primary) as sinks:
+    run, t = RunDirectory(Path(config.run.dir)), config.train
+    with run.held() if primary else nullcontext(), exporter(config.metrics, run.path.name, t.steps, primary) as sinks:
         return train_in(run, config, mesh, began, sinks)
 
 
@@ -140,7 +140,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
 
         facts = {"data": f"{subject.source}, {human(subject.size)} {subject.unit}"}
         facts |= {"steps": f"{first} to {t.steps}, {feed.stream.epoch(t.steps):.2f} epochs", "run": str(run.path)}
-        told = (facts | feed.told, feed.stream.metrics)
+        told = forecast(config, mesh, memory, facts | feed.told, feed.stream.metrics)
         reporter = introduce(config, run, job, console, *told, peak, memory, compile_s, began, restored, sinks)
         meter = reporter.meter
         step = ProfiledStep(step, t.profile, first, run.path / "profile", meter, console)

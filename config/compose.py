@@ -19,13 +19,14 @@ from runtime.overrides import pasted
 from training.recipes import LAWS, law_number
 
 CONF = Path(__file__).parent.parent / "conf"
+AUTO = "mesh=auto"  # for mesh.auto=true
 
 
 def load(overrides: list[str], *, allow_pickle: bool = False) -> Config:
     """The config of a list of overrides; `allow_pickle`: see open_pretrained. Raises ValueError in one line."""
     named = (f"{FROM}=", "weights.path=")  # two spellings of one thing
     path = next((_path_of(o) for o in reversed(overrides) if o.startswith(named)), None)
-    overrides = [o for o in overrides if not o.startswith(named)]
+    overrides = ["mesh.auto=true" if o == AUTO else o for o in overrides if not o.startswith(named)]
     _check_keys(overrides)
     _check_single(parsed(overrides))  # Hydra itself would not say which one it could not read
     # a key that no YAML mentions is still a field of a dataclass: ++ lets Hydra set either

@@ -5,7 +5,7 @@ JAX is imported where a mesh is made, not here: an impossible mesh is told befor
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parallel.axes import ACTIVATION_AXES, AXES, PARAMETER_AXES, REPLICATED_IF_UNDIVIDED
@@ -24,9 +24,15 @@ class MeshConfig:
     expert: int = 1  # shards of the experts, each with its share of the batch
     context: int = 1  # shards of the sequence
     tensor: int = 1  # shards of heads, ffn and vocabulary
+    auto: bool = False  # train.py asks the planner for what is left at its default; mesh=auto says the same
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By axis, outermost first."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     def __post_init__(self):
-        sizes = asdict(self)
+        sizes = self.sizes
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{axis}={size} is no number of devices; use 1 or more, or -1 for the rest")
@@ -115,7 +121,7 @@ def resolve(config: MeshConfig, devices: int, requirements: Iterable[Requirement
     Raises ValueError with the arithmetic and the nearest legal meshes when the product differs from `devices`
     or a requirement is broken.
     """
-    asked, requirements = asdict(config), tuple(requirements)
+    asked, requirements = config.sizes, tuple(requirements)
     fixed = math.prod(size for size in asked.values() if size != -1)
     sizes = {axis: devices // fixed if size == -1 else size for axis, size in asked.items()}
     shown = "*".join(str(size) for size in asked.values() if size != 1) or "1"

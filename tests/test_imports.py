@@ -67,6 +67,11 @@ ALLOWED = {
         *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
         *("tracking.sinks", "training.config", "training.recipes"),
     },
+    # weighs layouts of a run by arithmetic, on machines that are not there: no JAX
+    "planner": {
+        *("config", "model.config", "model.counts", "model.specs", "performance.hardware", "runtime"),
+        *("parallel.axes", "parallel.config", "parallel.mesh", "parallel.pipeline.schedules"),
+    },
     "scaling/transfer": {"training", "model", "parallel"},  # a coordinate check looks into steps
     # reads what runs wrote, and starts them as processes of their own: no JAX
     "scaling": {
@@ -90,6 +95,7 @@ ENTRY_POINTS = {
     "tracking/__main__.py",
     "serving/__main__.py",
     "scaling/__main__.py",
+    "planner/__main__.py",
 }
 PARTS = (
     "scaling/commands/",

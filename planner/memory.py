@@ -1,0 +1,177 @@
+"""Bytes that one device needs for a step, by part: what the compiler's account of the same step comes to.
+
+The parts are added up as if all lived at once, because compilers place them so: what one phase has freed is rarely
+where the next one wants it. tests/planner and tests/long hold the sum against compiled steps.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from model.config import GATED, ModelConfig
+from planner.bubble import Slots
+from planner.layout import Layout
+from planner.parameters import Held
+
+if TYPE_CHECKING:
+    from planner.cost import Planner
+
+FRAGMENTATION = 0.2  # of what is temporary, kept free: the most that compilers needed beyond the arrays counted
+SCORES = 1.7  # arrays as large as scores, while unfused attention is differentiated
+BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
+QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
+MOMENTS = {"adamw": 2.0, "lion": 1.0, "sgd": 1.0, "muon": 1.2, "adafactor": 0.02}  # of each parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a device."""
+
+    parameters: float
+    moments: float
+    gradients: float
+    activations: float  # what layers keep for their backward pass, at the schedule's peak
+    working: float  # of the layer that is being differentiated
+    weights: float  # in the compute dtype, whole where fsdp splits them
+    logits: float
+    buffers: float  # of sums of gradients, and of a pipeline's messages
+    fragmentation: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerValues:
+    """Elements that one layer has of each token, on one device."""
+
+    stream: float  # goes from layer to layer, and is kept by all
+    kept: float  # from forward to backward, beside the stream
+    held: float  # from backward to the gradients of weights, where a schedule has these apart
+    everything: float  # while the layer is differentiated
+    scores: float  # float32, kept: of attention that has no fused kernel
+    scores_now: float  # float32, while the layer is differentiated
+
+
+def layer_values(c: ModelConfig, seq_len: int, layout: Layout, *, fused: bool, sequence_parallel: bool) -> LayerValues:
+    """Of one layer, routed experts apart. What a remat policy keeps is that of model.transformer.REMAT_POLICIES."""
+    y, remat, context = layout.tensor, layout.remat, layout.context
+    stream = c.width / (y if sequence_parallel else 1)
+    queries, keys = c.heads * c.head_dim / y, 2 * c.kv_heads * c.head_dim / min(y, c.kv_heads)
+    for_all = c.shared_experts if c.experts else 1
+    hidden = c.ffn / y * for_all
+    opened = hidden * (2 if c.activation in GATED else 1)
+    inputs = 2 * c.width + queries + hidden  # of all matmuls
+    everything = inputs + stream + queries + keys + opened
+    kept = {
+        "none": everything,
+        "full": 0.0,
+        "attention": queries,
+        "dots": queries * (2 if fused else 1) + keys + stream + opened,
+    }[remat]
+    held = queries + keys + opened + 2 * c.width + (0.0 if remat == "none" else inputs + opened)
+    if fused:
+        return LayerValues(stream, kept, held, everything, 0.0, 0.0)
+    in_turn = context > 1 or (seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0)
+    parts = next(n for n in (8, 4, 2, 1) if seq_len % n == 0 and seq_len // n >= min(seq_len, 128))
+    seen = seq_len * ((parts + 1) / (2 * parts) if c.causal else 1.0)
+    at_once = seq_len / context * min(1.0, QUERY_CHUNK / (seq_len / context)) if in_turn else seen
+    kept_scores = c.heads / y * seen if remat == "none" and not in_turn else 0.0
+    return LayerValues(stream, kept, held, everything, kept_scores, SCORES * c.heads / y * at_once)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What routed experts have on one device in a layer, in elements."""
+
+    kept: float  # for the backward pass, without remat
+    now: float  # while the layer is differentiated
+
+
+def routed(c: ModelConfig, tokens: float, layout: Layout, platform: str, *, ours: bool) -> Routed:
+    """Rows of assignments and what experts make of them, with the room of parallel.experts: that for the worst case
+    where tokens travel, blocks of one expert each, and on CPUs and GPUs a copy of its matrices for each block.
+    """
+    if not c.experts:
+        return Routed(0.0, 0.0)
+    gated, chosen, here = 2 if c.activation in GATED else 1, c.experts_per_token, c.experts / layout.expert
+    rows = tokens * chosen
+    moved = rows if layout.expert > 1 else 0.0
+    inner, copied = (gated + 1) * c.ffn / layout.tensor, 0.0
+    if ours:
+        if layout.expert > 1:
+            rows = moved = layout.expert * tokens * min(chosen, here)
+        if platform != "tpu":
+            a_pass = BLOCK_ROWS[platform]
+            size = max(8, 2 ** math.floor(math.log2(max(math.sqrt(a_pass * rows / here), 1))))
+            blocks = (rows + here * (size - 1)) // size
+            rows, copied = blocks * size, blocks * (gated + 1) * c.width * c.ffn / layout.tensor
+    assigned = tokens * chosen * c.width
+    return Routed(rows * inner + assigned, rows * (inner + 2 * c.width) + 2 * moved * c.width + copied)
+
+
+class MemoryModel:
+    """What a layout needs; what its schedule and its moments add is told by `of`."""
+
+    def __init__(self, planner: "Planner", layout: Layout, held: Held, sequences: float, rows: int):
+        """`sequences` in a microbatch of a device, `rows` layers of a stage."""
+        c, train, software = planner.model, planner.config.train, planner.software
+        self.copies = layout.data if software.moments_over_data else 1
+        self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
+        self.state_bytes = software.state_bytes or planner.param_bytes
+        tokens, element = sequences * train.seq_len / layout.context, planner.element
+        fused, parallel = planner.work.fused, software.sequence_parallel
+        v = layer_values(c, train.seq_len, layout, fused=fused, sequence_parallel=parallel)
+        kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
+        r = routed(c, tokens, layout, planner.machine.platform, ours=software.name == "isomesh")
+        of_experts = r.kept if layout.remat == "none" else 0.0
+        self.a_slot = rows * (
+            tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores) + element * of_experts
+        )
+        self.a_held = rows * element * (tokens * v.held + (r.kept if layout.remat != "none" else r.kept / 2))
+        self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep
+        self.a_message = tokens * v.stream * element
+        self.working = tokens * (element * v.everything + 4 * v.scores_now) + element * r.now
+        spread = layout.pipe if software.ends_on_all_stages else 1
+        vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
+        # twice: with their gradient. In float32, but for GPUs (model.platforms.narrow_logits)
+        logit_bytes = 2 * element if planner.machine.platform == "gpu" else 8
+        self.logits = tokens * vocabulary / parts * logit_bytes
+        one_layer, split = held.layer + held.experts, layout.fsdp > 1
+        if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
+            self.weights = rows * one_layer * (element + 4)
+        else:
+            table = vocabulary * c.width * element
+            self.weights = table + one_layer * element if split else 0.0
+        self.gradients = held.stored * (software.gradient_bytes if software.state_bytes else planner.param_bytes)
+        summed = layout.data * layout.expert * layout.context > 1
+        again = layout.microbatches > 1 and layout.pipe == 1
+        self.sums = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * summed
+        self.sums = max(self.sums, held.stored * 4 * again)  # or the sum over microbatches, beside one's
+        if layout.context > 1:  # compilers then use the same memory for the layers and for the loss
+            self.working, self.weights = max(self.working + self.weights - self.logits, 0.0), 0.0
+
+    def of(self, slots: Slots, moment_bytes: int) -> Memory:
+        """With a schedule's slots, and moments of so many bytes."""
+        activations = slots.kept * self.a_slot + slots.held * self.a_held
+        buffers = max(self.sums - activations / 2, 0.0) + slots.messages * self.a_message + slots.copied * self.a_stage
+        temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
+        parameters, moments = self.stored * self.state_bytes, self.moments * moment_bytes
+        parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
+        return Memory(parameters, moments, *parts, FRAGMENTATION * temporary)
+
+    def total(self, slots: Slots, moment_bytes: int) -> float:
+        """Of `of`, quickly."""
+        temporary = self.gradients + self.working + self.weights + self.logits
+        # sums of gradients come when activations are gone
+        activations = slots.kept * self.a_slot + slots.held * self.a_held
+        # sums of gradients come when half of the activations are gone
+        temporary += max(activations, self.sums + activations / 2)
+        temporary += slots.messages * self.a_message + slots.copied * self.a_stage
+        return self.stored * self.state_bytes + self.moments * moment_bytes + (1 + FRAGMENTATION) * temporary

@@ -1,0 +1,174 @@
+"""Every legal layout of a run on so many devices: mesh x schedule x chunks x microbatches x remat x moments."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from config.layout import requirements
+from config.schema import Config
+from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
+from parallel.pipeline.schedules import DEFAULT_CHUNKS
+from planner.cost import Planner
+from planner.layout import Layout
+
+REMATS = ("none", "attention", "dots", "full")
+SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A layout with what decides its place; `Planner.predict` tells the rest."""
+
+    layout: Layout
+    step: float  # seconds
+    memory: float  # bytes of a device
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found: layouts that fit, the fastest first, and those that do not, the smallest first."""
+
+    fitting: list[Weighed]
+    too_large: list[Weighed]
+    seconds: float  # that the search took
+
+    @property
+    def considered(self) -> int:
+        """Layouts that were weighed."""
+        return len(self.fitting) + len(self.too_large)
+
+    def meshes(self) -> list[Weighed]:
+        """The best layout of each mesh, the fastest first."""
+        best: dict[tuple, Weighed] = {}
+        for w in self.fitting:
+            layout = w.layout
+            mesh = (layout.pipe, layout.data, layout.fsdp, layout.expert, layout.context, layout.tensor)
+            best.setdefault(mesh, w)
+        return list(best.values())
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the user has decided: only the keys that were given."""
+
+    mesh: Mapping[str, int]  # by axis
+    schedule: str | None = None
+    chunks: int | None = None
+    microbatches: int | None = None  # of a pipeline
+    accumulation: int | None = None
+    remat: str | None = None
+    moment_dtype: str | None = None
+    style: str | None = None
+
+
+def pins_of(config: Config, given: list[str]) -> Pins:
+    """The pins of a config whose overrides are `given`, as key=value. An axis of -1 is left open."""
+    keys = {override.partition("=")[0].lstrip("+~") for override in given}
+    mesh = {axis: getattr(config.mesh, axis) for axis in AXES if f"mesh.{axis}" in keys}
+    pick = lambda key, value: value if key in keys else None
+    return Pins(
+        {axis: size for axis, size in mesh.items() if size != -1},
+        pick("pipeline.schedule", config.pipeline.schedule),
+        pick("pipeline.chunks", config.pipeline.chunks) or None,
+        pick("pipeline.microbatches", config.pipeline.microbatches) or None,
+        pick("train.grad_accumulation", config.train.grad_accumulation),
+        pick("train.remat", config.train.remat),
+        pick("optimizer.moment_dtype", config.optimizer.moment_dtype),
+        pick("context.style", config.context.style),
+    )
+
+
+def divisors(n: int) -> list[int]:
+    """In rising order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]:
+    """All legal meshes of `devices` that keep the pins. A dense model has no use for the expert axis, and a sequence
+    is cut over context only where that leaves 512 tokens of it or more; unless they are pinned.
+    """
+    whole = replace(config, train=replace(config.train, grad_accumulation=1))
+    asked = [r for r in requirements(whole) if not isinstance(r, StageRequirement | MicrobatchRequirement)]
+    model, train = config.model, config.train
+    most = {
+        "pipe": model.layers,
+        "data": train.batch_size,
+        "fsdp": train.batch_size,
+        "expert": model.experts or 1,
+        "context": max(train.seq_len // 512, 1),
+        "tensor": model.heads,
+    }
+
+    def spread(left: int, names: tuple[str, ...]) -> Iterator[dict[str, int]]:
+        name, *others = names
+        if name in pins.mesh:
+            choices = [pins.mesh[name]] if left % pins.mesh[name] == 0 else []
+        elif not others:
+            choices = [left] if left <= most[name] else []
+        else:
+            choices = [d for d in divisors(left) if d <= most[name]]
+        for size in choices:
+            if not others and size != left:
+                continue
+            for rest in spread(left // size, tuple(others)) if others else ({},):
+                yield {name: size} | rest
+
+    for sizes in spread(devices, ("tensor", "context", "expert", "pipe", "data", "fsdp")):
+        ordered = {axis: sizes[axis] for axis in AXES}
+        if not any(r.problem(ordered) for r in asked):
+            yield ordered
+
+
+def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bool = False) -> Iterator[Layout]:
+    """All layouts on one mesh. `grouped`: interleaved microbatches come in groups of as many as there are stages."""
+    rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    style = pins.style or config.context.style
+    remats = [pins.remat] if pins.remat else REMATS
+    layers, pipe = config.model.layers, sizes["pipe"]
+    if pipe == 1:
+        cuts = [pins.accumulation] if pins.accumulation else divisors(rows)
+        for cut in cuts:
+            if rows % cut == 0:
+                for remat in remats:
+                    yield Layout(**sizes, microbatches=cut, remat=remat, style=style)
+        return
+    for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
+        for chunks in _chunks(schedule, layers, pipe, pins):
+            for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
+                few = (cut < pipe and cut < rows) or (grouped and schedule == "interleaved" and cut % pipe)
+                if rows % cut == 0 and (not few or pins.microbatches):
+                    for remat in remats:
+                        yield Layout(
+                            **sizes, schedule=schedule, chunks=chunks, microbatches=cut, remat=remat, style=style
+                        )
+
+
+def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
+    if schedule != "interleaved":
+        return [n for n in [DEFAULT_CHUNKS[schedule]] if pipe * n <= layers]
+    if pins.chunks:
+        return [pins.chunks] if pipe * pins.chunks <= layers else []
+    most = layers // pipe
+    return [n for n in divisors(most) if 1 < n <= 24] or ([2] if most >= 2 else [])
+
+
+def search(planner: Planner, pins: Pins) -> Found:
+    """All legal layouts. Moments in 16 bits change a run's numbers: they are taken only where 32 bits do not fit."""
+    config, fitting, too_large, began = planner.config, [], [], time.perf_counter()
+    asked, limit = pins.moment_dtype, planner.machine.limit
+    halved = asked is None and config.optimizer.name != "adafactor" and config.train.param_dtype == "float32"
+    for sizes in meshes(config, planner.devices, pins):
+        for layout in layouts(config, sizes, pins, grouped=not planner.software.lockstep):
+            layout = replace(layout, moment_dtype=asked) if asked else layout
+            step, memory = planner.weigh(layout)
+            if memory > limit and halved:
+                narrow = replace(layout, moment_dtype="bfloat16")
+                less, fewer = planner.weigh(narrow)
+                if fewer <= limit:
+                    layout, step, memory = narrow, less, fewer
+            (fitting if memory <= limit else too_large).append(Weighed(layout, step, memory))
+    fitting.sort(key=lambda w: w.step)
+    too_large.sort(key=lambda w: w.memory)
+    return Found(fitting, too_large, time.perf_counter() - began)

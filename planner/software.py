@@ -1,0 +1,89 @@
+"""How training programs behave, as far as time depends on it: this project's, and those that published tables."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Software:
+    """One program. Shares say how much of an exchange runs beside computation, if there is enough of it."""
+
+    name: str
+    lockstep: bool  # stages exchange in every tick of a pipeline's table, and wait for each other
+    ends_on_all_stages: bool  # embedding and loss are split over the stages, instead of lying on the first and last
+    gathers_every_microbatch: bool  # fsdp inside a pipeline; else once a step (ZeRO-2)
+    reduces_every_microbatch: bool  # gradients over fsdp, of each microbatch
+    moments_over_data: bool = False  # optimizer state and its update split over data (ZeRO-1)
+    sequence_parallel: bool = True  # norms and residuals are split over tensor
+    fused_attention: bool = True
+    attention: float = 1.0  # of the rate of a kernel made for the machine: FlashAttention-2 leaves a Hopper half idle
+    selective: bool = False  # remat=attention: as in arXiv 2205.05198, attention's inside alone is computed again
+    dots_again: float = 0.0  # remat=dots: share of a layer's matmuls that is computed again all the same
+    gradient_bytes: int = 2  # that travel, an element
+    state_bytes: int = 0  # of a parameter with its master copy, moments apart; 0: as train.param_dtype says
+    passes: float = 1.0  # over memory in elementwise work, relative to a compiler that fuses it
+    kernel_us: float = 2.0  # lost between two kernels
+    overlap_tensor: float = 0.0
+    overlap_fsdp: float = 0.9
+    overlap_data: float = 0.5
+    overlap_context: float = 0.5
+    overlap_expert: float = 0.0
+    overlap_pipe: float = 0.5
+
+
+ISOMESH = Software(
+    "isomesh", lockstep=True, ends_on_all_stages=True, gathers_every_microbatch=True, reduces_every_microbatch=True
+)
+# Compilers for TPUs run collectives as asynchronous kernels beside the matmuls, tensor's in windowed einsums
+ISOMESH_TPU = replace(ISOMESH, kernel_us=0.5, overlap_tensor=0.6, overlap_fsdp=0.97, overlap_data=0.9)
+# On PyTorch stages drift, two hold the ends of the model, and weights and gradients stay whole between microbatches
+PYTORCH = Software(
+    "",
+    lockstep=False,
+    ends_on_all_stages=False,
+    gathers_every_microbatch=False,
+    reduces_every_microbatch=False,
+    gradient_bytes=4,
+    passes=1.3,
+    kernel_us=4.0,
+    attention=0.65,
+)
+TORCHTITAN = replace(PYTORCH, name="torchtitan", dots_again=0.5)
+PROGRAMS = {
+    "isomesh": ISOMESH,
+    # arXiv 2104.04473: 16-bit gradients reduced over data at the end, all activations recomputed, unfused attention
+    "megatron2021": replace(
+        PYTORCH,
+        name="megatron2021",
+        sequence_parallel=False,
+        fused_attention=False,
+        gradient_bytes=2,
+        state_bytes=6,
+        passes=1.4,
+        overlap_data=0.0,
+        overlap_pipe=0.0,
+    ),
+    # Megatron-Core: distributed optimizer, collectives beside matmuls
+    "megatron": replace(
+        PYTORCH,
+        name="megatron",
+        moments_over_data=True,
+        selective=True,
+        state_bytes=2,
+        overlap_tensor=0.7,
+        overlap_data=0.9,
+        overlap_pipe=0.8,
+    ),
+    # pytorch/torchtitan: FSDP2, remat by operation, torch.compile or not, asynchronous tensor parallelism or not
+    "torchtitan": TORCHTITAN,
+    "torchtitan-eager": replace(TORCHTITAN, name="torchtitan-eager", passes=2.6, kernel_us=5.0),
+    "torchtitan-async": replace(TORCHTITAN, name="torchtitan-async", overlap_tensor=0.5),
+    # AI-Hypercomputer/maxtext on TPUs: the same compiler
+    "maxtext": replace(ISOMESH_TPU, name="maxtext"),
+}
+
+
+def program(name: str, platform: str) -> Software:
+    """The program of that name on a platform. Raises ValueError."""
+    if name not in PROGRAMS:
+        raise ValueError(f"--program {name} is unknown; use one of {', '.join(PROGRAMS)}")
+    return ISOMESH_TPU if (name, platform) == ("isomesh", "tpu") else PROGRAMS[name]

@@ -1,0 +1,78 @@
+"""The planner against published tables: sizes and FLOPs within 0.5%, steps within 25%, published meshes on top."""
+
+import statistics
+
+import numpy as np
+import published
+import pytest
+
+from model.counts import flops_per_token, parameter_count
+
+TABLES = {
+    "megatron_a100": published.megatron_a100(),
+    "megatron_h100": published.megatron_h100(),
+    "torchtitan": published.torchtitan(),
+    "maxtext": published.maxtext(),
+    "h200": [row for row, _ in published.h200()],
+}
+MEGATRON = TABLES["megatron_a100"] + TABLES["megatron_h100"]
+
+
+@pytest.fixture(scope="module")
+def predicted() -> dict[str, list[float]]:
+    """Seconds of a step of every row."""
+    return {name: [row.prediction().step for row in rows] for name, rows in TABLES.items()}
+
+
+@pytest.mark.parametrize("row", TABLES["megatron_a100"], ids=lambda row: row.name)
+def test_parameters_are_those_of_the_table(row):
+    config = published.config_of(row.run)
+    assert parameter_count(config.model).total / 1e9 == pytest.approx(row.parameters, rel=0.005, abs=0.05)
+
+
+@pytest.mark.parametrize("row", MEGATRON, ids=lambda row: row.name)
+def test_flops_are_those_of_the_papers_formula(row):
+    config = published.config_of(row.run)
+    model, train = config.model, config.train
+    flops = flops_per_token(model, train.seq_len, full_attention=True)
+    if row.program == "megatron2021":  # layers once more forward, the head not
+        flops += (flops - 6 * model.vocab_size * model.width) / 3
+    assert flops * train.batch_size * train.seq_len == pytest.approx(row.flops, rel=0.005)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_steps_take_as_long_as_they_took(name, predicted):
+    errors = [step / row.step - 1 for step, row in zip(predicted[name], TABLES[name], strict=True)]
+    told = {row.name: f"{error:+.1%}" for row, error in zip(TABLES[name], errors, strict=True)}
+    assert max(map(abs, errors)) < 0.25, told
+    assert statistics.median(map(abs, errors)) < 0.12, told
+
+
+def ranks(values: list[float]) -> np.ndarray:
+    """Of each value among all, the smallest first."""
+    return np.argsort(np.argsort(values))
+
+
+@pytest.mark.parametrize("name", ["megatron_a100", "megatron_h100", "torchtitan"])
+def test_what_is_efficient_is_told_from_what_is_not(name, predicted):
+    """MFU: the same FLOPs over the predicted and the published time."""
+    flops = []
+    for row in TABLES[name]:
+        config, peak = published.config_of(row.run), row.devices
+        per_token = flops_per_token(config.model, config.train.seq_len, full_attention=True)
+        flops.append(per_token * config.train.batch_size * config.train.seq_len / peak)
+    ours = [f / step for f, step in zip(flops, predicted[name], strict=True)]
+    theirs = [f / row.step for f, row in zip(flops, TABLES[name], strict=True)]
+    assert np.corrcoef(ranks(ours), ranks(theirs))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("row", [row for row in MEGATRON if row.devices >= 1024], ids=lambda row: row.name)
+def test_the_published_mesh_is_among_the_best(row):
+    """Of the large models, for which a mesh was sought with care; docs/planner.md tells of the others."""
+    assert row.place() <= 5
+
+
+@pytest.mark.parametrize(("row", "size"), published.h200(), ids=lambda x: getattr(x, "name", None))
+def test_memory_is_what_an_h200_took(row, size):
+    memory = row.prediction().memory
+    assert memory.total - memory.fragmentation == pytest.approx(size, rel=0.15)
