@@ -40,8 +40,9 @@ SHORT = tests/runtime tests/checkpoint tests/data tests/scaling/fit tests/test_c
 test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
-# What takes long or needs more than Python: a browser (apt-get install -y chromium), PyTorch and published weights to
-# compare with. pip and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
+# What takes long or needs more than Python: a browser and what surrounds a server (Debian: apt-get install -y chromium
+# haproxy postgresql prometheus), PyTorch and published weights to compare with. pip and not uv: where a directory of
+# wheels is configured, it takes PyTorch for CPUs from there.
 #
 # NOT_YET have not passed as a whole on a quiet machine: 200 mixes of requests through the engine, and the compression of
 # a published model. Run by hand, then to be taken from this list: make test-long NOT_YET=
