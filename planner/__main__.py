@@ -123,13 +123,18 @@ def inference_arguments(words: list[str]) -> tuple[Namespace, list[str]]:
 
 def fit(words: list[str]) -> None:
     """Fits a machine's factors to runs. Raises ValueError for what is no run, or tells too little."""
-    parser = Parser("python -m planner calibrate", usage="%(prog)s [--devices N] RUN [RUN ...]")
-    parser.add_argument("--devices", type=int, help="of the runs, where they do not say")
-    parser.add_argument("runs", type=Path, nargs="+")
-    options = parser.parse_args(words)
+    options, _ = calibrate_arguments(words)
     from planner.calibration import calibrate  # here: scipy takes half a second
 
     print(calibrate(options.runs, options.devices))
+
+
+def calibrate_arguments(words: list[str]) -> tuple[Namespace, list[str]]:
+    """The options of `calibrate`; there are no settings."""
+    parser = Parser("python -m planner calibrate", usage="%(prog)s [--devices N] RUN [RUN ...]")
+    parser.add_argument("--devices", type=int, help="of the runs, where they do not say")
+    parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of train.py")
+    return parser.parse_args(words), []
 
 
 COMMANDS = {"inference": serve, "calibrate": fit}

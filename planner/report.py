@@ -115,7 +115,7 @@ def picture(planner: Planner, ranked: list[Weighed], path: Path) -> None:
 
     found = [planner.predict(w.layout) for w in ranked]
     names = [p.layout.told() for p in found]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 1.6 + 0.42 * len(found)), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 1.9 + 0.42 * len(found)), sharey=True)
     _bars(left, names, [{explain.word(k): v for k, v in p.seconds.items()} for p in found], "seconds of a step")
     _bars(right, names, [{k: v / 1e9 for k, v in p.memory.parts().items()} for p in found], "GB a device")
     right.axvline(found[0].limit / 1e9, color="black", linestyle=":", linewidth=1)
@@ -138,4 +138,4 @@ def _bars(axes, names: list[str], stacks: list[dict[str, float]], label: str) ->
         start = [a + b for a, b in zip(start, lengths, strict=True)]
     axes.set_xlabel(label)
     axes.tick_params(axis="y", labelsize=7)
-    axes.legend(fontsize=6, loc="lower right")
+    axes.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False)

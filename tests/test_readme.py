@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import performance.__main__ as performance
+import planner.__main__ as planner
 import scaling.__main__ as scaling
 import serving.__main__ as serving
 import tracking.__main__ as tracking
@@ -56,6 +57,11 @@ def test_commands_are_accepted(page, line, tmp_path, monkeypatch):
         return
     if words[:2] == ["-m", "tracking"]:
         assert tracking.options(words[2:]).runs
+        return
+    if words[:2] == ["-m", "planner"]:
+        ways = {"inference": planner.inference_arguments, "calibrate": planner.calibrate_arguments}
+        read, rest = (ways[words[2]], words[3:]) if words[2] in ways else (planner.arguments, words[2:])
+        assert compose.load(read(rest)[1])
         return
     if words[0] == "train.py":
         words = words[1:]
