@@ -22,6 +22,7 @@ from finetune.adapters.base import begun, in_base_forms
 from finetune.adapters.matrices import ADAPTER
 from finetune.adapters.merging import merge, unmerge
 from model.config import ModelConfig
+from model.specs import leaves
 from model.transformer import describe
 from parallel.mesh import AXES, make_mesh
 from training.trainable import chosen, joined
@@ -146,6 +147,17 @@ def test_adalora_keeps_the_most_important_of_all_matrices():
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_quantised_base_loses_no_adapter():
+    """The same parts have one, whatever their matrices are kept in."""
+
+    def adapters(config):
+        specs = describe(DENSE, forms=adaptation(config, DENSE, 9).forms).specs
+        return sorted(path for path, _ in leaves(specs) if ADAPTER in path)
+
+    for config in (LORA, Ia3Config(), BottleneckConfig(size=4), PrefixConfig()):
+        assert adapters(config) == adapters(replace(config, base="int4", group=8))
 
 
 def test_what_does_not_fit_is_one_clear_line():
