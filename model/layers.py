@@ -91,13 +91,6 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """y_BTD, and the cache with this call's keys and values written at their positions."""
-        out_BTNH, _, cache = self.heads(x_BTD, info, window, cache)
-        return self.out(shard(out_BTNH, "batch", "tokens", "heads", "head_dim")), cache
-
-    def heads(
-        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: Cache | None
-    ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """What each head has gathered, out_BTNH; its queries q_BTNH; and the cache."""
         c = self.config
         q_BTNH = shard(self.query(x_BTD), "batch", "tokens", "heads", "head_dim")
         k_BSKH = shard(self.key(x_BTD), "batch", "tokens", "kv_heads", "head_dim")
@@ -114,7 +107,11 @@ class Attention(nnx.Module):
         else:
             cache = cache.write(info.positions_BT, k_BSKH, v_BSKH)
             out_BTNH = cache.attend(q_BTNH, info, **how)
-        return out_BTNH, q_BTNH, cache
+        return self.join(out_BTNH, q_BTNH), cache
+
+    def join(self, out_BTNH: jax.Array, q_BTNH: jax.Array) -> jax.Array:
+        """y_BTD of what the heads have gathered for their queries."""
+        return self.out(shard(out_BTNH, "batch", "tokens", "heads", "head_dim"))
 
 
 class FeedForward(nnx.Module):

@@ -31,4 +31,4 @@ def test_few_frames_lie_between_step_and_softmax(monkeypatch):
         job.step.lower(job.abstract, {n: jax.ShapeDtypeStruct((2, 16), d) for n, d in dtypes.items()})
     assert stacks
     assert stacks[0][0].name == "step.py"
-    assert max(map(len, stacks)) <= MOST, [str(file.relative_to(ROOT)) for file in max(stacks, key=len)]
+    assert max(map(len, stacks)) <= MOST, "\n".join(str(file.relative_to(ROOT)) for file in max(stacks, key=len))

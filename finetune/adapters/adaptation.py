@@ -18,7 +18,7 @@ from finetune.adapters.adalora import AdaLoraRule
 from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
 from finetune.adapters.parts import Bottleneck, Prefix
 from model.config import ModelConfig
-from model.forms import Form, Forms, Path
+from model.forms import Form, Forms, Path, branch
 from model.specs import LAYERS, leaves, parameter_specs
 from training.trainable import Rule, Trainable, matching
 
@@ -52,11 +52,11 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
     if isinstance(config, FreezeConfig):
         return Adaptation({}, {}, matching(config.train, parameter_specs(model)))
     base = {path: form for path in matrices(model) if (form := _base(config))}
-    if config.base == "bfloat16":  # the tables, too
-        base |= {(name,): Narrow() for name in ("tokens", "head") if name in parameter_specs(model)}
     specs = parameter_specs(model)
+    if config.base == "bfloat16":  # the tables, too
+        base |= {(name,): Narrow() for name in ("tokens", "head") if name in specs}
     for path, form in base.items():
-        form.specs(_part(specs, path))
+        form.specs(branch(specs, path))  # it raises where groups do not fit
     forms = _FORMS[type(config)](config, model, base)
     rule = AdaLoraRule(config, model.layers, steps) if isinstance(config, AdaLoraConfig) else None
     also = matching(config.also, specs) if config.also else lambda name: False
@@ -84,52 +84,44 @@ def targets(patterns: tuple[str, ...], model: ModelConfig) -> list[Path]:
     return [path for name, path in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _part(specs: dict, path: Path) -> dict:
-    for name in path:
-        specs = specs[name]
-    return specs
-
-
 def _base(config) -> Form | None:
     bases = {"float": None, "bfloat16": Narrow(), "int8": Int8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}
     return bases[config.base]
 
 
 def _on(base: Forms, paths: list[Path], form: Form) -> Forms:
-    """The form at these paths, on that of the base there."""
-    return {**base, **{path: replace(form, base=base.get(path)) for path in paths}}
+    """The form at these paths, each on that of the base there."""
+    return {path: replace(form, base=base.get(path)) for path in paths}
 
 
 def _lora(config: LoraConfig, model: ModelConfig, base: Forms) -> Forms:
     divisor = config.rank**0.5 if config.scaling == "rslora" else config.rank
     form = Lora(config.rank, config.alpha / divisor, magnitude=config.dora)
-    return _on(base, targets(config.targets, model), form)
+    return base | _on(base, targets(config.targets, model), form)
 
 
 def _adalora(config: AdaLoraConfig, model: ModelConfig, base: Forms) -> Forms:
     form = Lora(config.initial_rank, config.alpha / config.initial_rank, values=True)
-    return _on(base, targets(config.targets, model), form)
+    return base | _on(base, targets(config.targets, model), form)
 
 
 def _ia3(config: Ia3Config, model: ModelConfig, base: Forms) -> Forms:
     paths = targets(config.targets, model)
-    found = _on(base, [path for path in paths if path[-1] == "down"], Scaled(inputs=True))
-    return found | _on(base, [path for path in paths if path[-1] != "down"], Scaled(inputs=False))
+    inner, outer = ([path for path in paths if (path[-1] == "down") == down] for down in (True, False))
+    return base | _on(base, inner, Scaled(inputs=True)) | _on(base, outer, Scaled(inputs=False))
 
 
 def _bottleneck(config: BottleneckConfig, model: ModelConfig, base: Forms) -> Forms:
-    form, found = Bottleneck(config.size, config.activation), dict(base)
-    if "attention" in config.after:
-        found |= _on({}, [(LAYERS, "attention", "out")], replace(form, base=base.get((LAYERS, "attention", "out"))))
-    if "ffn" in config.after and model.experts:  # behind all experts; their matrices have forms of their own
-        found = {(LAYERS, "moe"): form, **found}
-    elif "ffn" in config.after:
-        found |= _on({}, [(LAYERS, "ffn", "down")], replace(form, base=base.get((LAYERS, "ffn", "down"))))
-    return found
+    form, paths = Bottleneck(config.size, config.activation), []
+    paths += [(LAYERS, "attention", "out")] if "attention" in config.after else []
+    paths += [(LAYERS, "ffn", "down")] if "ffn" in config.after and not model.experts else []
+    # first what makes a part whose matrices have forms of their own: it is behind all experts
+    experts = {(LAYERS, "moe"): form} if "ffn" in config.after and model.experts else {}
+    return experts | base | _on(base, paths, form)
 
 
 def _prefix(config: PrefixConfig, model: ModelConfig, base: Forms) -> Forms:
-    return {(LAYERS, "attention"): Prefix(config.length), **base}  # first: it makes the part whose matrices follow
+    return {(LAYERS, "attention"): Prefix(config.length)} | base  # first, as experts above
 
 
 _FORMS = {

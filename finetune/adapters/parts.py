@@ -10,7 +10,6 @@ from compress.forms import QuantisedProjection
 from finetune.adapters.matrices import ADAPTER, Thin, is_coded
 from model.attention_rule import TokenInfo
 from model.forms import Form
-from model.kv_cache import Cache
 from model.layers import Attention, activate
 from model.moe import MixtureOfExperts, RouterSums
 from model.projection import Projection, param
@@ -163,9 +162,6 @@ class PrefixedAttention(Attention):
         super().__init__(part.config, specs)
         self.adapter = PrefixTokens(specs[ADAPTER])
 
-    def heads(
-        self, x_BTD: jax.Array, info: TokenInfo, window: jax.Array | None, cache: Cache | None
-    ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """As that of Attention."""
-        out_BTNH, q_BTNH, cache = super().heads(x_BTD, info, window, cache)
-        return out_BTNH + self.adapter(q_BTNH), q_BTNH, cache
+    def join(self, out_BTNH: jax.Array, q_BTNH: jax.Array) -> jax.Array:
+        """As that of Attention, of what the heads have gathered from the prefix, too."""
+        return super().join(out_BTNH + self.adapter(q_BTNH), q_BTNH)

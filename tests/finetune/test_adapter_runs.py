@@ -73,10 +73,10 @@ def test_it_learns_and_goes_on_bitwise(home, tmp_path):
     assert runs.evaluations(home / "tuned")[STEPS] < base
 
 
-def test_it_goes_on_in_stages_as_on_one_device(home, tmp_path):
+def test_it_goes_on_on_a_mesh_as_on_one_device(home, tmp_path):
     shutil.copytree(home / "tuned", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/00000008")
-    mesh = ("mesh.pipe=2", "mesh.fsdp=2", "pipeline.schedule=1f1b")
+    mesh = ("mesh.fsdp=2", "mesh.tensor=2")
     assert tune(home, tmp_path / "run", f"train.steps={STEPS}", *mesh, devices=4) == DONE
     runs.assert_near(runs.losses(tmp_path / "run"), runs.losses(home / "tuned"))
 

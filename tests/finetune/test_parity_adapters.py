@@ -9,9 +9,8 @@ from meshes import assert_changes_nothing
 ADAM = ("optimizer=adamw",)
 CASES = {
     "stages": ("llama", {"pipe": 2, "fsdp": 2, "tensor": 2}, ["pipeline.schedule=zero_bubble"], ["adapter=lora"]),
-    "nf4": ("llama", {"fsdp": 2, "tensor": 2}, [], ["adapter=qlora", "adapter.group=8", "adapter.dora=true"]),
-    "adalora of experts": ("moe", {"expert": 4, "data": 2}, [], ["adapter=adalora", "adapter.begin=0"]),
-    "prefix across context": ("llama", {"context": 2, "tensor": 4}, [], ["adapter=prefix"]),
+    "nf4": ("llama", {"fsdp": 2, "tensor": 2}, [], ["adapter=qlora", "adapter.group=8"]),
+    "adalora": ("llama", {"data": 2, "fsdp": 2}, [], ["adapter=adalora", "adapter.begin=0", "adapter.targets=[ffn/*]"]),
 }
 
 

@@ -99,7 +99,9 @@ def test_every_window_holds_a_part_and_one_of_them_the_answer():
     assert {len(some) for some in shared} == {8}
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), train_bpe(["the mesh of a naïve run 猫"] * 9, 280)], ids=["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), train_bpe(["the mesh of a naïve run 猫"] * 9, 280)], ids=["bytes", "bpe"]
+)
 def test_tokens_know_where_they_stand(tokenizer):
     """Together they hold the whole text, but for spaces; bytes of one character all stand at it."""
     for text in ("the mesh of a run", "a naïve 猫, twice: 猫猫", ""):
