@@ -18,10 +18,12 @@ TILE = 128  # keys of a row that are read at a time
 class Pool:
     """The keys, or the values, of one layer's blocks: entry p of head k. Heads come first, as matmuls want them.
 
-    In 8 bits an entry of a head is its largest magnitude / 127, a float32, and integers in units of it.
+    In 8 bits an entry of a head is its largest magnitude / 127, a float32, and integers in units of it. Floats of 16
+    bits are kept as integers of the same bits: XLA for CPUs widens all of such floats to change or to read a few.
     """
 
     x_KPH: jax.Array
+    dtype: jnp.dtype = field(metadata={"static": True})
     scale_KP: jax.Array | None = None
 
     def put(self, entries_n: jax.Array, x_nKH: jax.Array) -> "Pool":
@@ -29,18 +31,26 @@ class Pool:
         x_KnH = shard(x_nKH.transpose(1, 0, 2), "kv_heads", None, "head_dim")
         put_heads = jax.vmap(lambda pool_P, new_n: pool_P.at[entries_n].set(new_n, mode="drop"))
         if self.scale_KP is None:
-            return Pool(put_heads(self.x_KPH, x_KnH.astype(self.x_KPH.dtype)))
+            return replace(self, x_KPH=put_heads(self.x_KPH, _to_bits(x_KnH.astype(self.dtype))))
         x_KnH = x_KnH.astype(jnp.float32)
         scale_Kn = jnp.abs(x_KnH).max(-1) / 127
         units_KnH = jnp.round(x_KnH / jnp.maximum(scale_Kn, 1e-30)[..., None]).astype(jnp.int8)
-        return Pool(put_heads(self.x_KPH, units_KnH), put_heads(self.scale_KP, scale_Kn))
+        return replace(self, x_KPH=put_heads(self.x_KPH, units_KnH), scale_KP=put_heads(self.scale_KP, scale_Kn))
 
     def get(self, blocks_Bm: jax.Array, block: int, dtype) -> jax.Array:
         """(K, B, S, H) of the entries of these blocks, in `dtype`; S = m * `block`."""
-        x_KBSH = _of_blocks(self.x_KPH, blocks_Bm, block)
+        x_KBSH = _of_bits(_of_blocks(self.x_KPH, blocks_Bm, block), self.dtype)
         if self.scale_KP is None:
             return x_KBSH.astype(dtype)
         return (x_KBSH * _of_blocks(self.scale_KP, blocks_Bm, block)[..., None]).astype(dtype)
+
+
+def _to_bits(x: jax.Array) -> jax.Array:
+    return x if x.dtype.itemsize != 2 else jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _of_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _of_blocks(pool_KP: jax.Array, blocks_Bm: jax.Array, block: int) -> jax.Array:
@@ -126,5 +136,5 @@ class BlockCache:
 def make_pool(config: ModelConfig, entries: int, dtype) -> Pool:
     """Empty keys, or values, of one layer; int8 is an own format, other dtypes are kept as they are."""
     heads, dtype = (config.kv_heads, entries), jnp.dtype(dtype)
-    x_KPH = shard(jnp.zeros((*heads, config.head_dim), dtype), "kv_heads", None, "head_dim")
-    return Pool(x_KPH, shard(jnp.zeros(heads), "kv_heads", None) if dtype == jnp.int8 else None)
+    x_KPH = shard(_to_bits(jnp.zeros((*heads, config.head_dim), dtype)), "kv_heads", None, "head_dim")
+    return Pool(x_KPH, dtype, shard(jnp.zeros(heads), "kv_heads", None) if dtype == jnp.int8 else None)
