@@ -179,6 +179,7 @@ def read_base(config: Config, adapts: Adaptation, mesh: Mesh, dtype: jnp.dtype) 
         draw = lambda: jax.tree.map(lambda p: p.astype(dtype), description.init(init_key(config.seed)))
         read = Weights(jax.jit(draw, out_shardings=description.shardings(mesh))(), None, f"seed {config.seed}")
     else:
+        description = without_new_head(description, config_at(path))  # a new one is among what was trained
         read = read_weights(Path(path), description, mesh, dtype)
         asked = config.weights.digest or read.digest
         if not read.digest.startswith(asked):

@@ -17,9 +17,9 @@ from finetune.adapter_config import (
 from finetune.adapters.adalora import AdaLoraRule
 from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
 from finetune.adapters.parts import Bottleneck, Prefix
-from model.config import ModelConfig
+from model.config import MASKED_LM, ModelConfig
 from model.forms import Form, Forms, Path, branch
-from model.specs import LAYERS, leaves, parameter_specs
+from model.specs import HEAD, LAYERS, leaves, parameter_specs
 from training.trainable import Rule, Trainable, matching
 
 
@@ -60,7 +60,10 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
     forms = _FORMS[type(config)](config, model, base)
     rule = AdaLoraRule(config, model.layers, steps) if isinstance(config, AdaLoraConfig) else None
     also = matching(config.also, specs) if config.also else lambda name: False
-    return Adaptation(forms, base, lambda name: is_adapter(name) or also(name), rule)
+    # the head of a task is new, and has nothing to stand on
+    new = () if model.head in ("vocabulary", *MASKED_LM) else HEAD
+    trained = lambda name: is_adapter(name) or also(name) or name.partition("/")[0] in new
+    return Adaptation(forms, base, trained, rule)
 
 
 def adapted(config) -> dict:
