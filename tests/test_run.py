@@ -48,6 +48,7 @@ LOGGED = {
     ),
     *("perf/data_wait_ms", "perf/device_ms", "perf/host_ms", "perf/model_tflops_per_device"),
     *("perf/mfu_full_attention", "perf/hfu", "perf/wall_s"),
+    *("perf/predicted_step_ms", "perf/predicted_memory_gb", "perf/memory_gb"),
 }
 
 

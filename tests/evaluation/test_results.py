@@ -154,7 +154,7 @@ def test_nothing_to_compare(runs, tmp_path, pair):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "the following arguments are required: TASK"),
+        ([], "the following arguments are required: MODEL"),
         (["run", "capitals", "capitals"], "a task is given twice"),
         (["run", "humaneval"], "give --run-code"),
         (["run", "capitals", "train.steps=3"], "train.steps=3 is no setting of evaluation"),

@@ -189,7 +189,7 @@ BOMBS = {
     "parens": ("regex", "(" * 8000 + ")" * 8000),
     "rules": ("lark", "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(1200)) + '\na1200: "x"'),
     "doubling": ("lark", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(40)) + '\nA40: "x"'),
-    "optional": ("regex", "a?" * 1000 + "a" * 1000),
+    "optional": ("regex", "a?" * 4000 + "a" * 4000),
     "all": ("lark", "start: A\nA: " + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(200))),
     "wide": ("lark", "start: " + " | ".join(f'"x{i}"' for i in range(1800))),
 }
