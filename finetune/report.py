@@ -13,9 +13,11 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: .5rem 0 2rem } caption { text-align: left; white-space: nowrap; color: var(--soft) }
+table { border-collapse: collapse; margin: .5rem 0 2rem }
+caption { text-align: left; white-space: nowrap; color: var(--soft) }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th:first-child, td:first-child, .words { text-align: left } td.words { overflow-wrap: anywhere } .soft { color: var(--soft) }
+th:first-child, td:first-child, .words { text-align: left }
+td.words { overflow-wrap: anywhere }
 .scroll { overflow-x: auto }
 """
 
