@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, LENGTH, RATE, DROPOUT = 16, 32, 2e-4, 0.1
+BATCH, LENGTH, RATE, DROPOUT, EPOCHS = 16, 32, 1e-4, 0.1, 2
 
 
 def weights() -> Path:
@@ -107,12 +107,13 @@ def main() -> None:
     """Every seed of both, in turns."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--peers", default="ours,theirs", help="of these two, in turns")
     parser.add_argument("--training", type=int, default=480, help="reviews")
     parser.add_argument("--heldout", type=int, default=300, help="reviews")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "finetune.jsonl")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # NAME:SEED:FOLDER, in a process of its own
     options = parser.parse_args()
-    steps = options.training // BATCH
+    steps = options.training * EPOCHS // BATCH
     if options.one:
         name, seed, folder = options.one.split(":", 2)
         paths = tables(Path(folder), options.training, options.heldout)
@@ -121,7 +122,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds.split(","):
-            for name in ("ours", "theirs"):
+            for name in options.peers.split(","):
                 sizes = ["--training", str(options.training), "--heldout", str(options.heldout)]
                 command = [sys.executable, __file__, *sizes, "--one", f"{name}:{seed}:{folder}"]
                 quiet = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}

@@ -118,7 +118,7 @@ def answered(asked: Question, name: str, model: Opened, options: argparse.Namesp
         facts = {
             "model": str(model.path),
             "step": str(model.step),
-            "rows": f"{len(asked.table.rows):,}, {asked.source}",
+            "rows": f"{len({one.row for one in asked.table.examples}):,}, {asked.source}",
         }
         facts |= {"left out or cut": asked.table.left_out.told() or "none"}
         part = f"-first{options.limit}" if options.limit else ""

@@ -73,8 +73,6 @@ def open_task(config: Config, tokenizer: Tokenizer | None = None) -> Task:
         raise ValueError(f"task.options: {error}") from None
     if strange := next((role for role in c.columns if role not in (*kind.columns, *kind.optional)), None):
         raise ValueError(f"task.columns.{strange}: {c.kind} has columns {', '.join((*kind.columns, *kind.optional))}")
-    if c.metric and c.metric not in kind.metrics:
-        raise ValueError(f"task.metric={c.metric} is not one of {', '.join(kind.metrics)}")
     if config.tokenizer.is_trained and tokenizer is None:
         raise ValueError(
             f"tokenizer.kind={config.tokenizer.kind} is trained on text, and a task has none: begin from weights with "
@@ -84,6 +82,8 @@ def open_task(config: Config, tokenizer: Tokenizer | None = None) -> Task:
     path = config.tokenizer.path if config.tokenizer.kind == "file" else ""
     setup = Setup(c, config.model, known, config.train.seq_len, config.seed, path or "")
     task = kind(setup, options)
+    if c.metric and c.metric not in task.metrics:
+        raise ValueError(f"task.metric={c.metric} is not one of {', '.join(task.metrics)}")
     task.labels = c.labels
     return task
 

@@ -13,9 +13,11 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #777 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: .5rem 0 2rem } caption { text-align: left; color: var(--soft) }
+table { border-collapse: collapse; margin: .5rem 0 2rem }
+caption { text-align: left; white-space: nowrap; color: var(--soft) }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th:first-child, td.words { text-align: left } td.words { overflow-wrap: anywhere } .soft { color: var(--soft) }
+th:first-child, td:first-child, .words { text-align: left }
+td.words { overflow-wrap: anywhere }
 .scroll { overflow-x: auto }
 """
 
@@ -61,7 +63,7 @@ def _table(caption: str, heads: list[str], rows: list[list[str]], words: tuple[i
     body = "".join(
         f"<tr>{''.join(f'<td{kind(i)}>{escape(cell)}</td>' for i, cell in enumerate(row))}</tr>" for row in rows
     )
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads) if any(heads) else ""
+    top = "".join(f"<th{kind(i)}>{escape(head)}</th>" for i, head in enumerate(heads)) if any(heads) else ""
     told = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f'<div class="scroll"><table>{told}<tr>{top}</tr>{body}</table></div>'
 

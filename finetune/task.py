@@ -6,6 +6,7 @@ here. See docs/finetune.md for one written from scratch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -80,17 +81,16 @@ class Judgement:
 
 
 class Task:
-    """The part that tasks share. `head` is a model.head that it needs, "" for any with logits."""
+    """The part that tasks share."""
 
     Options: ClassVar[type] = NoOptions  # a frozen dataclass of the settings task.options.*
     columns: ClassVar[dict[str, str]] = {"text": "text"}  # what it asks for -> the usual name of the column
     optional: ClassVar[tuple[str, ...]] = ()  # those that a table may lack
-    metrics: ClassVar[dict[str, int]] = {"loss": -1}  # that it can be judged by -> 1 more is better, -1 less
+    metrics: dict[str, int] = MappingProxyType({"loss": -1})  # that it is judged by -> 1: more is better, -1: less
     packs: ClassVar[bool] = False  # several examples share a sequence
     whole_batch: ClassVar[bool] = False  # the loss compares sequences, so that no batch may be cut
     reads_text: ClassVar[bool] = False  # data=... instead of rows, each batch as `change` makes it
-
-    wants_reference = False  # batches hold what `answers` calls said_BX of the first model, as reference_BX
+    wants_reference: bool = False  # batches hold what `answers` calls said_BX of the first model, as reference_BX
 
     def __init__(self, setup: Setup, options: Any):
         self.setup, self.options = setup, options

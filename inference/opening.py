@@ -220,7 +220,8 @@ def with_weights(state: TrainState, job: Job, path: str | None) -> TrainState:
     shared = without_new_head(job.stored_description, config_at(path))
     read = read_weights(Path(path), shared, job.mesh, dtype).params
     if shared is not job.stored_description:
-        log.info("new in this model: %s", ", ".join(sorted(job.description.specs.keys() - shared.specs.keys())))
+        if new := sorted(job.description.specs.keys() - shared.specs.keys()):
+            log.info("new in this model: %s", ", ".join(new))
         read = joined(job.to_stored(state.params), read)
     return replace(state, params=job.from_stored(read))
 

@@ -22,7 +22,11 @@ from training.config import TrainConfig
 from training.loss import LossSums
 from training.step import Batch
 
-KINDS = ("one", "several", "regression")
+KINDS = {  # task.options.kind -> what it is judged by
+    "one": {"accuracy": 1, "f1_macro": 1, "matthews": 1, "loss": -1},
+    "several": {"f1_micro": 1, "f1_macro": 1, "accuracy": 1, "loss": -1},
+    "regression": {"mse": -1, "pearson": 1, "loss": -1},
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,10 @@ class Task(Base):
     Options = Options
     columns = {"text": "text", "label": "label"}
     optional = ("pair",)
-    metrics = {"accuracy": 1, "f1_macro": 1, "matthews": 1, "f1_micro": 1, "pearson": 1, "mse": -1, "loss": -1}
 
     def __init__(self, setup: Setup, options: Options):
         super().__init__(setup, options)
-        if setup.config.metric == "" and options.kind != "one":  # the first of those that it has
-            self.metrics = {"f1_micro": 1} if options.kind == "several" else {"mse": -1}
+        self.metrics = KINDS[options.kind]
 
     def find_labels(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """The names that training rows have: sorted, as numbers where all are."""

@@ -107,10 +107,11 @@ class Task(Base):
         wordings = [rows[example.row].text("positive") for example in examples]
         number = {wording: i for i, wording in reversed(list(enumerate(wordings)))}
         distinct = sorted(number.values())
+        place = {i: at for at, i in enumerate(distinct)}
         ranks, judged = np.zeros(len(examples)), []
         for i, example in enumerate(examples):
             scores_M = partner_ND[distinct] @ text_ND[i]
-            own = distinct.index(number[wordings[i]])
+            own = place[number[wordings[i]]]
             ranks[i] = 1 + (scores_M > scores_M[own]).sum()
             said = wordings[distinct[int(scores_M.argmax())]] if ranks[i] > 1 else wordings[i]
             row = rows[example.row]

@@ -15,7 +15,7 @@ from finetune.task import Example, Judged, Judgement, Setup, Writer
 from finetune.task import Task as Base
 from finetune.texts import next_tokens
 
-NAMES = {"rouge": ("rouge1", "rouge2", "rougeL"), "bleu": ("bleu",)}
+NAMES = {"rouge": ("rouge1", "rouge2", "rougeL"), "bleu": ("bleu",)}  # task.options.by -> its metrics
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Task(Base):
 
     Options = Options
     columns = {"source": "source", "target": "target"}
-    metrics = {"loss": -1, "accuracy": 1, "perplexity": -1, "rouge1": 1, "rouge2": 1, "rougeL": 1, "bleu": 1}
     packs = True
 
     def __init__(self, setup: Setup, options: Options):
         super().__init__(setup, options)
+        written = [metric for by in options.by for metric in NAMES[by]] if options.write else []
+        self.metrics = {"loss": -1, "accuracy": 1, "perplexity": -1, **dict.fromkeys(written, 1)}
         if not setup.model.causal:
             raise ValueError("seq2seq needs a decoder, model.causal=true")
 

@@ -135,6 +135,10 @@ def test_labels_are_sorted_and_none_is_lost(tmp_path):
         (["task.options.colour=red"], "task.options.colour"),
         (["task.columns.colour=red"], "task.columns.colour: classification has columns text, label, pair"),
         (["task.metric=bleu"], "task.metric=bleu is not one of accuracy"),
+        (
+            ["task.options.kind=regression", "task.metric=accuracy"],
+            "task.metric=accuracy is not one of mse, pearson, loss",
+        ),
         (["tokenizer=bpe"], "tokenizer.kind=bpe is trained on text"),
     ],
 )
