@@ -107,9 +107,13 @@ class Planner:
         return self._lines(tuple(layout.sizes.items()))
 
     def rows(self, layout: Layout) -> int:
-        """Layers of the fullest stage."""
-        parts = layout.pipe * layout.chunks
-        return -(-self.model.layers // parts) * layout.chunks
+        """Layers of the fullest stage. In lockstep every chunk counts as the fullest: all wait for it, and as many rows
+        are stored (parallel.pipeline.run.slots).
+        """
+        base, more = divmod(self.model.layers, layout.pipe * layout.chunks)
+        if self.software.lockstep:
+            return (base + (more > 0)) * layout.chunks
+        return base * layout.chunks + -(-more // layout.pipe)
 
     def weigh(self, layout: Layout) -> tuple[float, float]:
         """Seconds of a step and bytes of a device: those of `predict`, quickly."""

@@ -12,6 +12,7 @@ from model.config import GATED, ModelConfig
 from planner.bubble import Slots
 from planner.layout import Layout
 from planner.parameters import Held
+from planner.software import Software
 
 if TYPE_CHECKING:
     from planner.cost import Planner
@@ -59,15 +60,15 @@ class LayerValues:
     scores_now: float  # float32, while the layer is differentiated
 
 
-def layer_values(c: ModelConfig, seq_len: int, layout: Layout, *, fused: bool, sequence_parallel: bool) -> LayerValues:
+def layer_values(c: ModelConfig, seq_len: int, layout: Layout, software: Software, *, fused: bool) -> LayerValues:
     """Of one layer, routed experts apart. What a remat policy keeps is that of model.transformer.REMAT_POLICIES."""
     y, remat, context = layout.tensor, layout.remat, layout.context
-    stream = c.width / (y if sequence_parallel else 1)
+    stream = c.width / (y if software.sequence_parallel else 1)
     queries, keys = c.heads * c.head_dim / y, 2 * c.kv_heads * c.head_dim / min(y, c.kv_heads)
     for_all = c.shared_experts if c.experts else 1
     hidden = c.ffn / y * for_all
     opened = hidden * (2 if c.activation in GATED else 1)
-    inputs = 2 * c.width + queries + hidden  # of all matmuls
+    inputs = 2 * (c.width if software.keeps_gathered else stream) + queries + hidden  # of all matmuls
     everything = inputs + stream + queries + keys + opened
     kept = {
         "none": everything,
@@ -126,8 +127,7 @@ class MemoryModel:
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
         tokens, element = sequences * train.seq_len / layout.context, planner.element
-        fused, parallel = planner.work.fused, software.sequence_parallel
-        v = layer_values(c, train.seq_len, layout, fused=fused, sequence_parallel=parallel)
+        v = layer_values(c, train.seq_len, layout, software, fused=planner.work.fused)
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
         r = routed(c, tokens, layout, planner.machine.platform, ours=software.name == "isomesh")
         of_experts = r.kept if layout.remat == "none" else 0.0
