@@ -51,7 +51,8 @@ def test_an_absent_compiler_is_told_with_what_makes_it(monkeypatch, tmp_path, ca
 
 
 def test_answers_of_a_compiler_are_told(monkeypatch):
-    planner = planner_of("cpu", 8)
+    planner = planner_of("h200", 8)
+    monkeypatch.setattr(compile, "interpreter", lambda platform: "python")
     prediction = planner.predict(search(planner, Pins({})).fitting[0].layout)
     predicted = prediction.memory.total - prediction.memory.fragmentation
     row = {"kind": "all-gather", "axes": ["fsdp"], "times": 12, "bytes": 3e9, "asynchronous": True}
