@@ -175,7 +175,9 @@ class Planner:
         sequences = train.batch_size / (layout.shards * M)
         tokens = sequences * train.seq_len / layout.context
         experts_here = self.model.experts / layout.expert if self.model.experts else 1.0
-        layer = self._layer(tokens, layout.tensor, remat, experts_here)
+        fused = self.work.fused_on(layout)
+        across = fused and self.work.ours and layout.context > 1
+        layer = self._layer(tokens, layout.tensor, remat, experts_here, fused, across)
         spread = layout.pipe if self.software.ends_on_all_stages else 1
         chunked = self.logit_parts(layout) > 1
         head = self.work.head(tokens, layout.tensor * spread, chunked=chunked)

@@ -127,7 +127,7 @@ class MemoryModel:
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
         tokens, element = sequences * train.seq_len / layout.context, planner.element
-        v = layer_values(c, train.seq_len, layout, software, fused=planner.work.fused)
+        v = layer_values(c, train.seq_len, layout, software, fused=planner.work.fused_on(layout))
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
         r = routed(c, tokens, layout, planner.machine.platform, ours=software.name == "isomesh")
         of_experts = r.kept if layout.remat == "none" else 0.0

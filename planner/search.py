@@ -1,17 +1,20 @@
 """Every legal layout of a run on so many devices: mesh x schedule x chunks x microbatches x remat x moments."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from config.layout import requirements
+from config.layout import context_requirements, requirements
 from config.schema import Config
+from parallel.config import CONTEXT_STYLES, ContextConfig
 from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
 from planner.cost import Planner
 from planner.layout import Layout
 
+SCHEDULED = StageRequirement | MicrobatchRequirement  # what depends on a schedule, not on a mesh alone
 REMATS = ("none", "attention", "dots", "full")
 SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
 
@@ -90,7 +93,8 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
     is cut over context only where that leaves 512 tokens of it or more; unless they are pinned.
     """
     whole = replace(config, train=replace(config.train, grad_accumulation=1))
-    asked = [r for r in requirements(whole) if not isinstance(r, StageRequirement | MicrobatchRequirement)]
+    later = (*context_requirements(config), *(r for r in requirements(whole) if isinstance(r, SCHEDULED)))
+    asked = [r for r in requirements(whole) if r not in later]
     model, train = config.model, config.train
     most = {
         "pipe": model.layers,
@@ -124,14 +128,14 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
 def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bool = False) -> Iterator[Layout]:
     """All layouts on one mesh. `grouped`: interleaved microbatches come in groups of as many as there are stages."""
     rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-    style = pins.style or config.context.style
+    styles = _styles(config, sizes, pins)
     remats = [pins.remat] if pins.remat else REMATS
     layers, pipe = config.model.layers, sizes["pipe"]
     if pipe == 1:
         cuts = [pins.accumulation] if pins.accumulation else divisors(rows)
         for cut in cuts:
             if rows % cut == 0:
-                for remat in remats:
+                for remat, style in itertools.product(remats, styles):
                     yield Layout(**sizes, microbatches=cut, remat=remat, style=style)
         return
     for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
@@ -139,10 +143,18 @@ def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bo
             for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
                 few = (cut < pipe and cut < rows) or (grouped and schedule == "interleaved" and cut % pipe)
                 if rows % cut == 0 and (not few or pins.microbatches):
-                    for remat in remats:
-                        yield Layout(
-                            **sizes, schedule=schedule, chunks=chunks, microbatches=cut, remat=remat, style=style
-                        )
+                    how = {"schedule": schedule, "chunks": chunks, "microbatches": cut}
+                    for remat, style in itertools.product(remats, styles):
+                        yield Layout(**sizes, **how, remat=remat, style=style)
+
+
+def _styles(config: Config, sizes: Mapping[str, int], pins: Pins) -> list[str]:
+    """How attention may cross the context axis of a mesh; a placeholder where there is none."""
+    if sizes["context"] == 1:
+        return [config.context.style]
+    of = lambda style: context_requirements(replace(config, context=ContextConfig(style)))
+    styles = [pins.style] if pins.style else CONTEXT_STYLES
+    return [style for style in styles if not any(r.problem(sizes) for r in of(style))]
 
 
 def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
