@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 
 from config.layout import context_requirements, requirements
 from config.schema import Config
-from parallel.config import CONTEXT_STYLES, ContextConfig
+from parallel.config import ContextConfig
 from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
 from planner.cost import Planner
 from planner.layout import Layout
 
+STYLES = ("ring", "ulysses")  # gather is for short sequences, which are not cut
 SCHEDULED = StageRequirement | MicrobatchRequirement  # what depends on a schedule, not on a mesh alone
+SHORTEST = 1024  # tokens of a sequence that context leaves on a device
+DEEPEST = 16  # times as many microbatches as stages: more shorten the bubble by less than a hundredth
 REMATS = ("none", "attention", "dots", "full")
 SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
 
@@ -90,7 +93,7 @@ def divisors(n: int) -> list[int]:
 
 def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]:
     """All legal meshes of `devices` that keep the pins. A dense model has no use for the expert axis, and a sequence
-    is cut over context only where that leaves 512 tokens of it or more; unless they are pinned.
+    is cut over context only where that leaves SHORTEST tokens of it or more; unless they are pinned.
     """
     whole = replace(config, train=replace(config.train, grad_accumulation=1))
     later = (*context_requirements(config), *(r for r in requirements(whole) if isinstance(r, SCHEDULED)))
@@ -101,7 +104,7 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
         "data": train.batch_size,
         "fsdp": train.batch_size,
         "expert": model.experts or 1,
-        "context": max(train.seq_len // 512, 1),
+        "context": max(train.seq_len // SHORTEST, 1),
         "tensor": model.heads,
     }
 
@@ -141,7 +144,11 @@ def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bo
     for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
         for chunks in _chunks(schedule, layers, pipe, pins):
             for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
-                few = (cut < pipe and cut < rows) or (grouped and schedule == "interleaved" and cut % pipe)
+                few = (
+                    cut > DEEPEST * pipe
+                    or (cut < pipe and cut < rows)
+                    or (grouped and schedule == "interleaved" and cut % pipe)
+                )
                 if rows % cut == 0 and (not few or pins.microbatches):
                     how = {"schedule": schedule, "chunks": chunks, "microbatches": cut}
                     for remat, style in itertools.product(remats, styles):
@@ -153,8 +160,8 @@ def _styles(config: Config, sizes: Mapping[str, int], pins: Pins) -> list[str]:
     if sizes["context"] == 1:
         return [config.context.style]
     of = lambda style: context_requirements(replace(config, context=ContextConfig(style)))
-    styles = [pins.style] if pins.style else CONTEXT_STYLES
-    return [style for style in styles if not any(r.problem(sizes) for r in of(style))]
+    styles = [pins.style] if pins.style else [config.context.style, *STYLES]
+    return [style for style in dict.fromkeys(styles) if not any(r.problem(sizes) for r in of(style))]
 
 
 def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
@@ -163,7 +170,8 @@ def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
     if pins.chunks:
         return [pins.chunks] if pipe * pins.chunks <= layers else []
     most = layers // pipe
-    return [n for n in divisors(most) if 1 < n <= 24] or ([2] if most >= 2 else [])
+    found = [n for n in divisors(most) if 1 < n <= 24] or ([2] if most >= 2 else [])
+    return found[:: max(-(-len(found) // 4), 1)]  # four of them
 
 
 def search(planner: Planner, pins: Pins) -> Found:

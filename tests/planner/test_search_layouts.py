@@ -40,7 +40,7 @@ def test_meshes_are_all_legal_ones():
     found = {tuple(sizes.values()) for sizes in meshes(config, 8, Pins({}))}
     asked = requirements(config)
     legal = {tuple(s.values()) for s in factorizations(8) if not any(r.problem(s) for r in asked)}
-    assert found == {s for s in legal if s[0] <= config.model.layers and s[4] <= 2}  # 512 tokens of a sequence, or more
+    assert found == {s for s in legal if s[0] <= config.model.layers and s[4] == 1}
 
 
 def test_every_layout_is_one_that_train_py_takes():
