@@ -169,7 +169,6 @@ class MemoryModel:
     def total(self, slots: Slots, moment_bytes: int) -> float:
         """Of `of`, quickly."""
         temporary = self.gradients + self.working + self.weights + self.logits
-        # sums of gradients come when activations are gone
         activations = slots.kept * self.a_slot + slots.held * self.a_held
         # sums of gradients come when half of the activations are gone
         temporary += max(activations, self.sums + activations / 2)

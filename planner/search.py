@@ -67,6 +67,11 @@ class Pins:
     moment_dtype: str | None = None
     style: str | None = None
 
+    def __post_init__(self):
+        if self.schedule and self.schedule not in SCHEDULES:
+            choices = ", ".join(SCHEDULES)
+            raise ValueError(f"pipeline.schedule={self.schedule}: a planner weighs {choices}, and no table of a file")
+
 
 def pins_of(config: Config, given: list[str]) -> Pins:
     """The pins of a config whose overrides are `given`, as key=value. An axis of -1 is left open."""

@@ -111,6 +111,7 @@ def test_memory_decides_and_its_absence_is_explained(capsys):
         (["--hardware", "abacus"], "no such machine"),
         (["--devices", "0"], "must be 1 or more"),
         (["--program", "abacus"], "is unknown; use one of isomesh"),
+        (["pipeline.schedule=mine.csv"], "and no table of a file"),
         (["mesh.tensor=3"], "3 devices does not divide --devices 8; use a multiple of 3"),
         (["train.remta=full"], "did you mean train.remat"),
         (["mesh.data=8", "train.batch_size=12"], "train.batch_size=12 does not divide by mesh.data=8; nearest legal"),
