@@ -10,7 +10,7 @@ COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(VENV))/bin/python
     optax orbax tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers \
     pygments
 
-.PHONY: setup train test test-short test-long test-aot test-aot-tpu test-aot-gpu lint format clean
+.PHONY: setup train test test-short test-long test-aot test-aot-tpu test-aot-gpu aot-tpu aot-gpu lint format clean
 setup: $(VENV)/.stamp $(EXTRAS:%=$(VENV)/.extra-%)
 
 # Pinned versions come from requirements.lock; EXTRAS=cuda or EXTRAS=tpu adds an accelerator's plugin.
@@ -65,6 +65,9 @@ test-aot: test-aot-tpu test-aot-gpu
 
 test-aot-tpu: .venv-aot-tpu/.stamp
 	@TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu .venv-aot-tpu/bin/python -m tests.aot.check tpu $(ONLY)
+
+# The compilers alone, for python -m planner --compile.
+aot-tpu aot-gpu: aot-%: .venv-aot-%/.stamp
 
 # No GPU is there to tune on, and CUDA is not to look for one.
 test-aot-gpu: .venv-aot-gpu/.stamp

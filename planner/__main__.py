@@ -11,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from config.compose import load
-from planner import explain, report
+from planner import compile, explain, report
 from planner.cost import Planner
 from planner.inference import serving_plans
 from planner.inference import table as serving_table
@@ -37,6 +37,7 @@ def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--top", type=int, default=10, help="how many meshes are told of")
     parser.add_argument("--tokens", type=float, help="of the whole run, for its cost; default: train.steps")
     parser.add_argument("--program", default="isomesh", help=f"whose behaviour is priced: {', '.join(PROGRAMS)}")
+    parser.add_argument("--compile", type=int, default=0, metavar="K", help="give the K best to the real compiler")
     parser.add_argument("--json", type=Path, help="all layouts, for programs")
     parser.add_argument("--picture", type=Path, help="parts of a step and of memory, .png or .svg")
     return parser.parse_known_args(words)
@@ -50,12 +51,16 @@ def plan(words: list[str]) -> None:
             raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")
     machine = open_machine(options.hardware)
     config = load(settings)
+    if options.compile:
+        compile.interpreter(machine.platform)
     planner = Planner(config, machine, options.devices, program(options.program, machine.platform))
     pins = pins_of(config, settings)
     found = best(planner, pins)
     train = config.train
     tokens = options.tokens or float(train.steps * train.batch_size * train.seq_len)
     print(report.text(planner, found, settings, options.top, tokens))
+    for weighed in found.meshes()[: options.compile]:
+        print("\n" + compile.told(compile.compiled(planner, planner.predict(weighed.layout), settings)), flush=True)
     if options.json:
         report.write_json(options.json, report.as_json(planner, found, settings, options.top))
     if options.picture:

@@ -7,7 +7,7 @@ from typing import Any
 
 from config.schema import Config
 from parallel.axes import AXES
-from parallel.config import schedule_for
+from parallel.config import ContextConfig, schedule_for
 from parallel.mesh import MeshConfig
 from planner.cost import Planner
 from planner.explain import duration
@@ -54,7 +54,7 @@ def _pins(config: Config) -> Pins:
         accumulation=train.grad_accumulation if train.grad_accumulation > 1 else None,
         remat=train.remat if train.remat != "none" else None,
         moment_dtype=config.optimizer.moment_dtype,
-        style=config.context.style,
+        style=config.context.style if config.context.style != ContextConfig().style else None,
     )
 
 

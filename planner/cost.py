@@ -107,9 +107,13 @@ class Planner:
         return self._lines(tuple(layout.sizes.items()))
 
     def rows(self, layout: Layout) -> int:
-        """Layers of the fullest stage."""
-        parts = layout.pipe * layout.chunks
-        return -(-self.model.layers // parts) * layout.chunks
+        """Layers of the fullest stage. In lockstep every chunk counts as the fullest: all wait for it, and as many rows
+        are stored (parallel.pipeline.run.slots).
+        """
+        base, more = divmod(self.model.layers, layout.pipe * layout.chunks)
+        if self.software.lockstep:
+            return (base + (more > 0)) * layout.chunks
+        return base * layout.chunks + -(-more // layout.pipe)
 
     def weigh(self, layout: Layout) -> tuple[float, float]:
         """Seconds of a step and bytes of a device: those of `predict`, quickly."""
@@ -171,7 +175,9 @@ class Planner:
         sequences = train.batch_size / (layout.shards * M)
         tokens = sequences * train.seq_len / layout.context
         experts_here = self.model.experts / layout.expert if self.model.experts else 1.0
-        layer = self._layer(tokens, layout.tensor, remat, experts_here)
+        fused = self.work.fused_on(layout)
+        across = fused and self.work.ours and layout.context > 1
+        layer = self._layer(tokens, layout.tensor, remat, experts_here, fused, across)
         spread = layout.pipe if self.software.ends_on_all_stages else 1
         chunked = self.logit_parts(layout) > 1
         head = self.work.head(tokens, layout.tensor * spread, chunked=chunked)

@@ -20,6 +20,7 @@ WORDS = {
     "uncounted": "what is not counted",
 }
 COMPUTING = ("matmul", "attention", "memory", "kernels", "optimizer")
+MOST_DEVICES = 4096  # that are tried where fewer do not do
 SAVE_GB_S = 2.0  # that a device writes of a checkpoint, before training goes on
 
 
@@ -121,11 +122,8 @@ def cost_told(planner: Planner, p: Prediction, tokens: float) -> list[str]:
     stored = p.memory.parameters + p.memory.moments
     r = reliability(machine, devices, hours, stored / (SAVE_GB_S * 1e9))
     spent = r.hours * devices
-    money = (
-        ""
-        if machine.price_per_hour is None
-        else f", {spent * machine.price_per_hour:,.0f} at {machine.price_per_hour} an hour"
-    )
+    price = machine.price_per_hour
+    money = "" if price is None else f", {spent * price:,.0f} at {price} an hour"
     return [
         f"{tokens:.3g} tokens: {r.hours_without:,.1f} hours without failures, {r.hours:,.1f} with {r.failures:.1f} "
         f"expected; {spent:,.0f} device-hours{money}",
@@ -163,9 +161,7 @@ def nothing_legal(planner: Planner, pins: Pins) -> str:
 
 
 def nothing_fits(planner: Planner, found: Found, pins: Pins) -> str:
-    """One line with the arithmetic, and the nearest way out."""
-    if not found.too_large:
-        raise AssertionError("something is legal, or `nothing_legal` tells")
+    """One line with the arithmetic, and the nearest way out. There are layouts in found.too_large."""
     least = planner.predict(found.too_large[0].layout)
     said = (
         f"no layout of {found.considered:,} fits: the smallest, {least.layout.told()}, needs "
@@ -180,7 +176,10 @@ def nothing_fits(planner: Planner, found: Found, pins: Pins) -> str:
         config = planner.config
         more = replace(config, train=replace(config.train, batch_size=config.train.batch_size * times))
         larger = Planner(more, planner.machine, planner.devices * times, planner.software)
-        loose = replace(pins, mesh={axis: n for axis, n in pins.mesh.items() if axis not in ("data", "fsdp")})
+        if larger.devices > MOST_DEVICES:
+            break
+        loose = {axis: n for axis, n in pins.mesh.items() if axis not in ("data", "fsdp")}
+        loose = replace(pins, mesh=loose, remat=pins.remat or "full", style=pins.style or "ulysses")
         if fits := search(larger, loose).fitting:
             ways.append(f"{larger.devices:,} devices do, with " + " ".join(fits[0].layout.overrides()))
             break

@@ -12,6 +12,7 @@ from model.config import GATED, ModelConfig
 from planner.bubble import Slots
 from planner.layout import Layout
 from planner.parameters import Held
+from planner.software import Software
 
 if TYPE_CHECKING:
     from planner.cost import Planner
@@ -59,15 +60,15 @@ class LayerValues:
     scores_now: float  # float32, while the layer is differentiated
 
 
-def layer_values(c: ModelConfig, seq_len: int, layout: Layout, *, fused: bool, sequence_parallel: bool) -> LayerValues:
+def layer_values(c: ModelConfig, seq_len: int, layout: Layout, software: Software, *, fused: bool) -> LayerValues:
     """Of one layer, routed experts apart. What a remat policy keeps is that of model.transformer.REMAT_POLICIES."""
     y, remat, context = layout.tensor, layout.remat, layout.context
-    stream = c.width / (y if sequence_parallel else 1)
+    stream = c.width / (y if software.sequence_parallel else 1)
     queries, keys = c.heads * c.head_dim / y, 2 * c.kv_heads * c.head_dim / min(y, c.kv_heads)
     for_all = c.shared_experts if c.experts else 1
     hidden = c.ffn / y * for_all
     opened = hidden * (2 if c.activation in GATED else 1)
-    inputs = 2 * c.width + queries + hidden  # of all matmuls
+    inputs = 2 * (c.width if software.keeps_gathered else stream) + queries + hidden  # of all matmuls
     everything = inputs + stream + queries + keys + opened
     kept = {
         "none": everything,
@@ -126,8 +127,7 @@ class MemoryModel:
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
         tokens, element = sequences * train.seq_len / layout.context, planner.element
-        fused, parallel = planner.work.fused, software.sequence_parallel
-        v = layer_values(c, train.seq_len, layout, fused=fused, sequence_parallel=parallel)
+        v = layer_values(c, train.seq_len, layout, software, fused=planner.work.fused_on(layout))
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
         r = routed(c, tokens, layout, planner.machine.platform, ours=software.name == "isomesh")
         of_experts = r.kept if layout.remat == "none" else 0.0
@@ -140,8 +140,8 @@ class MemoryModel:
         self.working = tokens * (element * v.everything + 4 * v.scores_now) + element * r.now
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
-        # twice: with their gradient. In float32, but for GPUs (model.platforms.narrow_logits)
-        logit_bytes = 2 * element if planner.machine.platform == "gpu" else 8
+        # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs had an array of tokens more
+        logit_bytes = {"cpu": 8, "gpu": 2 * element, "tpu": 12}[planner.machine.platform]
         self.logits = tokens * vocabulary / parts * logit_bytes
         one_layer, split = held.layer + held.experts, layout.fsdp > 1
         if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
@@ -169,7 +169,6 @@ class MemoryModel:
     def total(self, slots: Slots, moment_bytes: int) -> float:
         """Of `of`, quickly."""
         temporary = self.gradients + self.working + self.weights + self.logits
-        # sums of gradients come when activations are gone
         activations = slots.kept * self.a_slot + slots.held * self.a_held
         # sums of gradients come when half of the activations are gone
         temporary += max(activations, self.sums + activations / 2)

@@ -60,7 +60,7 @@ def text(planner: Planner, found: Found, settings: list[str], top: int, tokens: 
 def command(settings: list[str], best: Prediction) -> list[str]:
     """The overrides of a run with this layout: those of the user that it does not set, and its own."""
     ours = best.layout.overrides()
-    keys = {word.partition("=")[0] for word in ours} | {f"mesh.{axis}" for axis in best.layout.sizes}
+    keys = {word.partition("=")[0] for word in ours} | {f"mesh.{axis}" for axis in best.layout.sizes} | {"mesh"}
     return [word for word in settings if word.partition("=")[0] not in keys] + ours
 
 

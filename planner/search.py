@@ -1,17 +1,23 @@
 """Every legal layout of a run on so many devices: mesh x schedule x chunks x microbatches x remat x moments."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from config.layout import requirements
+from config.layout import context_requirements, requirements
 from config.schema import Config
+from parallel.config import ContextConfig
 from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
 from planner.cost import Planner
 from planner.layout import Layout
 
+STYLES = ("ring", "ulysses")  # gather is for short sequences, which are not cut
+SCHEDULED = StageRequirement | MicrobatchRequirement  # what depends on a schedule, not on a mesh alone
+SHORTEST = 1024  # tokens of a sequence that context leaves on a device
+DEEPEST = 16  # times as many microbatches as stages: more shorten the bubble by less than a hundredth
 REMATS = ("none", "attention", "dots", "full")
 SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
 
@@ -61,6 +67,11 @@ class Pins:
     moment_dtype: str | None = None
     style: str | None = None
 
+    def __post_init__(self):
+        if self.schedule and self.schedule not in SCHEDULES:
+            choices = ", ".join(SCHEDULES)
+            raise ValueError(f"pipeline.schedule={self.schedule}: a planner weighs {choices}, and no table of a file")
+
 
 def pins_of(config: Config, given: list[str]) -> Pins:
     """The pins of a config whose overrides are `given`, as key=value. An axis of -1 is left open."""
@@ -87,17 +98,18 @@ def divisors(n: int) -> list[int]:
 
 def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]:
     """All legal meshes of `devices` that keep the pins. A dense model has no use for the expert axis, and a sequence
-    is cut over context only where that leaves 512 tokens of it or more; unless they are pinned.
+    is cut over context only where that leaves SHORTEST tokens of it or more; unless they are pinned.
     """
     whole = replace(config, train=replace(config.train, grad_accumulation=1))
-    asked = [r for r in requirements(whole) if not isinstance(r, StageRequirement | MicrobatchRequirement)]
+    later = (*context_requirements(config), *(r for r in requirements(whole) if isinstance(r, SCHEDULED)))
+    asked = [r for r in requirements(whole) if r not in later]
     model, train = config.model, config.train
     most = {
         "pipe": model.layers,
         "data": train.batch_size,
         "fsdp": train.batch_size,
         "expert": model.experts or 1,
-        "context": max(train.seq_len // 512, 1),
+        "context": max(train.seq_len // SHORTEST, 1),
         "tensor": model.heads,
     }
 
@@ -124,25 +136,37 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
 def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bool = False) -> Iterator[Layout]:
     """All layouts on one mesh. `grouped`: interleaved microbatches come in groups of as many as there are stages."""
     rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-    style = pins.style or config.context.style
+    styles = _styles(config, sizes, pins)
     remats = [pins.remat] if pins.remat else REMATS
     layers, pipe = config.model.layers, sizes["pipe"]
     if pipe == 1:
         cuts = [pins.accumulation] if pins.accumulation else divisors(rows)
         for cut in cuts:
             if rows % cut == 0:
-                for remat in remats:
+                for remat, style in itertools.product(remats, styles):
                     yield Layout(**sizes, microbatches=cut, remat=remat, style=style)
         return
     for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
         for chunks in _chunks(schedule, layers, pipe, pins):
             for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
-                few = (cut < pipe and cut < rows) or (grouped and schedule == "interleaved" and cut % pipe)
+                few = (
+                    cut > DEEPEST * pipe
+                    or (cut < pipe and cut < rows)
+                    or (grouped and schedule == "interleaved" and cut % pipe)
+                )
                 if rows % cut == 0 and (not few or pins.microbatches):
-                    for remat in remats:
-                        yield Layout(
-                            **sizes, schedule=schedule, chunks=chunks, microbatches=cut, remat=remat, style=style
-                        )
+                    how = {"schedule": schedule, "chunks": chunks, "microbatches": cut}
+                    for remat, style in itertools.product(remats, styles):
+                        yield Layout(**sizes, **how, remat=remat, style=style)
+
+
+def _styles(config: Config, sizes: Mapping[str, int], pins: Pins) -> list[str]:
+    """How attention may cross the context axis of a mesh; a placeholder where there is none."""
+    if sizes["context"] == 1:
+        return [config.context.style]
+    of = lambda style: context_requirements(replace(config, context=ContextConfig(style)))
+    styles = [pins.style] if pins.style else [config.context.style, *STYLES]
+    return [style for style in dict.fromkeys(styles) if not any(r.problem(sizes) for r in of(style))]
 
 
 def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
@@ -151,7 +175,8 @@ def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
     if pins.chunks:
         return [pins.chunks] if pipe * pins.chunks <= layers else []
     most = layers // pipe
-    return [n for n in divisors(most) if 1 < n <= 24] or ([2] if most >= 2 else [])
+    found = [n for n in divisors(most) if 1 < n <= 24] or ([2] if most >= 2 else [])
+    return found[:: max(-(-len(found) // 4), 1)]  # four of them
 
 
 def search(planner: Planner, pins: Pins) -> Found:

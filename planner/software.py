@@ -13,6 +13,7 @@ class Software:
     gathers_every_microbatch: bool  # fsdp inside a pipeline; else once a step (ZeRO-2)
     reduces_every_microbatch: bool  # gradients over fsdp, of each microbatch
     moments_over_data: bool = False  # optimizer state and its update split over data (ZeRO-1)
+    keeps_gathered: bool = True  # what tensor shards have gathered for a matmul is kept for its backward pass
     sequence_parallel: bool = True  # norms and residuals are split over tensor
     fused_attention: bool = True
     attention: float = 1.0  # of the rate of a kernel made for the machine: FlashAttention-2 leaves a Hopper half idle
@@ -42,10 +43,11 @@ PYTORCH = Software(
     ends_on_all_stages=False,
     gathers_every_microbatch=False,
     reduces_every_microbatch=False,
+    keeps_gathered=False,
     gradient_bytes=4,
     passes=1.3,
     kernel_us=4.0,
-    attention=0.65,
+    attention=0.65,  # FlashAttention-2
 )
 TORCHTITAN = replace(PYTORCH, name="torchtitan", dots_again=0.5)
 PROGRAMS = {
@@ -68,6 +70,7 @@ PROGRAMS = {
         name="megatron",
         moments_over_data=True,
         selective=True,
+        attention=0.8,  # of Transformer Engine
         state_bytes=2,
         overlap_tensor=0.7,
         overlap_data=0.9,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from model.config import GATED, ModelConfig
 from model.counts import keys_seen
+from planner.layout import Layout
 from planner.machine import Machine
 from planner.software import Software
 
@@ -76,12 +77,24 @@ class Work:
         self.into, self.out = c.width * c.head_dim * (c.heads + 2 * c.kv_heads), c.width * c.heads * c.head_dim
         self.ffn_in, self.down = gated * c.width * c.ffn, c.width * c.ffn
         self.gated, self.keys = gated, keys_seen(c, seq_len) / c.layers
+        self.ours = software.name == "isomesh"
         self.fused = software.fused_attention and c.attention_kernel != "plain" and machine.platform != "cpu"
+        if self.ours and machine.platform == "gpu":  # what cuDNN's kernel does not cover (model.attention_kernels)
+            self.fused &= c.head_dim % 8 == 0 and c.head_dim <= 128 and not c.attention_softcap
 
-    def layer(self, n: float, y: int, remat: str, experts_here: float = 1.0) -> LayerWork:
-        """`n` tokens, `y` shards of heads and ffn; `experts_here` whole experts whose weights are read."""
+    def fused_on(self, layout: Layout) -> bool:
+        """Whether attention runs in a fused kernel; this project has none for its ring."""
+        return self.fused and not (self.ours and layout.context > 1 and layout.style == "ring")
+
+    def layer(
+        self, n: float, y: int, remat: str, experts_here: float = 1.0, fused: bool = True, across: bool = False
+    ) -> LayerWork:
+        """`n` tokens, `y` shards of heads and ffn; `experts_here` whole experts whose weights are read. `fused`: in an
+        attention kernel; `across`: which runs again where its heads or keys have come from other devices.
+        """
         weights = Parts() + self._attention_weights(n, y) + self._ffn(n, y, experts_here)
-        core, core_backward = self._core(n, y)
+        core, core_backward = self._core(n, y, fused)
+        core_backward = core_backward + core if across else core_backward
         memory = self._passes(n, y)
         kernels = Parts(kernels=(14 if not self.model.experts else 24) * self.software.kernel_us * 1e-6)
         kernels = kernels if self.machine.platform != "cpu" else Parts()
@@ -96,7 +109,7 @@ class Work:
         elif remat == "attention":
             again = weights.times(1 - self._idle_share()) + memory + kernels
         elif remat == "dots":
-            kept = self.machine.platform == "gpu" and self.fused
+            kept = self.machine.platform == "gpu" and fused
             again = weights.times(self.software.dots_again) + (Parts() if kept else core) + memory.times(0.8)
             if self.model.experts:  # the policy keeps products with one matrix, not those with a stack of them
                 again = again + self._ffn(n, y, experts_here)
@@ -143,14 +156,14 @@ class Work:
             found = found + self._matmul(shared, n * c.shared_experts * act, self.block_rate)
         return found
 
-    def _core(self, n: float, y: int) -> tuple[Parts, Parts]:
+    def _core(self, n: float, y: int, fused: bool) -> tuple[Parts, Parts]:
         """Attention without its projections, forward and backward."""
         c, m = self.model, self.machine
         pairs = n * c.heads / y * self.keys
         flops = 4 * pairs * c.head_dim
-        if not self.fused:
-            every = n * c.heads / y * self.seq_len if not c.causal or m.platform != "cpu" else pairs
-            scale = self.element / 2
+        if not fused:  # ours leaves out keys after a part of the queries, and has scores in float32
+            every = pairs if self.ours else n * c.heads / y * self.seq_len
+            scale = (1.5 if self.ours else 1) * self.element / 2
             forward = 4 * every * c.head_dim / self.rate + every * SCORE_BYTES * scale / self.bandwidth
             backward = 8 * every * c.head_dim / self.rate + every * SCORE_BYTES_BACKWARD * scale / self.bandwidth
             return Parts(attention=forward, flops=flops), Parts(attention=backward, flops=2 * flops)

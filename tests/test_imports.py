@@ -96,6 +96,7 @@ ENTRY_POINTS = {
     "serving/__main__.py",
     "scaling/__main__.py",
     "planner/__main__.py",
+    "planner/compiled_step.py",
 }
 PARTS = (
     "scaling/commands/",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from config import compose
 from config.schema import Config
+from model.counts import flops_per_token
 from planner.cost import Planner, Prediction
 from planner.machine import open_machine
 from planner.search import pins_of, search
@@ -154,6 +155,21 @@ def torchtitan() -> list[Row]:
         step = tokens / (devices * float(row["tps_per_gpu"]))
         told = f"{name} x{devices} {row['seq']} {which} {row['schedule']}" + (" float8" if row["float8"] == "1" else "")
         rows.append(Row(told, run, layout, "h100_96gb", devices, which, step, free=("mesh.data=1", remat)))
+    return rows
+
+
+def llama3_405b() -> list[Row]:
+    """Llama 3 405B on up to 16,384 H100s, interleaved, nothing recomputed."""
+    rows = []
+    for row in _read("llama3_405b_2024.csv"):
+        data, seq, devices = int(row["dp"]), int(row["seq"]), int(row["gpus"])
+        batch = data * int(row["sequences_per_dp"])
+        run = (*LLAMA_405B, "optimizer=adamw", f"train.seq_len={seq}", f"train.batch_size={batch}")
+        layout = (*_mesh(int(row["tp"]), int(row["pp"]), data, 1, int(row["cp"])), "train.remat=none")
+        layout += ("pipeline.schedule=interleaved",)
+        flops = flops_per_token(config_of(run).model, seq) * batch * seq
+        step = flops / (devices * float(row["tflops_per_gpu"]) * 1e12)
+        rows.append(Row(f"{devices} cp{row['cp']}", run, layout, "h100", devices, "megatron", step))
     return rows
 
 

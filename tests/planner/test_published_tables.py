@@ -12,6 +12,7 @@ TABLES = {
     "megatron_a100": published.megatron_a100(),
     "megatron_h100": published.megatron_h100(),
     "torchtitan": published.torchtitan(),
+    "llama3_405b": published.llama3_405b(),
     "maxtext": published.maxtext(),
     "h200": [row for row, _ in published.h200()],
 }

@@ -40,7 +40,7 @@ def test_meshes_are_all_legal_ones():
     found = {tuple(sizes.values()) for sizes in meshes(config, 8, Pins({}))}
     asked = requirements(config)
     legal = {tuple(s.values()) for s in factorizations(8) if not any(r.problem(s) for r in asked)}
-    assert found == {s for s in legal if s[0] <= config.model.layers and s[4] <= 2}  # 512 tokens of a sequence, or more
+    assert found == {s for s in legal if s[0] <= config.model.layers and s[4] == 1}
 
 
 def test_every_layout_is_one_that_train_py_takes():
@@ -111,6 +111,7 @@ def test_memory_decides_and_its_absence_is_explained(capsys):
         (["--hardware", "abacus"], "no such machine"),
         (["--devices", "0"], "must be 1 or more"),
         (["--program", "abacus"], "is unknown; use one of isomesh"),
+        (["pipeline.schedule=mine.csv"], "and no table of a file"),
         (["mesh.tensor=3"], "3 devices does not divide --devices 8; use a multiple of 3"),
         (["train.remta=full"], "did you mean train.remat"),
         (["mesh.data=8", "train.batch_size=12"], "train.batch_size=12 does not divide by mesh.data=8; nearest legal"),

@@ -1,0 +1,123 @@
+"""The best layouts given to the real compilers, without a device: `python -m planner ... --compile K`.
+
+A process loads the compiler of one platform, and each lives in an environment of its own (.venv-aot-tpu,
+.venv-aot-gpu; that for CPUs is everywhere): every layout is compiled in a child process there,
+planner/compiled_step.py, which is told what on its standard input and answers on its standard output. No JAX here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.cost import Planner, Prediction
+from planner.machine import torus_dims
+from planner.report import command
+
+ROOT = Path(__file__).parent.parent
+# What each compiler needs: no accelerator is to be looked for, nothing is there to tune on
+ENVIRONMENT = {
+    "cpu": {"JAX_PLATFORMS": "cpu"},
+    "tpu": {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"},
+    "gpu": {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"},
+}
+GPUS = ("H100", "H200")  # kinds that performance.targets can describe to the compiler
+SECONDS = 1800  # that one compilation may take
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler says of one layout; bytes are those of a device."""
+
+    prediction: Prediction
+    arguments: float  # state and batch
+    temporary: float
+    code: float
+    flops: float | None  # of a device, loops once; None where the compiler does not say
+    collectives: list[dict]  # kind, axes, times, bytes, asynchronous
+    largest: list[tuple[str, float]]  # shapes of temporaries and their bytes
+    least_s: float | None  # the least time of all kernels (performance.roofline)
+    seconds: float  # of compiling
+
+    @property
+    def memory(self) -> float:
+        """All that the program needs."""
+        return self.arguments + self.temporary + self.code
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program fits where the planner said that it does."""
+        return self.memory <= self.prediction.limit
+
+
+def topology(planner: Planner) -> str:
+    """The compilers' name of the devices: v5e:16x16, hosts x 1 x GPUs, or how many CPUs. Else ValueError."""
+    machine, devices = planner.machine, planner.devices
+    if machine.platform == "tpu":
+        if devices > machine.domain:
+            raise ValueError(f"--compile: {devices} chips are more than a slice's {machine.domain}; plan one slice")
+        kind = machine.name.removeprefix("TPU ").lower().partition(",")[0]
+        dims = torus_dims(devices, machine.torus)
+        return f"{kind}:{'x'.join(map(str, dims))}"
+    if machine.platform == "gpu" and machine.kind in GPUS:
+        hosts = max(devices // machine.domain, 1)
+        return f"{hosts}x1x{min(devices, machine.domain)}"
+    if machine.platform == "cpu":
+        return str(devices)
+    raise ValueError(f"--compile: no compiler here knows {machine.name}; it works for TPUs and {', '.join(GPUS)}")
+
+
+def interpreter(platform: str) -> Path:
+    """The Python that has the platform's compiler. Raises ValueError where there is none, with what makes it."""
+    if platform == "cpu":
+        return Path(sys.executable)
+    python = ROOT / f".venv-aot-{platform}" / "bin" / "python"
+    if not python.exists():
+        size = {"tpu": "1.5 GB", "gpu": "5 GB"}[platform]
+        raise ValueError(
+            f"--compile needs the compiler for {platform.upper()}s: run `make aot-{platform}` once ({size})"
+        )
+    return python
+
+
+def compiled(planner: Planner, prediction: Prediction, settings: list[str]) -> Compiled:
+    """Compiles the real training step of a layout. Raises ValueError where the compiler refuses it, with its reason."""
+    platform = planner.machine.platform
+    asked = {"platform": platform, "topology": topology(planner), "settings": command(settings, prediction)}
+    asked |= {"machine": planner.machine.kind, "memory": planner.machine.memory_gib * 2**30}
+    child = subprocess.run(
+        [interpreter(platform), "-m", "planner.compiled_step"],
+        input=json.dumps(asked),
+        env=os.environ | ENVIRONMENT[platform],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    if child.returncode:
+        last = (child.stderr.strip() or "no reason").splitlines()[-1]
+        raise ValueError(f"{prediction.layout.told()}: the compiler refuses it: {last[:600]}")
+    return Compiled(prediction, **json.loads(child.stdout.splitlines()[-1]))
+
+
+def told(found: Compiled) -> str:
+    """For people."""
+    memory = found.prediction.memory
+    predicted = memory.total - memory.fragmentation
+    flops = "unknown" if found.flops is None else f"{found.flops / 1e12:,.1f}e12, loops once"
+    least = "unknown" if found.least_s is None else f"{1e3 * found.least_s:,.1f} ms"
+    verdict = "fits" if found.fits else "does not fit"
+    lines = [
+        f"{found.prediction.layout.told()}: {verdict}, compiled in {found.seconds:.0f} s",
+        f"  memory      {found.memory / 1e9:.2f} GB a device of {found.prediction.limit / 1e9:.2f} (arguments "
+        f"{found.arguments / 1e9:.2f}, temporary {found.temporary / 1e9:.2f}, code {found.code / 1e9:.2f}); predicted "
+        f"{predicted / 1e9:.2f}, {predicted / found.memory - 1:+.1%}",
+        f"  FLOPs       {flops}; least time by kernels {least}, predicted step {1e3 * found.prediction.step:,.1f} ms",
+        "  largest     " + ", ".join(f"{shape} {size / 1e9:.2f} GB" for shape, size in found.largest),
+    ]
+    for c in found.collectives:
+        how = "asynchronous" if c["asynchronous"] else "waited for"
+        lines.append(f"  {c['kind']:20} {' '.join(c['axes']):16} {c['times']:>7,} x, {c['bytes'] / 1e9:,.2f} GB, {how}")
+    return "\n".join(lines)
