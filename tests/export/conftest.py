@@ -51,11 +51,11 @@ def golden(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def changed(golden, tmp_path_factory):
-    """The llama model with other settings in its config.json, which name no other tensors."""
+    """Of a family its model with other settings in its config.json, which name no other tensors."""
 
-    def folder(**settings) -> Path:
+    def folder(family: str, **settings) -> Path:
         path = tmp_path_factory.mktemp("changed") / "model"
-        shutil.copytree(golden("llama"), path)
+        shutil.copytree(golden(family), path)
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | settings))
         return path
