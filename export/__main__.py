@@ -63,6 +63,8 @@ def main(options: argparse.Namespace) -> int:
     except leave.MISTAKES as error:
         return leave.ended(MISTAKE, leave.one_line(error))
     except ImportError as error:
+        if error.name not in ("onnx", "onnxruntime", "gguf"):
+            raise
         missing = f"error: --to {options.to} needs the package {error.name}: make setup EXTRAS=export"
         return leave.ended(MISTAKE, missing)
     return DONE

@@ -56,7 +56,7 @@ def save(
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[kind])
     _sizes(writer, config, length)
-    _tokenizer(writer, vocabulary, chat)
+    write_tokenizer(writer, vocabulary, chat)
     tensors = pieces_of(FAMILIES[architecture], config)
     for tensor, pieces in tensors.items():
         _, spec, place, *_ = pieces[0]
@@ -89,7 +89,8 @@ def _sizes(writer: gguf.GGUFWriter, config: ModelConfig, length: int) -> None:
         writer.add_rope_freq_base(c.rope_theta)
 
 
-def _tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, chat: str | None) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, chat: str | None = None) -> None:
+    """The keys of a tokenizer, and of a chat template if there is one."""
     v = vocabulary
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(v.pre)

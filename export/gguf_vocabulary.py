@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 
 from data.tokenizer import Tokenizer
+from data.tokenizers.gguf import NEVER
 from data.tokenizers.patterns import GPT2, NAMES, Words
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # of tokenizer.ggml.token_type
-NEVER = "\u4e00 \u4e01"  # a merge of what no text is spelled with: llama.cpp wants one at least
 
 
 @dataclass(frozen=True)

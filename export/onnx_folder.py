@@ -28,6 +28,7 @@ def save(folder: Path, config: ModelConfig, arrays: dict, length: int, tokenizer
     model = decoder(config, arrays, length)
     where = {"all_tensors_to_one_file": True, "location": f"{MODEL}.data", "size_threshold": INLINE}
     onnx.save_model(model, folder / MODEL, save_as_external_data=True, **where)
+    (folder / where["location"]).chmod(0o644)  # onnx keeps it to its owner
     onnx.checker.check_model(folder / MODEL, full_check=True)
     (folder / TOKENIZER).write_text(tokenizer)
     sizes = {"layers": config.layers, "kv_heads": config.kv_heads, "head_dim": config.head_dim}

@@ -50,7 +50,7 @@ ALLOWED = {
     },
     # a model for other programs: it opens one, as inference does, and writes it as the tables of checkpoint say
     "export": {
-        *("checkpoint", "compress.folder", "compress.forms", "data.tokenizer", "data.tokenizers.patterns"),
+        *("checkpoint", "compress.folder", "compress.forms", "data.tokenizer", "data.tokenizers"),
         *("finetune.adapters.merging", "inference", "model", "parallel", "runtime", "tracking.run_directory"),
     },
     "edge": set(),  # one file that runs without the project
