@@ -71,7 +71,8 @@ def _score(x_BTD, table_VD):
 
 def _score_forward(x_BTD, table_VD):
     dtype = x_BTD.dtype if choices().narrow_logits else jnp.float32
-    few = x_BTD.shape[0] * x_BTD.shape[1] <= FEW_TOKENS
+    tokens = x_BTD.shape[0] * x_BTD.shape[1]  # of an exported program a symbol
+    few = isinstance(tokens, int) and tokens <= FEW_TOKENS
     logits_BTV = project_by_output(x_BTD, table_VD, dtype) if few else _contract(x_BTD, table_VD, ((2,), (1,)), dtype)
     return logits_BTV.astype(jnp.float32), (x_BTD, table_VD)
 

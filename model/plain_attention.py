@@ -26,7 +26,7 @@ def plain(rule: Rule, case: Case, q_BTNH, k_BSKH, v_BSKH, q_info, k_info, window
     scores of all queries never exist at once.
     """
     (B, T, _, H), (S, K), G = q_BTNH.shape, k_BSKH.shape[1:3], q_BTNH.shape[2] // k_BSKH.shape[2]
-    in_turn = rule.query_chunk * 2 < T and T % rule.query_chunk == 0
+    in_turn = T % rule.query_chunk == 0 and rule.query_chunk * 2 < T  # never of a length that is not known yet
     ordered = case.causal and case.in_order and T == S
     if in_turn:
         P = T // rule.query_chunk

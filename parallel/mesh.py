@@ -255,3 +255,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> "AbstractMesh":
 
     shape = tuple(sizes[axis] for axis in AXES)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def portable_mesh() -> "AbstractMesh":
+    """One device of no particular platform: in its context a program has no form that only one platform understands."""
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+    anywhere = AbstractDevice(device_kind="any", num_cores=1, platform="any")
+    types = (AxisType.Auto,) * len(AXES)
+    return AbstractMesh((1,) * len(AXES), AXES, axis_types=types, abstract_device=anywhere)

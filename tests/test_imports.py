@@ -48,6 +48,12 @@ ALLOWED = {
         *("inference", "data.chat", "data.tokenizer", "model.config", "runtime", "tracking.run_directory"),
         "checkpoint.config",  # which checkpoint of a run
     },
+    # a model for other programs: it opens one, as inference does, and writes it as the tables of checkpoint say
+    "export": {
+        *("checkpoint", "compress.folder", "compress.forms", "data.tokenizer", "data.tokenizers"),
+        *("finetune.adapters.merging", "inference", "model", "parallel", "runtime", "tracking.run_directory"),
+    },
+    "edge": set(),  # one file that runs without the project
     # measures models of runs and of training jobs with text, tasks and programs
     "evaluation": {"config.schema", "data", "inference", "model", "parallel", "runtime", "tracking", "training"},
     # nests the settings of every room, each from a module without JAX
@@ -90,6 +96,8 @@ ENTRY_POINTS = {
     "inference/__main__.py",
     "checkpoint/huggingface/__main__.py",
     "compress/__main__.py",
+    "export/__main__.py",
+    "edge/run.py",
     "finetune/__main__.py",
     "evaluation/__main__.py",
     "tracking/__main__.py",

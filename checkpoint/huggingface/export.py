@@ -39,7 +39,7 @@ def export(
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
     family, stored = family_of(json_config), np.dtype(DTYPES[dtype])
-    tensors = _tensors(family, config)
+    tensors = pieces_of(family, config)
     shapes = {name: pieces[0][2].shape(pieces[0][1]) for name, pieces in tensors.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -49,7 +49,7 @@ def export(
             with (beside / file).open("wb") as opened:
                 write_header(opened, {name: (stored, shapes[name]) for name in names})
                 for name in names:
-                    opened.write(_tensor(tensors[name], shapes[name], params).astype(stored).tobytes())
+                    opened.write(tensor_of(tensors[name], shapes[name], params).astype(stored).tobytes())
         total = sum(int(np.prod(shape)) * stored.itemsize for shape in shapes.values())
         if len(files) > 1:
             where = {name: file for file, names in files.items() for name in names}
@@ -67,7 +67,7 @@ def export(
     return total
 
 
-def _tensors(family: Family, config: ModelConfig) -> dict[str, list[Piece]]:
+def pieces_of(family: Family, config: ModelConfig) -> dict[str, list[Piece]]:
     """Every tensor of theirs, with the parameters of ours that it is made of."""
     tensors = defaultdict(list)
     for path, spec in leaves(parameter_specs(config)):
@@ -93,7 +93,7 @@ def _files(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, lis
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, 1)}
 
 
-def _tensor(pieces: list[Piece], shape: tuple[int, ...], params: dict) -> np.ndarray:
+def tensor_of(pieces: list[Piece], shape: tuple[int, ...], params: dict) -> np.ndarray:
     """One tensor of theirs."""
     whole = None
     for piece, value in zip(pieces, _values(pieces, params), strict=True):

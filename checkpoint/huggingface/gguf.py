@@ -128,8 +128,14 @@ def read_gguf_config(gguf: Gguf) -> ModelConfig:
         tied_embeddings="output.weight" not in gguf.names(), norm_eps=value("attention.layer_norm_rms_epsilon"),
         rope_theta=float(value("rope.freq_base", 10000.0)), rope_scaling=_scaling(gguf, head_dim),
         rope_fraction=value("rope.dimension_count", head_dim) / head_dim,
-        bias="qkv" if "blk.0.attn_q.bias" in gguf.names() else "none",
+        bias=_bias(gguf),
     )  # fmt: skip
+
+
+def _bias(gguf: Gguf) -> str:
+    there = tuple(f"blk.0.{part}.bias" in gguf.names() for part in ("attn_q", "attn_output", "ffn_up"))
+    kinds = {(True, False, False): "qkv", (True, True, False): "attention", (False, False, True): "ffn"}
+    return kinds.get(there, "all" if all(there) else "none")
 
 
 def _scaling(gguf: Gguf, head_dim: int) -> RopeScaling:

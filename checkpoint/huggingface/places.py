@@ -65,7 +65,10 @@ class Place:
             return
         matrix = spec.is_matrix
         slot = self.slot(whole.T if matrix and not self.out_first else whole)
-        value = value.reshape(_inputs(spec), -1).T if matrix else value
+        value = value.reshape(_inputs(spec), -1).T if matrix else value.reshape(-1)
+        if self.rotary_pairs:
+            halves = value.reshape(self.rotary_pairs, 2, -1, *value.shape[1:])
+            value = halves.swapaxes(1, 2)
         slot[...] = value.reshape(slot.shape)
 
     def shape(self, spec: ParameterSpec) -> tuple[int, ...]:

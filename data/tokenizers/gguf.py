@@ -13,6 +13,8 @@ from runtime.gguf import read_header
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # of tokenizer.ggml.token_type; 1 is a word, 5 unused
 SPACE = "▁"
+# The one merge of a vocabulary without merges, which llama.cpp does not read; of characters that stand for no byte.
+NEVER = "\u4e00 \u4e01"
 
 
 # ---- from metadata to a tokenizer.json ---------------------------------------------------------------------------
@@ -50,6 +52,7 @@ def _byte_level(found: dict, path: Path, begin: str | None) -> str:
     if pre not in WORDS:
         raise ValueError(f"{path}: tokenizer.ggml.pre={pre} is not known; known are {' '.join(WORDS)}")
     vocab = {token: i for i, token in enumerate(found["tokens"])}
+    merges = [] if merges == [NEVER] else merges
     pairs = [tuple(merge.split(" ")) for merge in merges] if isinstance(merges, list) else None
     if pairs is None or not all(len(pair) == 2 and vocab.keys() >= {*pair, "".join(pair)} for pair in pairs):
         raise ValueError(f"{path}: tokenizer.ggml.merges is not a list of pairs of its tokens")

