@@ -18,7 +18,9 @@ ALLOWED = {
     # what models are tuned for: tasks that read rows, minimise and judge with the steps of training
     "finetune": {
         "checkpoint.config",
+        "checkpoint.digests",  # of what a teacher said
         "config.build",
+        "config.layout",  # whether a teacher suits the mesh
         "config.schema",
         "data",
         "inference",
