@@ -35,6 +35,7 @@ from config.compose import to_yaml
 from config.schema import identity
 from data.opening import Corpora
 from evaluation.scoring import Row, Scorer
+from finetune.adapter_config import NoAdapter
 from inference.config import SampleConfig
 from inference.generate import generate
 from inference.opening import Found, Opened, find_model, keep_pretrained
@@ -61,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder and prints the table. Raises ValueError or OSError for what the user can mend."""
     began, recipe = time.perf_counter(), RECIPES[options.recipe]
     found = find_model(options.model, options.overrides, SETTINGS)
+    if found.config.adapter.kind == "qat":  # floats, trained to be rounded
+        found = replace(found, forms={}, config=replace(found.config, adapter=NoAdapter()))
     if found.forms:
         raise ValueError(f"{found.path} has adapters: merge them first (python -m finetune merge {found.path} OUT)")
     if recipe.calibrated and found.config.mesh.context != 1:
@@ -189,9 +192,8 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     store.close()
     if not saved:
         raise ValueError("; ".join(store.poll()) or f"{folder} could not be written")
-    before = replace(
-        cost.before, disk=bytes_on_disk(found.path / "checkpoints" if source.config.exists() else found.path)
-    )
+    checkpoints = Path(found.config.checkpoint.dir or found.path / "checkpoints")
+    before = replace(cost.before, disk=bytes_on_disk(checkpoints if source.config.exists() else found.path))
     cost = replace(cost, before=before, after=replace(cost.after, disk=bytes_on_disk(folder / "checkpoints")))
     body = provenance(options, found, small, data)
     told = {"recipe": options.recipe, "model": str(found.path), **cost.as_json(), "provenance": body}

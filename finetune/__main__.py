@@ -117,8 +117,8 @@ def family_at(path: Path, config: Config, reach: int) -> Family:
 def export_run(options: argparse.Namespace) -> str:
     """Writes peft's two files. Raises ValueError or OSError for what the user can mend."""
     found = adapted_run(options)
-    if found.config.adapter.kind == "freeze":
-        raise ValueError(f"{options.run} has no adapters: adapter.kind=freeze")
+    if found.config.adapter.kind in ("freeze", "qat"):
+        raise ValueError(f"{options.run} has no adapters: adapter.kind={found.config.adapter.kind}")
     if found.config.adapter.also:
         raise ValueError("adapter.also trains the model's own parameters, and peft's files hold none: merge instead")
     family = family_at(found.path, found.config, found.reach)

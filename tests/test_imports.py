@@ -35,6 +35,7 @@ ALLOWED = {
     # adapters wrap matrices, quantised ones too, and say what of a job is trained; above it stands what opens a run
     "finetune/adapters": {
         *("checkpoint.config", "checkpoint.huggingface", "compress.forms", "compress.layers", "model", "parallel"),
+        "compress.rehearsal",
         *("runtime", "training.trainable"),
     },
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run
