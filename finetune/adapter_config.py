@@ -154,7 +154,7 @@ class QatConfig:
 
 
 AdapterConfig = (
-    NoAdapter | FreezeConfig | QatConfig | LoraConfig | AdaLoraConfig | Ia3Config | BottleneckConfig | PrefixConfig
+    NoAdapter | FreezeConfig | LoraConfig | AdaLoraConfig | Ia3Config | BottleneckConfig | PrefixConfig | QatConfig
 )
 
 
