@@ -27,7 +27,7 @@ class Options:
 
     teacher: str = ""  # a run's directory, a Hugging Face folder or a .gguf file, put on the mesh beside the student
     kept: str = ""  # instead of it, a folder of what a teacher said: python -m finetune teach
-    temperature: float = 2.0  # both distributions are of logits over this
+    temperature: float = 1.0  # both distributions are of logits over this
     hard: float = 0.5  # weight of the true next token; the rest is the teacher's
     top_k: int = 64  # tokens that the teacher names
     hidden: float = 0.0  # weight of the squared distance of final vectors, each of length 1; wants one width; 0 off

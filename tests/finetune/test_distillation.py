@@ -111,7 +111,7 @@ def test_what_is_kept_says_what_the_teacher_said(tmp_path):
     assert_same(trace(arguments(*kept), fsdp=2), one_device())
     with pytest.raises(ValueError, match="is of seed=0, and this run has 1"):
         trace(arguments(*kept, "seed=1"))
-    with pytest.raises(ValueError, match=r"is of temperature=2.0, and this run has 3.0"):
+    with pytest.raises(ValueError, match=r"is of temperature=1.0, and this run has 3.0"):
         trace(arguments(*kept, "task.options.temperature=3"))
     with pytest.raises(ValueError, match=r"has 10 steps, and train.steps=11"):
         trace(arguments(*kept, "train.steps=11"))
