@@ -1,7 +1,7 @@
-"""A student of half the size, taught and alone, at equal tokens: python experiments/distillation/compare.py RUN OUT.jsonl
+"""A student of half the size, taught and alone, at equal tokens.
 
-RUN, the teacher, is the directory of a run of `python train.py`. For each seed both students begin from the same parameters and
-see the same batches; a line says the held-out loss of each.
+python experiments/distillation/compare.py RUN OUT.jsonl, where RUN, the teacher, is the directory of a run. For each
+seed both students begin from the same parameters and see the same batches; a line has the held-out loss of each.
 """
 
 import json
