@@ -55,7 +55,8 @@ READ_ROWS = 4  # of held-out text that are timed
 def main(options: argparse.Namespace) -> int:
     """Compresses; returns the exit code."""
     try:
-        compare(options) if "folders" in options else run(options)
+        command = compare if "folders" in options else run
+        command(options)
     except leave.MISTAKES as error:
         return leave.ended(MISTAKE, leave.one_line(error))
     return DONE

@@ -31,7 +31,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "What it cost is printed, and written to OUT/cost.md and OUT/cost.json.\n"
         f"python -m compress {COMPARE} OUT ... puts several beside each other.",
     )
-
     parser.add_argument("model", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT", type=_free, help="folder to make")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings")
@@ -58,12 +57,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="matrices that are kept in int8, as in attention/value,ffn/down",
     )
     parser.add_argument("--share", type=_share, default=0.5, metavar="X", help="of the weights that become zero (0.5)")
-    for name, words in (
-        ("layers", "layers"),
-        ("kv-heads", "heads of keys and values, with their queries"),
-        ("ffn", "ffn"),
-    ):
-        parser.add_argument(f"--{name}", type=_count, metavar="N", help=f"narrow: {words} that stay (all)")
+    words = {"layers": "layers", "kv-heads": "heads of keys and values, with their queries", "ffn": "entries of ffn"}
+    for name, what in words.items():
+        parser.add_argument(f"--{name}", type=_count, metavar="N", help=f"narrow: {what} that stay (all)")
     parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint of a run (last)")
     options = parser.parse_intermixed_args(list(arguments))
     options.sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
