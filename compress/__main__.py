@@ -1,5 +1,7 @@
 """Makes a trained model small: python -m compress MODEL OUT --recipe RECIPE [key=value ...]; --help says more.
 
+python -m compress compare OUT ... puts several beside each other.
+
 The table of what it cost goes to stdout, everything else to stderr. Exit codes: 0 done; 2 the user's mistake.
 """
 
@@ -28,27 +30,33 @@ from compress.cost import Cost, Side, bytes_of, bytes_on_disk, paired
 from compress.folder import made, write_mark
 from compress.forms import forms_for
 from compress.layers import quantise
-from compress.recipes import RECIPES
+from compress.narrowing import Sizes, narrowed
+from compress.pareto import draw, points_of, table
+from compress.recipes import RECIPES, Recipe
 from compress.text import data_of, open_text, rows_of_text
 from config.compose import to_yaml
 from config.schema import identity
 from data.opening import Corpora
 from evaluation.scoring import Row, Scorer
+from finetune.adapter_config import NoAdapter
 from inference.config import SampleConfig
 from inference.generate import generate
 from inference.opening import Found, Opened, find_model, keep_pretrained
 from model.forms import Forms
+from model.transformer import describe
 from parallel.sharding import splits
 from tracking.run_directory import RunDirectory
 
 ROUNDS = 2  # in which both models are timed by turns
+ASKED = ("group", "tables", "wide", "share", "sizes", "samples", "length", "heldout")  # options that are kept
 READ_ROWS = 4  # of held-out text that are timed
 
 
 def main(options: argparse.Namespace) -> int:
     """Compresses; returns the exit code."""
     try:
-        run(options)
+        command = compare if "folders" in options else run
+        command(options)
     except leave.MISTAKES as error:
         return leave.ended(MISTAKE, leave.one_line(error))
     return DONE
@@ -58,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder and prints the table. Raises ValueError or OSError for what the user can mend."""
     began, recipe = time.perf_counter(), RECIPES[options.recipe]
     found = find_model(options.model, options.overrides, SETTINGS)
+    if found.config.adapter.kind == "qat":  # floats, trained to be rounded
+        found = replace(found, forms={}, config=replace(found.config, adapter=NoAdapter()))
     if found.forms:
         raise ValueError(f"{found.path} has adapters: merge them first (python -m finetune merge {found.path} OUT)")
     if recipe.calibrated and found.config.mesh.context != 1:
@@ -71,21 +81,38 @@ def run(options: argparse.Namespace) -> None:
         tell(f"text: {data.path or data.source}" + ("" if options.data else "; --data names other"))
     model = found.open(options.step)
     with jax.set_mesh(model.mesh):
-        forms = forms_for(model.description, recipe, options.group, options.tables == "int8")
         rows = Texts(text, options, model)
-        samples = rows.calibration if recipe.calibrated else None
-        description, params = quantise(
-            *(model.description, model.params, model.mesh, forms, recipe.method, samples),
-            progress=lambda done, total: (
-                tell(f"layer {done} of {total}") if done in (1, total) or done % 5 == 0 else None
-            ),
-        )
-        small = replace(model, description=description, params=params)
+        small, forms = smaller(model, recipe, options, rows.calibration if recipe.calibrated else None)
         cost = measured(model, small, rows.heldout, options.generate)
     with made(options.out) as folder:
         cost = write(folder, options, found, small, forms, cost, data)
     print(cost.table(), end="")
     tell(f"{options.out}: {options.recipe} in {time.perf_counter() - began:.0f} s")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Prints what several folders cost, and draws it if asked to. Raises ValueError or OSError."""
+    points = points_of(options.folders)
+    if options.picture:
+        draw(points, options.picture)
+    print(table(points), end="")
+
+
+def smaller(model: Opened, recipe: Recipe, options: argparse.Namespace, samples: np.ndarray | None) -> tuple:
+    """The model as the recipe makes it, and the forms of its parts: none where it is one of floats."""
+    progress = lambda done, total: tell(f"layer {done} of {total}") if done in (1, total) or done % 5 == 0 else None
+    shared = model.description, model.params, model.mesh
+    if recipe.form == "narrow":
+        forms, config = {}, replace(model.config, model=Sizes(**options.sizes).of(model.config.model))
+        description, params = narrowed(*shared, config.model, samples, progress)
+    else:
+        tables, config = options.tables == "int8", model.config
+        forms = forms_for(model.description, recipe, options.group, tables, options.share, options.wide)
+        description, params = quantise(*shared, forms, recipe.method, samples, progress)
+    if recipe.is_dense:
+        dtype, forms = jax.tree.leaves(model.params)[0].dtype, {}
+        description, params = describe(config.model), jax.tree.map(lambda p: p.astype(dtype), params)
+    return replace(model, config=config, description=description, params=params), forms
 
 
 class Texts:
@@ -159,7 +186,7 @@ def by_turns(calls: list) -> list[float]:
 
 def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost: Cost, data) -> Cost:
     """Fills the folder; returns the cost with the bytes on disk."""
-    source, config = RunDirectory(found.path), found.config
+    source, config = RunDirectory(found.path), small.config
     kept = RunDirectory(folder)
     if source.config.exists() and not source.imported.exists() and not source.pretrained.exists():
         if config.tokenizer.kind != "bytes":
@@ -177,22 +204,22 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     store.close()
     if not saved:
         raise ValueError("; ".join(store.poll()) or f"{folder} could not be written")
-    before = replace(
-        cost.before, disk=bytes_on_disk(found.path / "checkpoints" if source.config.exists() else found.path)
-    )
+    checkpoints = Path(found.config.checkpoint.dir or found.path / "checkpoints")
+    before = replace(cost.before, disk=bytes_on_disk(checkpoints if source.config.exists() else found.path))
     cost = replace(cost, before=before, after=replace(cost.after, disk=bytes_on_disk(folder / "checkpoints")))
     body = provenance(options, found, small, data)
     told = {"recipe": options.recipe, "model": str(found.path), **cost.as_json(), "provenance": body}
     (folder / "cost.json").write_text(json.dumps(told, indent=2) + "\n")
     (folder / "cost.md").write_text(f"{options.recipe} of {found.path}\n\n{cost.table()}")
     kept.write_config(to_yaml(config))
-    write_mark(folder, forms, body)
+    if forms:  # else it is a model of floats, like any that was trained
+        write_mark(folder, forms, body)
     return cost
 
 
 def provenance(options, found: Found, small: Opened, data) -> dict:
     """Where a compressed model came from, and how it was made."""
-    asked = {name: getattr(options, name) for name in ("group", "tables", "samples", "length", "heldout")}
+    asked = {name: getattr(options, name) for name in ASKED}
     calibrated = {"source": data.source, "path": data.path} if RECIPES[options.recipe].calibrated else None
     source = {"path": str(found.path), "step": small.step, "digest": small.digest}
     return {

@@ -1,15 +1,17 @@
 """How a quantised matrix or table is kept, and the modules that compute with it in the place of model/'s own."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from compress.grids import NF4, ZERO_PARTS, Grid, Levels, int8_grid, pack, unpack
+from compress.grids import FLOAT8, LARGEST_INT8, NF4, ZERO_PARTS, Floats, Grid, Levels, int8_grid, pack, unpack
+from compress.pruning import Sparse
 from compress.recipes import Recipe
 from model.forms import Forms, branch, replaced
 from model.heads import Embedding
@@ -22,6 +24,7 @@ from parallel.sharding import cast_and_gather, shard
 GROUPS = "_groups"  # width_groups, ffn_groups: rows of the sharding tables for what there are fewer of than of inputs
 ROUTER = "router"  # the part whose matrix is kept: it is small, and decides much
 STEP_DTYPE = "bfloat16"
+SMALLEST = 1e-30  # a token's largest entry, where it has none
 
 
 # ----------------------------------------------------------------------------------------------------------- the forms
@@ -29,7 +32,12 @@ STEP_DTYPE = "bfloat16"
 
 @dataclass(frozen=True)
 class Int8:
-    """A matrix in int8, with a step for each output."""
+    """A matrix in int8, with a step for each output.
+
+    With `activations` tokens' vectors are multiplied with it in int8, too, with a step for each token.
+    """
+
+    activations: bool = False
 
     def specs(self, specs: Specs) -> Specs:
         """`weight` of the same shape, `step` of its outputs."""
@@ -38,12 +46,30 @@ class Int8:
 
     def module(self, part: Projection, specs: Specs) -> nnx.Module:
         """The matrix in int8."""
-        return QuantisedProjection(part, specs)
+        return (Int8Projection if self.activations else QuantisedProjection)(part, specs)
 
     def kept(self, weight: ParameterSpec, grid: Grid, q_nm: jax.Array, scale_n: jax.Array | None) -> dict:
         """What is stored of one matrix, in the shapes of one layer; `weight` is its spec there, without experts."""
         outputs = [weight.shape[dim] for dim in _outputs(weight)]
         return {"weight": q_nm.reshape(weight.shape).astype(jnp.int8), "step": grid.step_Gm.reshape(outputs)}
+
+
+@dataclass(frozen=True)
+class Fp8(Int8):
+    """A matrix in floats of 8 bits (e4m3), with a step for each output: 4 significant bits, whatever its size.
+
+    They are kept as bytes: what moves between devices and to disk need not know the format.
+    """
+
+    def specs(self, specs: Specs) -> Specs:
+        """As that of Int8."""
+        found = super().specs(specs)
+        return {**found, "weight": replace(found["weight"], dtype="uint8")}
+
+    def kept(self, weight: ParameterSpec, grid: Floats, q_nm: jax.Array, scale_n: jax.Array | None) -> dict:
+        """As that of Int8."""
+        outputs = [weight.shape[dim] for dim in _outputs(weight)]
+        return {"weight": q_nm.reshape(weight.shape), "step": grid.step_Gm.reshape(outputs)}
 
 
 @dataclass(frozen=True)
@@ -125,23 +151,32 @@ class Int8Rows:
         return QuantisedEmbedding(part, specs)
 
 
-KINDS: dict[str, Callable[..., Any]] = {"int8": Int8, "int4": Int4, "nf4": Nf4, "int8-rows": Int8Rows}
+KINDS: dict[str, Callable[..., Any]] = {"int8": Int8, "fp8": Fp8, "int4": Int4, "nf4": Nf4, "int8-rows": Int8Rows}
 
 
-def forms_for(description: Description, recipe: Recipe, group: int, tables: bool) -> Forms:
+def forms_for(
+    description: Description, recipe: Recipe, group: int, tables: bool, share: float = 0.5, wide: Sequence[str] = ()
+) -> Forms:
     """The forms of a recipe: of all matrices of the layers but the routers', and of the tables of tokens if asked for.
 
-    Raises ValueError where a matrix cannot be cut into groups.
+    Matrices whose names in a layer match one of the patterns `wide` are kept in int8; a `share` of those that are
+    pruned is zero. Raises ValueError where a matrix cannot be cut into groups, and for a pattern that none matches.
     """
-    form = Int8() if recipe.bits == 8 else Int4(group, scaled=recipe.method == "awq")
-    form = Nf4(group) if recipe.normal else form
-    found = {}
+    sparse = Sparse(share, recipe.two_of_four)
+    made = {"int8": Int8(), "w8a8": Int8(activations=True), "fp8": Fp8(), "nf4": Nf4(group), "sparse": sparse}
+    form = made.get(recipe.form) or Int4(group, scaled=recipe.method == "awq")
+    found, names = {}, []
     for path, spec in leaves(description.specs):
         *part, name = path
         if name == "weight" and part[0] == LAYERS and spec.is_matrix and part[-1] != ROUTER:
-            found[tuple(part)] = form
-        elif name == "weight" and "vocab" in spec.axes and spec.is_table and tables:
+            names.append("/".join(part[1:]))
+            is_wide = any(fnmatchcase(names[-1], pattern) for pattern in wide)
+            found[tuple(part)] = Int8() if is_wide else form
+        elif name == "weight" and "vocab" in spec.axes and spec.is_table and tables and not recipe.is_dense:
             found[tuple(part)] = Int8Rows()
+    for pattern in wide:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"--wide {pattern}: no matrix of a layer is called so; there are {', '.join(names)}")
     for path, form in found.items():
         form.specs(branch(description.specs, path))
     return found
@@ -174,6 +209,8 @@ def dense(description: Description, params: dict) -> dict:
 
 def numbers_of(kept: dict, spec: ParameterSpec, dtype) -> jax.Array:
     """What is kept of a matrix or a table, as numbers; `spec` is that of the float parameter."""
+    if len(kept) == 1:  # pruned: floats
+        return kept["weight"].astype(dtype)
     if spec.is_table:
         return kept["weight"].astype(dtype) * kept["step"].astype(dtype)[:, None]
     return numbers(**kept, outputs=len(_outputs(spec)), inputs=len(spec.contracted), dtype=dtype)
@@ -213,9 +250,9 @@ def numbers(
     weight: jax.Array, step: jax.Array, zero=None, scale=None, *, inputs: int, outputs: int, dtype
 ) -> jax.Array:
     """The matrix (*batch, *in, *out) in `dtype`, by the numbers of its input and output dims."""
-    if weight.dtype == jnp.int8:
+    if step.ndim < weight.ndim:
         batch = step.ndim - outputs
-        return weight.astype(dtype) * step.astype(dtype).reshape(
+        return by_output(weight, dtype) * step.astype(dtype).reshape(
             *step.shape[:batch], *(1,) * inputs, *step.shape[batch:]
         )
     axis = weight.ndim - outputs - 1
@@ -232,6 +269,13 @@ def numbers(
     return matrix if scale is None else matrix * scale.astype(dtype).reshape(*scale.shape, *(1,) * outputs)
 
 
+def by_output(codes: jax.Array, dtype) -> jax.Array:
+    """The numbers of codes, before their outputs' steps: int8, or bytes that are floats."""
+    if codes.dtype == jnp.uint8:
+        codes = jax.lax.bitcast_convert_type(codes, FLOAT8)
+    return codes.astype(dtype)
+
+
 class QuantisedProjection(nnx.Module):
     """What model.projection.Projection is, with a weight of codes."""
 
@@ -242,7 +286,7 @@ class QuantisedProjection(nnx.Module):
         self.zero, self.scale = optional("zero"), optional("scale")
         self.bias, self.frozen_bias = part.bias, part.frozen_bias
         self.inputs, self.outputs = len(specs["weight"].contracted), len(_outputs(specs["weight"]))
-        self.by_output = specs["weight"].dtype == "int8"  # one step for each output, and no groups
+        self.by_output = len(specs["step"].shape) < len(specs["weight"].shape)  # a step for each output, and no groups
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -257,7 +301,7 @@ class QuantisedProjection(nnx.Module):
     def product(self, x: jax.Array) -> jax.Array:
         """x times the weight, in x's dtype, before the bias."""
         if self.by_output:  # the step may as well be multiplied with afterwards
-            return project(x, _gathered(self.weight).astype(x.dtype)) * _gathered(self.step).astype(x.dtype)
+            return project(x, by_output(_gathered(self.weight), x.dtype)) * _gathered(self.step).astype(x.dtype)
         x = x if self.scale is None else x * _gathered(self.scale).astype(x.dtype)
         return project(x, self._numbers(x.dtype, None))
 
@@ -269,6 +313,23 @@ class QuantisedProjection(nnx.Module):
         zero = None if self.zero is None else _gathered(self.zero)
         dims = {"inputs": self.inputs, "outputs": self.outputs}
         return numbers(_gathered(self.weight), _gathered(self.step), zero, scale, dtype=dtype, **dims)
+
+
+class Int8Projection(QuantisedProjection):
+    """Codes of a matrix times codes of tokens, summed in int32: exact, so that no mesh changes it."""
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x (B, T, ...in) times the weight, in x's dtype; a token's vector is rounded to int8 by its largest entry."""
+        axes = tuple(range(2, x.ndim))
+        x32 = x.astype(jnp.float32)
+        step = jnp.maximum(jnp.max(jnp.abs(x32), axis=axes, keepdims=True), SMALLEST) / LARGEST_INT8
+        codes = jnp.round(x32 / step).astype(jnp.int8)
+        inputs = tuple(range(self.inputs))
+        y = jax.lax.dot_general(
+            *(codes, _gathered(self.weight), ((axes, inputs), ((), ()))), preferred_element_type=jnp.int32
+        )
+        step = step.reshape(*x.shape[:2], *(1,) * self.outputs)
+        return (y.astype(jnp.float32) * step * _gathered(self.step).astype(jnp.float32)).astype(x.dtype)
 
 
 def _gathered(parameter: nnx.Param) -> jax.Array:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 LARGEST_INT8 = 127
 LARGEST_INT4 = 15
+FLOAT8 = jnp.float8_e4m3fn
+LARGEST_FLOAT8 = float(jnp.finfo(FLOAT8).max)
 ZERO_PARTS = 16  # a zero is counted in these parts of a step
 # NF4: means of quantiles of the normal distribution, over the largest of them (arXiv 2305.14314, appendix E)
 NF4 = (
@@ -71,6 +73,24 @@ class Levels:
         return jnp.repeat(self.step_Gm.astype(jnp.float32), n // self.step_Gm.shape[0], axis=0)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Floats:
+    """As a Grid, with the numbers of FLOAT8 times the step of each output; codes are their bytes."""
+
+    step_Gm: jax.Array  # bfloat16, (1, m)
+
+    def encode(self, w_nm: jax.Array) -> jax.Array:
+        """The nearest codes, uint8 (n, m)."""
+        scaled_nm = jnp.clip(w_nm / self.step_Gm.astype(jnp.float32), -LARGEST_FLOAT8, LARGEST_FLOAT8)
+        return jax.lax.bitcast_convert_type(scaled_nm.astype(FLOAT8), jnp.uint8)
+
+    def decode(self, q_nm: jax.Array) -> jax.Array:
+        """What codes stand for, float32 (n, m)."""
+        numbers_nm = jax.lax.bitcast_convert_type(q_nm, FLOAT8).astype(jnp.float32)
+        return numbers_nm * self.step_Gm.astype(jnp.float32)
+
+
 def nearest(w: jax.Array, step: jax.Array, zero: jax.Array, low: int, high: int) -> jax.Array:
     """The codes, still floats, whose numbers are nearest to w."""
     return jnp.clip(jnp.round(w / step + zero), low, high)
@@ -80,6 +100,11 @@ def int8_grid(w_nm: jax.Array) -> Grid:
     """One step for each output, such that its largest weight is code 127."""
     step_1m = _step(jnp.max(jnp.abs(w_nm), axis=0, keepdims=True) / LARGEST_INT8)
     return Grid(step_1m, jnp.zeros(step_1m.shape, jnp.uint8), -LARGEST_INT8, LARGEST_INT8)
+
+
+def fp8_floats(w_nm: jax.Array) -> Floats:
+    """One step for each output, such that its largest weight is the largest number."""
+    return Floats(_step(jnp.max(jnp.abs(w_nm), axis=0, keepdims=True) / LARGEST_FLOAT8))
 
 
 def int4_grid(w_nm: jax.Array, group: int, shrink_Gm: jax.Array | float = 1.0) -> Grid:

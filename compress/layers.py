@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from compress.forms import Int4, Int8, dense, numbers_of, quantised_rows
+from compress.forms import Int4, dense, numbers_of, quantised_rows
+from compress.pruning import Sparse
 from compress.rounding import chosen
 from compress.watching import noted, watching
-from model.forms import Forms, Path, branch, of_block, replaced
+from model.forms import Form, Forms, Path, branch, of_block, replaced
 from model.specs import LAYERS, ParameterSpec, RandomKey, map_specs
 from model.transformer import Description, describe, rows_of
 from parallel.sharding import parameter_sharding, put_batch, splits
@@ -41,8 +42,8 @@ def quantise(
 ) -> tuple[Description, dict]:
     """The model in these forms, and its parameters; to be called inside `jax.set_mesh(mesh)`.
 
-    method: round | gptq | awq; the last two need samples: as many rows as the batch axes divide, of as many tokens as
-    `residual` divides.
+    method: round | magnitude, or with samples gptq | awq | wanda: as many rows of these as the batch axes divide, of as
+    many tokens as `residual` divides.
     """
     config = description.config
     tables = {path: form for path, form in forms.items() if path[0] != LAYERS}
@@ -53,13 +54,14 @@ def quantise(
         found = replaced(found, path, jax.jit(quantised_rows, out_shardings=shardings)(branch(params, path)))
     with jax.default_matmul_precision("float32"):
         walk = None
-        if method != "round":
+        if samples_NT is not None:
             outside = {name: value for name, value in found.items() if name != LAYERS}
             begun = jax.jit(partial(dense, around))(outside)
             walk = Walk(description, mesh, list(of_block(forms)), begun, samples_NT)
         matrices = _matrices(description, target, mesh, method, of_block(forms))
         cut = jax.jit(
-            lambda stacked, row: jax.tree.map(lambda p: p[row], stacked), out_shardings=_layer(description, mesh)
+            lambda stacked, row: jax.tree.map(lambda p: p[row], stacked),
+            out_shardings=layer_shardings(description, mesh),
         )
         for layer in range(config.layers):
             _quantise_layer(cut(params[LAYERS], np.int32(layer)), layer, matrices, walk)
@@ -83,7 +85,7 @@ def _quantise_layer(its: dict, layer: int, matrices: dict[Path, "Matrix"], walk:
         walk.advance(its, layer)
 
 
-def _layer(description: Description, mesh: Mesh) -> dict:
+def layer_shardings(description: Description, mesh: Mesh) -> dict:
     """Where the parameters of one layer lie."""
     specs = map_specs(lambda spec: spec.of_one_layer(), description.specs[LAYERS])
     return map_specs(lambda spec: parameter_sharding(mesh, spec.shape, spec.axes), specs)
@@ -111,7 +113,7 @@ class Matrix:
 class Programs:
     """What is compiled for all matrices of one shape, layout and form."""
 
-    def __init__(self, spec: ParameterSpec, form: Int8 | Int4, method: str, kept: dict[str, ParameterSpec], mesh: Mesh):
+    def __init__(self, spec: ParameterSpec, form: Form, method: str, kept: dict[str, ParameterSpec], mesh: Mesh):
         """`spec` is that of the float weight in one layer, `kept` those of what is kept of all layers."""
         self.spec, self.form, self.method = spec, form, method
         place = lambda spec: parameter_sharding(mesh, spec.shape, spec.axes)
@@ -133,6 +135,8 @@ class Programs:
 
         def one(weight, gram):
             w_nm = weight.astype(jnp.float32).reshape(inputs, -1)
+            if isinstance(self.form, Sparse):
+                return self.form.kept(spec, w_nm, gram)
             return self.form.kept(spec, *chosen(self.form, self.method, w_nm, gram, group))
 
         return (jax.vmap(one) if self.spec.batch else one)(weight, gram)

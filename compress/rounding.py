@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from compress.forms import Int4, Int8, Nf4
-from compress.grids import Grid, Levels, int4_grid, int8_grid, nearest, nf4_levels
+from compress.forms import Fp8, Int4, Int8, Nf4
+from compress.grids import Floats, Grid, Levels, fp8_floats, int4_grid, int8_grid, nearest, nf4_levels
 
 DAMPING = 0.01  # of the mean of the gram's diagonal, added to it: calibration tokens are fewer than inputs may need
 BLOCK = 128  # inputs after which the codes chosen are subtracted from all that are left
@@ -23,12 +23,14 @@ def output_error(change_nm: jax.Array, gram_nn: jax.Array) -> jax.Array:
     return jnp.sum(change_nm * (gram_nn @ change_nm), axis=0)
 
 
-def rounded(form: Int8 | Int4, w_nm: jax.Array, group: int) -> tuple[Grid | Levels, jax.Array]:
+def rounded(form: Int8 | Int4, w_nm: jax.Array, group: int) -> tuple[Grid | Levels | Floats, jax.Array]:
     """The nearest codes on the form's grid; `group` inputs share a step in int4."""
-    if isinstance(form, Nf4):
-        grid = nf4_levels(w_nm, group)
+    if isinstance(form, Fp8):
+        grid = fp8_floats(w_nm)
+    elif isinstance(form, Int8):
+        grid = int8_grid(w_nm)
     else:
-        grid = int8_grid(w_nm) if isinstance(form, Int8) else int4_grid(w_nm, group)
+        grid = nf4_levels(w_nm, group) if isinstance(form, Nf4) else int4_grid(w_nm, group)
     return grid, grid.encode(w_nm)
 
 
@@ -148,7 +150,7 @@ METHODS = ("round", "gptq", "awq")
 
 def chosen(form: Int8 | Int4, method: str, w_nm, gram_nn, group: int) -> tuple[Grid, jax.Array, jax.Array | None]:
     """The grid, the codes int32 (n, m), and the factor of each input that they want (n,), if any."""
-    if method == "awq":
+    if method == "awq" and isinstance(form, Int4):
         return awq(w_nm, gram_nn, group)
     grid, q_nm = rounded(form, w_nm, group)
     return grid, gptq(w_nm, gram_nn, grid) if method == "gptq" else q_nm, None

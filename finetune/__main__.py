@@ -1,4 +1,4 @@
-"""Adapters merged, out and in: python -m finetune merge|export|import ...; --help says more.
+"""Adapters merged, out and in, and what teachers say: python -m finetune merge|export|import|teach ...; see --help.
 
 Exit codes: 0 done; 2 the user's mistake.
 """
@@ -28,22 +28,30 @@ from checkpoint.huggingface.families import Family
 from checkpoint.store import CheckpointStore
 from compress.folder import made
 from config.compose import load, to_yaml
+from config.layout import mesh_sizes
 from config.pretrained import FROM
 from config.schema import Config, identity
 from finetune.adapter_config import NoAdapter
 from finetune.adapters import peft_format
 from finetune.adapters.adaptation import adaptation, is_adapter
 from finetune.adapters.merging import merge
+from finetune.opening import open_task
+from finetune.teacher import keep
 from inference.opening import Found, find_model, keep_pretrained
 from model.transformer import describe
+from parallel.mesh import make_mesh
 from runtime.overrides import override
+from runtime.start import start
 from tracking.run_directory import RunDirectory
+from training.subject import pretraining
 from training.trainable import chosen
 
 
 def main(options: argparse.Namespace) -> int:
     """Does what was asked for; returns the exit code."""
-    command = {"merge": merge_run, "export": export_run, "import": import_adapter}[options.command]
+    command = {"merge": merge_run, "export": export_run, "import": import_adapter, "teach": keep_teacher}[
+        options.command
+    ]
     began = time.perf_counter()
     try:
         said = command(options)
@@ -109,8 +117,8 @@ def family_at(path: Path, config: Config, reach: int) -> Family:
 def export_run(options: argparse.Namespace) -> str:
     """Writes peft's two files. Raises ValueError or OSError for what the user can mend."""
     found = adapted_run(options)
-    if found.config.adapter.kind == "freeze":
-        raise ValueError(f"{options.run} has no adapters: adapter.kind=freeze")
+    if found.config.adapter.kind in ("freeze", "qat"):
+        raise ValueError(f"{options.run} has no adapters: adapter.kind={found.config.adapter.kind}")
     if found.config.adapter.also:
         raise ValueError("adapter.also trains the model's own parameters, and peft's files hold none: merge instead")
     family = family_at(found.path, found.config, found.reach)
@@ -142,6 +150,25 @@ def import_adapter(options: argparse.Namespace) -> str:
         with made(options.out) as folder:
             write_run(folder, options.out, config, base, params, 0)
     return f"{published.config['peft_type']} of {options.adapter}, on {base.path}"
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+def keep_teacher(options: argparse.Namespace) -> str:
+    """Writes what a teacher says of the batches of a run. Raises ValueError or OSError for what the user can mend."""
+    config = load(options.overrides)
+    if config.task is None or config.task.kind != "distillation" or config.task.options.get("kept"):
+        raise ValueError("teach: the run is none with a teacher; set task=distillation task.options.teacher=PATH")
+    start(replace(config.runtime, coordinator=None, processes=1, process_id=-1))
+    mesh, steps = make_mesh(mesh_sizes(config, jax.device_count())), config.train.steps
+    tell = lambda done: done % 100 or print(f"step {done} of {steps}", file=sys.stderr)
+    with jax.set_mesh(mesh):
+        subject = pretraining(config, mesh)
+        task = open_task(subject.config, subject.tokenizer)
+        with made(options.out) as folder:
+            keep(folder, subject, task.options, mesh, steps, tell)
+    return f"{steps} steps of {task.options.teacher}, {task.options.top_k} tokens each"
 
 
 if __name__ == "__main__":

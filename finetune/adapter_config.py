@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from model.config import one_of
 
 BASES = ("float", "bfloat16", "int8", "int4", "nf4")
+FORMS = ("int8", "fp8", "int4", "nf4")
 SCALINGS = ("lora", "rslora")
 
 
@@ -138,7 +139,23 @@ class PrefixConfig(_OnBase):
         at_least(self, "length", 1)
 
 
-AdapterConfig = NoAdapter | FreezeConfig | LoraConfig | AdaLoraConfig | Ia3Config | BottleneckConfig | PrefixConfig
+@dataclass(frozen=True)
+class QatConfig:
+    """No adapter: all parameters are trained, and matrices compute as if quantised (compress/rehearsal.py)."""
+
+    kind: str = "qat"  # matrices are rounded as they are used, and their gradients pass as if they were not
+    form: str = "int4"  # int8 | fp8 | int4 | nf4: the recipe by which the model is going to be compressed
+    group: int = 64  # int4, nf4: inputs that share a step
+    targets: tuple[str, ...] = ("*",)  # patterns of a layer's matrices that are rounded: attention/query, ffn/*
+
+    def __post_init__(self):
+        one_of("adapter.form", self.form, FORMS)
+        at_least(self, "group", 2)
+
+
+AdapterConfig = (
+    NoAdapter | FreezeConfig | LoraConfig | AdaLoraConfig | Ia3Config | BottleneckConfig | PrefixConfig | QatConfig
+)
 
 
 def at_least(config, name: str, least: int) -> None:

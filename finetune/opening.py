@@ -19,6 +19,7 @@ from finetune.judge import TaskJudge
 from finetune.reference import make_reference
 from finetune.table import LeftOut, Row, is_heldout, read_rows
 from finetune.task import Setup, Task
+from finetune.teacher import taught
 from runtime.agreement import require_same
 from training.feed import Feed
 from training.subject import Subject, pretraining
@@ -36,7 +37,7 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
             raise ValueError(
                 f"task.path={config.task.path}: {config.task.kind} reads the text of data=..., and no rows"
             )
-        return pretraining(config, mesh, progress, lambda tokenizer: open_task(config, tokenizer).change)
+        return reading_text(config, mesh, progress)
     t, progress = config.train, progress or (lambda what, done, total: None)
     task = open_task(config)
     if task.whole_batch and (t.grad_accumulation > 1 or mesh.shape["pipe"] > 1):
@@ -62,6 +63,15 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
     begin = lambda job, first, folder: task.wants_reference and make_reference(task, job, first, tables, folder)
     shared = Path(config.task.path).name, len(training.rows), "rows", task.loss, judge, begin
     return Subject(config, task.setup.tokenizer, feed, digest, *shared)
+
+
+def reading_text(config: Config, mesh: Mesh, progress: Progress | None) -> Subject:
+    """A task that reads the text of data=..., perhaps beside a teacher. Raises ValueError."""
+    if not task_class(config.task.kind).wants_teacher:
+        return pretraining(config, mesh, progress, lambda tokenizer: open_task(config, tokenizer).change)
+    subject = pretraining(config, mesh, progress)
+    task = open_task(subject.config, subject.tokenizer)
+    return taught(subject, task.options, mesh, task.loss)
 
 
 def open_task(config: Config, tokenizer: Tokenizer | None = None) -> Task:

@@ -90,6 +90,7 @@ class Task:
     packs: ClassVar[bool] = False  # several examples share a sequence
     whole_batch: ClassVar[bool] = False  # the loss compares sequences, so that no batch may be cut
     reads_text: ClassVar[bool] = False  # data=... instead of rows, each batch as `change` makes it
+    wants_teacher: ClassVar[bool] = False  # batches hold what another model says of them: finetune/teacher.py
     wants_reference: bool = False  # batches hold what `answers` calls said_BX of the first model, as reference_BX
 
     def __init__(self, setup: Setup, options: Any):

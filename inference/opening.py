@@ -141,7 +141,8 @@ def read_weights(
         opened = open_pretrained(path)
         return Weights(load_pretrained(opened, description, mesh, dtype), None, opened.fingerprint())
     config = load_run(path)
-    if adapts := adaptation(config.adapter, config.model, config.train.steps):
+    adapts = adaptation(config.adapter, config.model, config.train.steps)
+    if adapts is not None and not adapts.whole:
         return _read_adapted(path, config, adapts, description, mesh, dtype, step)
     if read_forms(path) and not description.forms:
         raise ValueError(f"{path} is compressed, and codes are not trained: begin from what it was made of")
@@ -194,7 +195,7 @@ def first_state(job: Job, config: Config) -> TrainState:
     """The state that a run begins with. Raises as `read_weights`."""
     adapts = adaptation(config.adapter, config.model, config.train.steps)
     state = job.init(config.seed)
-    if adapts is None:
+    if adapts is None or adapts.whole:
         return with_weights(state, job, config.weights.path)
     base = job.from_stored(read_base(config, adapts, job.mesh, jnp.dtype(config.train.param_dtype)).params)
     return replace(state, params=begun(job.description, joined(state.params, base), job.mesh))
@@ -203,7 +204,7 @@ def first_state(job: Job, config: Config) -> TrainState:
 def resumed_state(job: Job, config: Config, saved: dict) -> TrainState:
     """The state of a run's checkpoint. Raises as `read_weights`."""
     adapts = adaptation(config.adapter, config.model, config.train.steps)
-    if adapts is None:
+    if adapts is None or adapts.whole:
         return job.from_saved(saved, {})
     base = job.from_stored(read_base(config, adapts, job.mesh, jnp.dtype(config.train.param_dtype)).params)
     return job.from_saved(saved, base)

@@ -178,7 +178,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 
 
 def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """Global arrays (B, T) from the rows that this process holds (those of `local_rows`).
+    """Global arrays (B, T, ...) from the rows that this process holds (those of `local_rows`).
 
     Those whose names end in _BX, values X of a whole sequence, are split over sequences only.
     """
@@ -190,6 +190,6 @@ def put_batch(mesh: Mesh, rows: Mapping[str, np.ndarray], batch_size: int) -> di
             return local[start - first : stop - first, index[1]]
 
         sharding = batch_sharding(mesh, tokens=not name.endswith("_BX"))
-        return jax.make_array_from_callback((batch_size, local.shape[1]), sharding, cut)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, cut)
 
     return {name: put(name, local) for name, local in rows.items()}

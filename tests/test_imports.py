@@ -18,7 +18,9 @@ ALLOWED = {
     # what models are tuned for: tasks that read rows, minimise and judge with the steps of training
     "finetune": {
         "checkpoint.config",
+        "checkpoint.digests",  # of what a teacher said
         "config.build",
+        "config.layout",  # whether a teacher suits the mesh
         "config.schema",
         "data",
         "inference",
@@ -33,6 +35,7 @@ ALLOWED = {
     # adapters wrap matrices, quantised ones too, and say what of a job is trained; above it stands what opens a run
     "finetune/adapters": {
         *("checkpoint.config", "checkpoint.huggingface", "compress.forms", "compress.layers", "model", "parallel"),
+        "compress.rehearsal",
         *("runtime", "training.trainable"),
     },
     "tracking": {"performance", "training.config", "model", "parallel", "runtime"},  # what a person sees of a run

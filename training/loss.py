@@ -1,5 +1,6 @@
 """Cross-entropy in chunks of the vocabulary, so that the float32 logits of all tokens never exist at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +82,11 @@ class PartialSoftmax:
         total = lambda known: known.total_BT * jnp.exp(known.top_BT - top_BT)
         return PartialSoftmax(top_BT, total(self) + total(other), self.target_BT + other.target_BT)
 
+    @classmethod
+    def none(cls, zero_BT: jax.Array) -> "PartialSoftmax":
+        """What no rows say."""
+        return cls(zero_BT - jnp.inf, zero_BT, zero_BT)
+
     def losses(self) -> "TokenLosses":
         """The losses, once all rows but those of other stages have been added."""
         top_BT = max_over_stages(self.top_BT)
@@ -118,26 +124,33 @@ def chunked_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, mask_BT:
     return token_losses(head, x_BTD, targets_BT, chunk).sums(mask_BT)
 
 
-@jax.named_scope("loss")
 def token_losses(head: Head, x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> TokenLosses:
-    """The losses of all tokens of a batch, from final hidden vectors; see `vocabulary_parts` for `chunk`.
+    """The losses of all tokens of a batch, from final hidden vectors; see `vocabulary_parts` for `chunk`."""
+    of = lambda logits_BTV, token_V: PartialSoftmax.of(logits_BTV, token_V, targets_BT)
+    return over_vocabulary(head, x_BTD, chunk, of, PartialSoftmax.none).losses()
 
-    The logits of several parts are computed again in the backward pass. Parts of the vocabulary and not of the tokens
-    are taken: then the gradient of a part of the table is whole at once, and summed over devices once, where that of
-    tokens would be summed for every part. The gradient of x is summed over `tensor` for every part instead.
+
+@jax.named_scope("loss")
+def over_vocabulary(head: Head, x_BTD: jax.Array, chunk: int, of: Callable, none: Callable):
+    """The sum of what `of` says of the logits of parts of the vocabulary (logits_BTV, token_V), a pytree with +.
+
+    `none` makes of zero_BT what is said of no rows. The logits of several parts are computed again in the backward
+    pass. Parts of the vocabulary and not of the tokens are taken: then the gradient of a part of the table is whole at
+    once, and summed over devices once, where that of tokens would be summed for every part. The gradient of x is summed
+    over `tensor` for every part instead.
     """
     n = vocabulary_parts(chunk, x_BTD.shape[1])
     rows = head.vocabulary(n, x_BTD.dtype)
     if n == 1:
         rows = jax.tree.map(lambda x: x[0], rows)
-        return PartialSoftmax.of(head.logits(x_BTD, rows), rows.token_V, targets_BT).losses()
+        return of(head.logits(x_BTD, rows), rows.token_V)
 
     @jax.checkpoint
-    def add_part(known: PartialSoftmax, rows: VocabularyRows) -> tuple[PartialSoftmax, None]:
+    def add_part(known, rows: VocabularyRows):
         logits_BTV = head.logits(x32_BTD.astype(x_BTD.dtype), rows)  # the gradients of x are added up in float32
-        return known + PartialSoftmax.of(logits_BTV, rows.token_V, targets_BT), None
+        return known + of(logits_BTV, rows.token_V), None
 
     zero_BT = jnp.zeros(x_BTD.shape[:2], jnp.float32)
     x32_BTD, zero_BT, _ = alike(x_BTD.astype(jnp.float32), zero_BT, rows.table_VD)
-    known, _ = jax.lax.scan(add_part, PartialSoftmax(zero_BT - jnp.inf, zero_BT, zero_BT), rows)
-    return known.losses()
+    known, _ = jax.lax.scan(add_part, none(zero_BT), rows)
+    return known

@@ -26,7 +26,7 @@ BALANCE_BIAS = "layers/moe/router/balance_bias"
 
 
 # tokens_BT, targets_BT, mask_BT; segments_BT, places_BT where documents are kept apart; what else a loss asks for, of
-# each token (names that end in _BT) or of each sequence (_BX)
+# each token (names that end in _BT; perhaps with more dims) or of each sequence (_BX)
 Batch = Mapping[str, jax.Array]
 Loss = Callable[[Transformer, jax.Array, Batch, TrainConfig], LossSums]  # of final hidden vectors x_BTD
 
@@ -41,7 +41,7 @@ def in_context_order(description: Description, batch: Batch) -> Batch:
     if shards == 1 or description.context_style != "ring" or not description.config.causal:
         return batch
     order_T = zigzag(batch["tokens_BT"].shape[1], shards)
-    move = lambda x: shard(jnp.take(x, order_T, axis=1), "batch", "tokens")
+    move = lambda x: shard(jnp.take(x, order_T, axis=1), "batch", "tokens", *(None,) * (x.ndim - 2))
     moved = {name: x if name.endswith("_BX") else move(x) for name, x in batch.items()}
     return moved | {"positions_BT": jnp.asarray(order_T)[None]}
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from compress.forms import ROUTER, Int4, Int8, Nf4
+from compress.forms import ROUTER, Fp8, Int4, Int8, Nf4
+from compress.rehearsal import Rehearsed
 from finetune.adapter_config import (
     AdaLoraConfig,
     AdapterConfig,
@@ -13,6 +14,7 @@ from finetune.adapter_config import (
     LoraConfig,
     NoAdapter,
     PrefixConfig,
+    QatConfig,
 )
 from finetune.adapters.adalora import AdaLoraRule
 from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
@@ -31,10 +33,11 @@ class Adaptation:
     base_forms: Forms  # of the model without them: quantised matrices, or none
     trainable: Trainable
     rule: Rule | None = None
+    whole: bool = False  # the parameters are those of the model without forms, and all are trained
 
     def for_job(self) -> dict:
         """The arguments of make_job."""
-        return {"forms": self.forms, "trainable": self.trainable, "rule": self.rule}
+        return {"forms": self.forms, "trainable": None if self.whole else self.trainable, "rule": self.rule}
 
 
 def is_adapter(name: str) -> bool:
@@ -51,6 +54,12 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
         return None
     if isinstance(config, FreezeConfig):
         return Adaptation({}, {}, matching(config.train, parameter_specs(model)))
+    if isinstance(config, QatConfig):
+        made = {"int8": Int8(), "fp8": Fp8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}
+        forms = {path: Rehearsed(made[config.form]) for path in targets(config.targets, model)}
+        for path, form in forms.items():
+            form.specs(_part(parameter_specs(model), path))
+        return Adaptation(forms, {}, lambda name: True, whole=True)
     base = {path: form for path in matrices(model) if (form := _base(config))}
     specs = parameter_specs(model)
     if config.base == "bfloat16":  # the tables, too

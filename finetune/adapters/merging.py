@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from compress.rehearsal import Rehearsed, through
 from finetune.adapters.matrices import (
     ADAPTER,
     SHORTEST,
@@ -90,7 +91,9 @@ def _folded(form: Form, weight: ParameterSpec, ours: dict) -> tuple[dict, jax.Ar
     adapter, dims, length = ours.get(ADAPTER), dims_of(weight), None
     kept = {name: value for name, value in ours.items() if name == "bias"}
     matrix = numbers(ours, weight)
-    if isinstance(form, Lora):
+    if isinstance(form, Rehearsed):
+        matrix = through(matrix, form.form, dims[0], len(weight.batch))
+    elif isinstance(form, Lora):
         matrix = matrix + _delta(form, dims, adapter)
         if form.magnitude:
             length = jnp.maximum(length_of(matrix, dims), SHORTEST)

