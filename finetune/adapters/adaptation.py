@@ -58,7 +58,7 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
         made = {"int8": Int8(), "fp8": Fp8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}
         forms = {path: Rehearsed(made[config.form]) for path in targets(config.targets, model)}
         for path, form in forms.items():
-            form.specs(_part(parameter_specs(model), path))
+            form.specs(branch(parameter_specs(model), path))
         return Adaptation(forms, {}, lambda name: True, whole=True)
     base = {path: form for path in matrices(model) if (form := _base(config))}
     specs = parameter_specs(model)
