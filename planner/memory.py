@@ -140,7 +140,7 @@ class MemoryModel:
         self.working = tokens * (element * v.everything + 4 * v.scores_now) + element * r.now
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
-        # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs had one more of them
+        # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs had one array more
         logit_bytes = {"cpu": 8, "gpu": 2 * element, "tpu": 12}[planner.machine.platform]
         self.logits = tokens * vocabulary / parts * logit_bytes
         one_layer, split = held.layer + held.experts, layout.fsdp > 1
