@@ -103,9 +103,8 @@ def _name(cost: dict[str, Any], costs: list[dict[str, Any]]) -> str:
     """The recipe, and the options in which it differs from others of that recipe."""
     asked = cost["provenance"]["recipe"]
     alike = [one["provenance"]["recipe"] for one in costs if one["recipe"] == cost["recipe"]]
-    differ = [
-        name for name in ("group", "tables", "wide", "share", "sizes") if any(one[name] != asked[name] for one in alike)
-    ]
+    names = [name for name in ("group", "tables", "wide", "share", "sizes") if asked[name]]
+    differ = [name for name in names if any(one[name] != asked[name] for one in alike)]
     return " ".join([cost["recipe"], *(f"{name}={_told(asked[name])}" for name in differ)])
 
 
