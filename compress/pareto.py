@@ -67,12 +67,20 @@ def draw(points: list[Point], path: Path) -> None:
     figure = Figure(figsize=(7, 4), dpi=130, layout="tight")
     axes, front = figure.subplots(), best(points)
     axes.step([p.memory / 1e6 for p in front], [p.loss for p in front], where="post", color="#9db7d5", zorder=1)
-    for p in points:
+    for number, p in enumerate(sorted(points, key=lambda p: p.loss)):  # names of neighbours stand apart
         color = "#1f4e8c" if p in front else "#8a8a8a"
         error = p.stderr * points[0].loss
         axes.errorbar(p.memory / 1e6, p.loss, yerr=error, marker="o", markersize=5, color=color, capsize=2)
-        axes.annotate(p.name, (p.memory / 1e6, p.loss), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            p.name,
+            (p.memory / 1e6, p.loss),
+            xytext=(6, -10 if number % 2 else 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axes.set(xscale="log", xlabel="parameters in memory, MB", ylabel="held-out loss, nats a token")
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:,.4g}")
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     beside = path.with_name(f".{path.name}")
@@ -95,9 +103,8 @@ def _name(cost: dict[str, Any], costs: list[dict[str, Any]]) -> str:
     """The recipe, and the options in which it differs from others of that recipe."""
     asked = cost["provenance"]["recipe"]
     alike = [one["provenance"]["recipe"] for one in costs if one["recipe"] == cost["recipe"]]
-    differ = [
-        name for name in ("group", "tables", "wide", "share", "sizes") if any(one[name] != asked[name] for one in alike)
-    ]
+    names = [name for name in ("group", "tables", "wide", "share", "sizes") if asked[name]]
+    differ = [name for name in names if any(one[name] != asked[name] for one in alike)]
     return " ".join([cost["recipe"], *(f"{name}={_told(asked[name])}" for name in differ)])
 
 
