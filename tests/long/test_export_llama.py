@@ -88,7 +88,7 @@ def test_every_architecture_chooses_as_the_model_does(changed, tmp_path, family)
 
 
 def test_a_trained_model_writes_the_same_text(tmp_path):
-    """Of bytes: a run on forty texts of eleven words. Blocks of 8 bits are another model, which chooses nearly as it."""
+    """A run on forty texts of eleven words. Blocks of 8 bits are another model, which chooses nearly the same."""
     more = ["model.width=64", "model.head_dim=16", "model.ffn=128", "train.steps=200", "train.seq_len=64"]
     arguments = runs.overrides(runs.corpus(tmp_path / "text"), tmp_path / "run", *more, "train.log_every=100")
     assert runs.run([*arguments, "train.eval_every=0", "checkpoint.every=0", "optimizer.lr=1e-2"]) == 0

@@ -1,7 +1,6 @@
 """A long preparation killed without warning, again and again: it goes on, redoes no whole shard, and ends the same."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -84,12 +83,3 @@ def test_interrupted_by_hand(tokenizer, tmp_path):
     assert "Traceback" not in said
 
 
-def test_speed(tokenizer, tmp_path):
-    """At least 5 MB of text in a second of processor time, start-up included, with a BPE of 4,096."""
-    before = os.times()
-    finished(start(tmp_path / "corpus", tokenizer, tmp_path / "cache"))
-    after = os.times()
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    size = json.loads((tmp_path / "corpus/card.json").read_text())["bytes"] / 1e6
-    print(f"{size:.1f} MB in {after.elapsed - before.elapsed:.1f} s, {used:.1f} s of processor time")
-    assert size / used > 5
