@@ -81,5 +81,3 @@ def test_interrupted_by_hand(tokenizer, tmp_path):
     assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted; what was saved before is intact"
     assert "Traceback" not in said
-
-
