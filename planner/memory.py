@@ -17,7 +17,8 @@ from planner.software import Software
 if TYPE_CHECKING:
     from planner.cost import Planner
 
-FRAGMENTATION = 0.2  # of what is temporary, kept free: the most that compilers needed beyond the arrays counted
+# Of what is temporary, kept free: the most that compilers of a platform needed beyond the arrays counted.
+FRAGMENTATION = {"cpu": 0.45, "gpu": 0.2, "tpu": 0.2}
 SCORES = 1.7  # arrays as large as scores, while unfused attention is differentiated
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
@@ -126,6 +127,7 @@ class MemoryModel:
         self.copies = layout.data if software.moments_over_data else 1
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
+        self.fragmentation = FRAGMENTATION[planner.machine.platform]
         tokens, element = sequences * train.seq_len / layout.context, planner.element
         v = layer_values(c, train.seq_len, layout, software, fused=planner.work.fused_on(layout))
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
@@ -164,7 +166,7 @@ class MemoryModel:
         temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
         parameters, moments = self.stored * self.state_bytes, self.moments * moment_bytes
         parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
-        return Memory(parameters, moments, *parts, FRAGMENTATION * temporary)
+        return Memory(parameters, moments, *parts, self.fragmentation * temporary)
 
     def total(self, slots: Slots, moment_bytes: int) -> float:
         """Of `of`, quickly."""
@@ -173,4 +175,4 @@ class MemoryModel:
         # sums of gradients come when half of the activations are gone
         temporary += max(activations, self.sums + activations / 2)
         temporary += slots.messages * self.a_message + slots.copied * self.a_stage
-        return self.stored * self.state_bytes + self.moments * moment_bytes + (1 + FRAGMENTATION) * temporary
+        return self.stored * self.state_bytes + self.moments * moment_bytes + (1 + self.fragmentation) * temporary

@@ -102,5 +102,4 @@ def test_memory_is_what_the_compiler_says(errors):
 
 
 def test_the_allowance_covers_what_the_compiler_adds(errors):
-    short = {name: f"{ratio:.3f}" for name, (_, ratio) in errors.items() if ratio < 1}
-    assert len(short) <= len(errors) / 10, short
+    assert not {name: f"{ratio:.3f}" for name, (_, ratio) in errors.items() if ratio < 1}

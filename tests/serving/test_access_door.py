@@ -124,17 +124,19 @@ def test_a_request_is_written_down(server, keys):
     assert "secret" not in json.dumps(record)
 
 
-def test_refusals_are_written_down(server, keys):
-    server.ask(keys["reader"], "POST", "/v1/completions", {"prompt": "x"})
-    assert {name: last(server)[name] for name in ("action", "decision", "status")} == {
-        "action": "completions",
-        "decision": "deny",
-        "status": 403,
-    }
-    server.ask(keys["user"] + "x", "GET", "/v1/models")
-    record = last(server)
-    assert (record["who"], record["status"], record["reason"]) == ("-", 401, "key: wrong, expired or revoked")
-    assert keys["user"][14:] not in json.dumps(server.records())
+def test_refusals_are_written_down(tmp_path):
+    with guarded(tmp_path / "refusals") as server:  # one that nobody else asks: many strangers are only counted
+        server.ask(server.key("reader"), "POST", "/v1/completions", {"prompt": "x"})
+        assert {name: last(server)[name] for name in ("action", "decision", "status")} == {
+            "action": "completions",
+            "decision": "deny",
+            "status": 403,
+        }
+        key = server.key("user")
+        server.ask(key + "x", "GET", "/v1/models")
+        record = last(server)
+        assert (record["who"], record["status"], record["reason"]) == ("-", 401, "key: wrong, expired or revoked")
+        assert key[14:] not in json.dumps(server.records())
 
 
 def test_texts_are_in_the_audit_only_when_asked_for(tmp_path):
