@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from planner.cost import Planner
 
 # Of what is temporary, kept free: the most that compilers of a platform needed beyond the arrays counted.
-FRAGMENTATION = {"cpu": 0.45, "gpu": 0.2, "tpu": 0.2}
+FRAGMENTATION = {"cpu": 0.6, "gpu": 0.2, "tpu": 0.2}
 SCORES = 1.7  # arrays as large as scores, while unfused attention is differentiated
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK

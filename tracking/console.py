@@ -125,7 +125,9 @@ class _Screen(logging.Handler):
             else:
                 # A byte-level model writes any character; a pipe's encoding may not have it.
                 encoding = getattr(self.stream, "encoding", None) or "utf-8"
-                print(_plain(record).encode(encoding, "replace").decode(encoding), file=self.stream, flush=True)
+                line = _plain(record).encode(encoding, "replace").decode(encoding)
+                self.stream.write(f"{line}\n")  # at once: what others say shall not come between
+                self.stream.flush()
         except BrokenPipeError:
             # The reader went away (`| head`), the run goes on: later prints, of others too, lead nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
