@@ -57,8 +57,11 @@ def theirs(model: torch.nn.Module) -> np.ndarray:
         return model.eval()(torch.from_numpy(TOKENS_BT).long()).logits.numpy()
 
 
+HERE = ["runtime.cpu_devices=8", "mesh.data=8", "mesh.fsdp=1"]  # the devices of tests/conftest.py
+
+
 def ours(path: Path) -> np.ndarray:
-    opened = find_model(path, ["runtime.platform=cpu"]).open()
+    opened = find_model(path, HERE).open()
     with jax.set_mesh(opened.mesh):
 
         @jax.jit
@@ -75,16 +78,16 @@ def test_in_and_out(case, tmp_path, capsys):
     family, config = CASES[case]
     _, logits = saved(family, config, tmp_path)
     arguments = ["import", str(tmp_path / "adapter"), str(tmp_path / "run"), "--base", str(tmp_path / "base")]
-    assert main(parse([*arguments, "runtime.platform=cpu"])) == 0, capsys.readouterr().err
+    assert main(parse([*arguments, *HERE])) == 0, capsys.readouterr().err
     error = np.abs(ours(tmp_path / "run") - logits).max() / np.abs(logits).max()
     print(f"{case}: in {error:.1e}")
     assert error < 1e-4
     # merged, it is a model like any other
-    assert main(parse(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), "runtime.platform=cpu"])) == 0
+    assert main(parse(["merge", str(tmp_path / "run"), str(tmp_path / "merged"), *HERE])) == 0
     error = np.abs(ours(tmp_path / "merged") - logits).max() / np.abs(logits).max()
     print(f"{case}: merged {error:.1e}")
     assert error < 1e-4
-    code = main(parse(["export", str(tmp_path / "run"), str(tmp_path / "again"), "runtime.platform=cpu"]))
+    code = main(parse(["export", str(tmp_path / "run"), str(tmp_path / "again"), *HERE]))
     if case == "fused":
         assert code == 2
         return

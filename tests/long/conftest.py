@@ -1,0 +1,5 @@
+"""The eight devices of tests/conftest.py are there before a test can ask for others."""
+
+import jax
+
+jax.devices()
