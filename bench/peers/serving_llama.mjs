@@ -24,17 +24,15 @@ async function answer(sequence, request, began) {
 }
 
 // A slot takes the next request when it has finished one.
-async function serve(context, requests, slots) {
+async function serve(sequences, requests) {
   const answers = [], began = performance.now();
   let next = 0;
-  await Promise.all([...Array(slots).keys()].map(async () => {
-    const sequence = context.getSequence();
+  await Promise.all(sequences.map(async (sequence) => {
     while (next < requests.length) {
       const number = next++;
       await sequence.clearHistory();
       answers[number] = await answer(sequence, requests[number], began);
     }
-    sequence.dispose();
   }));
   return { seconds: (performance.now() - began) / 1000, answers };
 }
@@ -42,10 +40,12 @@ async function serve(context, requests, slots) {
 const context = await model.createContext({
   sequences: job.slots, contextSize: job.longest, batchSize: 512, threads: job.threads,
 });
+const all = Array.from({ length: job.slots }, () => context.getSequence());
 for (const { name, requests, slots, repeats } of job.works) {
-  await serve(context, requests.slice(0, slots).map((one) => ({ ...one, new: 2 })), slots); // warm
+  const sequences = all.slice(0, slots);
+  await serve(sequences, requests.slice(0, slots).map((one) => ({ ...one, new: 2 }))); // warm
   const runs = [];
-  for (let i = 0; i < repeats; i++) runs.push(await serve(context, requests, slots));
+  for (let i = 0; i < repeats; i++) runs.push(await serve(sequences, requests));
   console.log(JSON.stringify({ name, runs }));
 }
 process.exit(0);
