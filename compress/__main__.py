@@ -27,7 +27,7 @@ import numpy as np
 from checkpoint.config import CheckpointConfig
 from checkpoint.store import CheckpointStore
 from compress.cost import Cost, Side, bytes_of, bytes_on_disk, paired
-from compress.folder import made, write_mark
+from compress.folder import write_mark
 from compress.forms import forms_for
 from compress.layers import quantise
 from compress.narrowing import Sizes, narrowed
@@ -45,6 +45,7 @@ from inference.opening import Found, Opened, find_model, keep_pretrained
 from model.forms import Forms
 from model.transformer import describe
 from parallel.sharding import splits
+from runtime.files import folder_made
 from tracking.run_directory import RunDirectory
 
 ROUNDS = 2  # in which both models are timed by turns
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         rows = Texts(text, options, model)
         small, forms = smaller(model, recipe, options, rows.calibration if recipe.calibrated else None)
         cost = measured(model, small, rows.heldout, options.generate)
-    with made(options.out) as folder:
+    with folder_made(options.out) as folder:
         cost = write(folder, options, found, small, forms, cost, data)
     print(cost.table(), end="")
     tell(f"{options.out}: {options.recipe} in {time.perf_counter() - began:.0f} s")

@@ -7,18 +7,12 @@ OUT/compressed/manifest.json   the forms, where the model came from, a digest of
 OUT/cost.md, cost.json      what the compression cost
 """
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from checkpoint.digests import find_damage, read_manifest, seal, write_manifest
 from compress.forms import from_json, to_json
 from model.forms import Forms
-from runtime import leave
 
 MARK = "compressed"  # the folder in OUT
 FORMAT = 1
@@ -54,24 +48,3 @@ def write_mark(folder: Path, forms: Forms, body: dict[str, Any]) -> None:
     inside = lambda name: any(name == one or name.startswith(f"{one}/") for one in SEALED)
     files = {name: digest for name, digest in seal(folder).items() if inside(name)}
     write_manifest(folder / MARK, {"format": FORMAT, **body, "forms": to_json(forms), "files": files})
-
-
-@contextmanager
-def made(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside, which gets its name when all that is inside has gone well; else nothing is left of it.
-
-    Of a process that is killed it stays, and what it holds then does not open: the settings come last.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    clear = lambda: shutil.rmtree(beside, ignore_errors=True)
-    try:
-        with leave.on_leaving(clear):
-            yield beside
-            os.chmod(beside, 0o755)
-            if folder.exists():
-                raise ValueError(f"{folder} is there already: choose another folder")
-            beside.rename(folder)
-    except BaseException:
-        clear()
-        raise

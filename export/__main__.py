@@ -14,22 +14,20 @@ if __name__ == "__main__":
     OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
 import argparse
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from compress.folder import made
 from export import program
 from export.huggingface import ends, export_weights
 from export.limits import architecture_of, check_onnx
 from export.weights import as_arrays, plain_params, reference
 from inference.opening import Found, Opened, chat_of, find_model
+from runtime.files import file_made, folder_made
 
 TOLERANCE = {"float32": 1e-4}  # of the largest logit, by what matmuls are computed in
 ROUGH = 2e-2  # of 16 bits
@@ -95,7 +93,7 @@ def to_jax(found: Found, options: argparse.Namespace) -> Write:
 
     def write(model: Opened, params: dict) -> Check:
         config = model.config.model
-        with made(options.out) as folder:
+        with folder_made(options.out) as folder:
             program.save(folder, config, params, model.dtype, model.tokenizer.as_json(), about(found, model))
             loaded = program.load(folder)
             draw = np.random.default_rng(0)
@@ -116,7 +114,7 @@ def to_onnx(found: Found, options: argparse.Namespace) -> Write:
 
     def write(model: Opened, params: dict) -> Check:
         config, told = model.config.model, about(found, model)
-        with made(options.out) as folder:
+        with folder_made(options.out) as folder:
             arrays = as_arrays(config, params)
             onnx_folder.save(folder, config, arrays, length, model.tokenizer.as_json(), told)
             prompt = [*found.begin, *model.tokenizer.encode(PROMPT).tolist()] or [model.tokenizer.eos_id]
@@ -171,23 +169,6 @@ def chat_source(path: Path) -> str | None:
         return chat_of(path).source
     except ValueError:
         return None
-
-
-@contextlib.contextmanager
-def file_made(path: Path) -> Iterator[Path]:
-    """A hidden file beside, which gets its name when all that is inside has gone well; else it is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    clear = lambda: beside.unlink(missing_ok=True)
-    try:
-        with leave.on_leaving(clear):
-            yield beside
-            if path.exists():
-                raise ValueError(f"{path} is there already: choose another name")
-            beside.rename(path)
-    except BaseException:
-        clear()
-        raise
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from checkpoint.config import CheckpointConfig, WeightsConfig
 from checkpoint.huggingface.config_json import family_of, write_config
 from checkpoint.huggingface.families import Family
 from checkpoint.store import CheckpointStore
-from compress.folder import made
 from config.compose import load, to_yaml
 from config.layout import mesh_sizes
 from config.pretrained import FROM
@@ -40,6 +39,7 @@ from finetune.teacher import keep
 from inference.opening import Found, find_model, keep_pretrained
 from model.transformer import describe
 from parallel.mesh import make_mesh
+from runtime.files import folder_made
 from runtime.overrides import override
 from runtime.start import start
 from tracking.run_directory import RunDirectory
@@ -81,7 +81,7 @@ def merge_run(options: argparse.Namespace) -> str:
         config = replace(found.config, adapter=NoAdapter(), weights=WeightsConfig())
         config = replace(config, train=replace(config.train, param_dtype="float32"))
         params = jax.tree.map(lambda p: p.astype("float32"), params)
-        with made(options.out) as folder:
+        with folder_made(options.out) as folder:
             write_run(folder, options.out, config, found, params, model.step or 0)
     return f"step {model.step} of {options.run}, merged"
 
@@ -125,7 +125,7 @@ def export_run(options: argparse.Namespace) -> str:
     model = found.open(options.step)
     params = jax.tree.map(np.asarray, jax.device_get(chosen(model.params, is_adapter)))
     about = {"base_model_name_or_path": found.config.weights.path}
-    with made(options.out) as folder:
+    with folder_made(options.out) as folder:
         size = peft_format.export(folder, family, found.config.model, found.forms, params, about)
     return f"{found.config.adapter.kind} of {options.run}, {size / 1e6:.2f} MB for peft"
 
@@ -147,7 +147,7 @@ def import_adapter(options: argparse.Namespace) -> str:
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), wanted)
         params = peft_format.read(published, family, config.model, adapts.forms, zeros)
         params = jax.tree.map(jax.device_put, params, chosen(description.shardings(model.mesh), is_adapter))
-        with made(options.out) as folder:
+        with folder_made(options.out) as folder:
             write_run(folder, options.out, config, base, params, 0)
     return f"{published.config['peft_type']} of {options.adapter}, on {base.path}"
 
@@ -166,7 +166,7 @@ def keep_teacher(options: argparse.Namespace) -> str:
     with jax.set_mesh(mesh):
         subject = pretraining(config, mesh)
         task = open_task(subject.config, subject.tokenizer)
-        with made(options.out) as folder:
+        with folder_made(options.out) as folder:
             keep(folder, subject, task.options, mesh, steps, tell)
     return f"{steps} steps of {task.options.teacher}, {task.options.top_k} tokens each"
 

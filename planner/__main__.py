@@ -155,7 +155,7 @@ def main(words: list[str]) -> int:
     except BrokenPipeError:  # whoever reads has read enough
         sys.stdout = None
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(leave.one_line(error), file=sys.stderr)
         return MISTAKE
     return DONE
 

@@ -1,9 +1,13 @@
-"""Errors of the file system that name their file."""
+"""Files and folders that come to be whole or not at all, and errors of the file system that name their file."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from runtime import leave
 
 
 @contextlib.contextmanager
@@ -26,4 +30,39 @@ def replace_text(path: Path, text: str) -> None:
             os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def folder_made(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside, which gets its name when all that is inside has gone well; else nothing is left of it.
+
+    Of a process that is killed it stays. Raises ValueError where something has the name meanwhile.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with _named_at_last(beside, folder, "folder", lambda: shutil.rmtree(beside, ignore_errors=True)):
+        yield beside
+        os.chmod(beside, 0o755)
+
+
+@contextlib.contextmanager
+def file_made(path: Path) -> Iterator[Path]:
+    """As `folder_made`, a file: the name to write to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    with _named_at_last(beside, path, "name", lambda: beside.unlink(missing_ok=True)):
+        yield beside
+
+
+@contextlib.contextmanager
+def _named_at_last(beside: Path, path: Path, what: str, clear: Callable[[], None]) -> Iterator[None]:
+    try:
+        with leave.on_leaving(clear):
+            yield
+            if path.exists():
+                raise ValueError(f"{path} is there already: choose another {what}")
+            beside.rename(path)
+    except BaseException:
+        clear()
         raise
