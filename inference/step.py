@@ -28,6 +28,19 @@ from parallel.sharding import replicated, shard, splits
 SLOT, START, COUNT, DRAWS, NEXT, PROMPT, HEADER = range(7)
 NEWEST = -1  # instead of a token: the one that the slot drew last
 SMALLEST_READ = 16  # tokens that a part of a prompt is padded to at least
+LONG_READ = 96  # tokens of a part from which on there are sizes halfway between powers of two
+
+
+def part_sizes(chunk: int) -> list[int]:
+    """What parts of prompts are padded to, in tokens: powers of two, `chunk`, and for long parts sizes halfway, since
+    all weights are multiplied with each token of padding.
+    """
+    sizes, power = [chunk], SMALLEST_READ
+    while power < chunk:
+        halfway = power * 3 // 2
+        sizes += [power] + [halfway] * (LONG_READ <= halfway < chunk)
+        power *= 2
+    return sorted(sizes)
 
 
 @jax.tree_util.register_dataclass
@@ -115,13 +128,11 @@ class Programs:
     # ---- the programs ----
 
     def shapes(self) -> list[Shape]:
-        """All shapes of steps, a short list: powers of two, of rows that decode and of tokens of prompts."""
+        """All shapes of steps, a short list: powers of two of rows that decode, and `part_sizes` of prompts."""
         rows = [self.batch_rows]
         while rows[-1] < self.slots:
             rows.append(rows[-1] * 2)
-        tokens = [self._even(min(SMALLEST_READ, self.chunk))]
-        while tokens[-1] < self.chunk:
-            tokens.append(self._even(min(tokens[-1] * 2, self.chunk)))
+        tokens = sorted({self._even(size) for size in part_sizes(self.chunk)})
         decode = [Shape(r, 1) for r in rows]
         if self.drafted:
             decode += [Shape(r, 1 + self.drafted, drafts=True) for r in rows]

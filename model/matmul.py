@@ -10,7 +10,7 @@ from model.platforms import choices
 from parallel.manual import alike
 from runtime.platform import platform
 
-FEW_TOKENS = 64  # whose logits are made as a decoder makes them: of more, transposing them would cost as much
+FEW_TOKENS = 64  # that are columns in any dtype: of more, transposing the result costs as much as it gains
 
 
 def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -22,14 +22,14 @@ def project_by_output(x_BTI: jax.Array, matrix_OI: jax.Array, dtype=None) -> jax
     """x (B, T, inputs) times a matrix (outputs, inputs): (B, T, outputs) in `dtype`, by default x's.
 
     On CPUs the tokens are columns: a kernel rearranges what it multiplies with, and that had better be the few tokens
-    than the matrix. One token alone goes faster through the kernel of a vector, which XLA has in float32 only: in 16
-    bits a second one, of zeros, is put beside it.
+    than the matrix. In float32 they are not where they are many, nor where one is alone, which has a kernel of vectors.
+    In 16 bits it has none: a second token, of zeros, is put beside it.
     """
     (B, T, inputs), dtype = x_BTI.shape, dtype or x_BTI.dtype
-    alone = B * T == 1
-    if platform() != "cpu" or (alone and x_BTI.dtype == jnp.float32):
+    tokens, wide = B * T, x_BTI.dtype == jnp.float32
+    if platform() != "cpu" or (wide and not 1 < tokens <= FEW_TOKENS):
         return _contract(x_BTI, matrix_OI, ((2,), (1,)), dtype)
-    if alone:
+    if tokens == 1:
         return _contract(jnp.pad(x_BTI, ((0, 0), (0, 1), (0, 0))), matrix_OI, ((2,), (1,)), dtype)[:, :1]
     laid_out = jax.lax.optimization_barrier  # else XLA makes the matmul and the transposed arrays one again
     x_In = laid_out(x_BTI.reshape(-1, inputs).T)

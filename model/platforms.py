@@ -29,11 +29,14 @@ class Choices:
     # What decodes keeps the weights of each output of a matrix together: as few tokens as it has at a time are
     # multiplied with them faster (model.matmul.project_by_output).
     by_output: bool = False
+    # Sines and cosines of rotary positions are computed apart from what turns by them. Else the compiler computes them
+    # again where it turns, in each layer and direction, for each head.
+    angles_apart: bool = False
 
 
 CHOICES = {
     # its compiler widens 16-bit values anyway, and float32 runs are kept bitwise as they were
-    "cpu": Choices(by_output=True),
+    "cpu": Choices(by_output=True, angles_apart=True),
     "gpu": Choices(
         recompute_apart=True, keep_moments=True, cast_before_scan=True, narrow_logits=True, narrow_bias=True
     ),

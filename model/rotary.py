@@ -9,6 +9,7 @@ import numpy as np
 
 from model.attention_rule import TokenInfo
 from model.config import ModelConfig, RopeScaling
+from model.platforms import choices
 
 ROPE_BLOCK = 4096  # tokens whose rotary angles are plain float32 products
 
@@ -80,7 +81,7 @@ def rope_angles(
     lengths = positions_BT.max() + 1 if lengths_BT is None else lengths_BT[:, :, None, None]
     if scaling.kind == "dynamic":
         angles = positions_BT[:, :, None, None].astype(jnp.float32) * _dynamic_frequency(rope, lengths)
-        return jnp.cos(angles), jnp.sin(angles)
+        return _apart(jnp.cos(angles), jnp.sin(angles))
     frequency, a_block, factor = turns(long=False)
     if scaling.kind == "longrope":
         is_long = lengths > scaling.original_length
@@ -92,7 +93,15 @@ def rope_angles(
     before = turned.astype(jnp.float32) * (2 * math.pi / 2**32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     cos_before, sin_before = jnp.cos(before), jnp.sin(before)
-    return (cos * cos_before - sin * sin_before) * factor, (sin * cos_before + cos * sin_before) * factor
+    return _apart((cos * cos_before - sin * sin_before) * factor, (sin * cos_before + cos * sin_before) * factor)
+
+
+def _apart(cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same two, where the platform likes it from a loop: nothing that is computed before one is computed again."""
+    if not choices().angles_apart:
+        return cos, sin
+    both = jax.lax.map(lambda which: jnp.where(which == 0, cos, sin), jnp.arange(2))
+    return both[0], both[1]
 
 
 def _dynamic_frequency(rope: tuple[int, float, RopeScaling], lengths: jax.Array) -> jax.Array:

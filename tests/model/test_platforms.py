@@ -1,15 +1,19 @@
 """What is chosen for a platform changes when and where 16 bits are rounded, and nothing else."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import meshes
+import numpy as np
 import optax
 import pytest
 
 from config.compose import load
 from config.layout import mesh_sizes
 from model import platforms
+from model.rotary import rope_angles
 from parallel.mesh import make_mesh
 from training.job import make_job
 from training.parity import random_batch
@@ -62,8 +66,19 @@ def test_rows_of_accelerators_are_mesh_invariant_too(case, monkeypatch):
 
 def test_rows_are_of_platforms_and_a_choice_is_used(monkeypatch):
     assert set(platforms.CHOICES) == {"cpu", "gpu", "tpu"}
-    training = replace(platforms.CHOICES["cpu"], by_output=False)  # which is of decoding alone
+    # one is of decoding alone, and of the other the next test speaks
+    training = replace(platforms.CHOICES["cpu"], by_output=False, angles_apart=False)
     assert training == platforms.Choices(), "float32 runs on CPUs are bitwise what they were"
     before, _ = loss_and_gradients(MODELS["GPT-2"], "bfloat16")
     monkeypatch.setitem(platforms.CHOICES, "cpu", replace(platforms.Choices(), narrow_logits=True))
     assert loss_and_gradients(MODELS["GPT-2"], "bfloat16")[0] != before, "logits are rounded to 16 bits now"
+
+
+@pytest.mark.parametrize("kind", ["none", "dynamic"])
+def test_angles_are_bitwise_the_same_apart(kind, monkeypatch):
+    config = load(["model=llama_1b", *SMALL, f"model.rope_scaling.kind={kind}"]).model
+    positions_BT = jnp.arange(4090, 4106, dtype=jnp.int32)[None]
+    apart = jax.jit(partial(rope_angles, config))(positions_BT)
+    monkeypatch.setitem(platforms.CHOICES, "cpu", platforms.Choices())
+    for ours, theirs in zip(apart, jax.jit(partial(rope_angles, config))(positions_BT), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
