@@ -56,6 +56,11 @@ UNSPELLABLE = f"special{secrets.token_hex(16)}x"
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """How texts become ids: as bytes, by a vocabulary trained on the training documents, or by a published file.
+
+    Raises ValueError for an unknown kind, a vocabulary below 257 ids, or a file that is not named.
+    """
+
     kind: str = "bytes"  # bytes | bpe, unigram (byte-level, trained on the training documents) | file (see its path)
     vocab_size: int = 4096  # of kind=bpe and unigram: all tokens, with the bytes and the end of a document
     path: str | None = None  # of kind=file: a tokenizer.json, a folder with one or with GPT-2's two files, or a .gguf

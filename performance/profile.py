@@ -82,8 +82,11 @@ def table(found: dict) -> str:
 class Notes(Protocol):
     """Who tells the user: a tracking.console.Console."""
 
-    def note(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Says one line of information."""
+
+    def warn(self, text: str) -> None:
+        """Says one line that the user should act on; the run goes on."""
 
 
 class ProfiledStep:
