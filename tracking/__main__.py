@@ -52,12 +52,14 @@ def live(given: argparse.Namespace) -> None:
 
 
 def port(text: str) -> int:
+    """A port as it was typed, 0 to 65535; raises argparse.ArgumentTypeError for anything else."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is no port; choose 0 to 65535")
     return int(text)
 
 
 def tell(notes: list[str]) -> None:
+    """Prints each on standard error, so that standard output holds nothing but what was asked for."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
