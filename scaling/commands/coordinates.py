@@ -20,6 +20,7 @@ NOT_FLAT = 1
 
 
 def add_coord_check(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling coord-check` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_coordinate_check)
     options.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as for train.py")
     whole = lambda text: tuple(int(word) for word in text.split(","))

@@ -24,6 +24,7 @@ RUNS = Path("runs")  # of all sweeps, below the checkout
 
 
 def add_plan(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling plan` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=show_plan)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many runs at once (default: 1)")
@@ -33,6 +34,7 @@ def add_plan(options: argparse.ArgumentParser) -> None:
 
 
 def add_run(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling run` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_sweep)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many at once; cores are shared out (default: 1)")
@@ -46,12 +48,14 @@ def add_run(options: argparse.ArgumentParser) -> None:
 
 
 def add_status(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling status` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=show_status)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many run at once: for the time left (default: 1)")
 
 
 def add_collect(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling collect` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_collect)
     options.add_argument("sources", type=Path, nargs="+", help="a sweep.yaml, or directories of runs or of offline W&B")
     options.add_argument("--out", type=Path, metavar="FILE", help="default: results.jsonl beside the sweep.yaml")
@@ -59,6 +63,7 @@ def add_collect(options: argparse.ArgumentParser) -> None:
 
 
 def jobs(text: str) -> int:
+    """A count of 1 or more as it was typed; raises argparse.ArgumentTypeError for anything else."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return int(text)
@@ -147,6 +152,10 @@ def launcher_settings(options: argparse.Namespace) -> list[str]:
 
 
 def show_status(options: argparse.Namespace) -> None:
+    """Prints how far each run is and how long the rest will take, from the files of the runs; starts nothing.
+
+    Where a launcher cannot be asked what is queued, standard error says so, and only the files count.
+    """
     sweep, planned = planned_runs(options.sweep)
     queue = Queue(planned)
     states = queue.states()

@@ -15,6 +15,7 @@ MOVED = 1
 
 
 def add_transfer(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling transfer` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_transfer)
     options.add_argument("results", type=Path, help="results.jsonl of a sweep over the key and the size")
     options.add_argument("--key", default="lr", metavar="COLUMN", help="what is to stay (default: lr)")

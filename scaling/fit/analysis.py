@@ -131,6 +131,7 @@ def _ends(interval: np.ndarray) -> list[float | None]:
 
 
 def budget_of(fitted: Fit) -> float | None:
+    """The FLOPs that optimal sizes are given for; None for a law without an optimum."""
     return float(np.exp(fitted.log_budget)) if fitted.law.optimum else None
 
 

@@ -30,9 +30,11 @@ class PowerLaw:
     budgets: int
 
     def at(self, budget: float) -> float:
+        """The law's value at a budget in FLOPs."""
         return float(np.exp(self.log_coefficient + self.exponent * np.log(budget)))
 
     def optimum(self, budget: float) -> dict[str, float]:
+        """Parameters N and tokens D of a law of N_opt at a budget C in FLOPs: D = C / 6N."""
         n = self.at(budget)
         return {"N": n, "D": budget / (FLOPS_PER_TOKEN_AND_PARAMETER * n)}
 

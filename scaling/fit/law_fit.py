@@ -46,6 +46,7 @@ class Fit:
 
     @property
     def degrees_of_freedom(self) -> int:
+        """Runs less parameters; at least 1, since `fit` asks for one run more than parameters."""
         return len(self.log_loss) - len(self.theta)
 
     @property
@@ -66,6 +67,7 @@ class Fit:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The law's parameters, then what is derived for the budget; the order of `scores` and of all intervals."""
         return self.law.parameters + (DERIVED if self.law.optimum else ())
 
     @property

@@ -88,6 +88,8 @@ class Problem(NamedTuple):
 
 
 class Solution(NamedTuple):
+    """Where each problem's search ended; every field has the problems as its first dim."""
+
     theta: np.ndarray
     value: np.ndarray  # of Huber's loss over min(width, 1), without the pull
     scores: np.ndarray  # quantities there

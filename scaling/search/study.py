@@ -101,10 +101,12 @@ class FileLock:
         return True
 
     def release(self) -> None:
+        """Gives up the lock, which `acquire` must have taken before; it can be taken again."""
         self._file.close()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
+        """Waits for the lock and holds it meanwhile."""
         self.acquire()
         try:
             yield

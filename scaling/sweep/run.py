@@ -54,6 +54,7 @@ class Planned:
         return ["python", "train.py", *self.run.overrides, override("run.dir", str(self.directory))]
 
     def state(self) -> State:
+        """How far it is, read anew from the files in its directory at each call."""
         return state_of(self.directory, self.run.steps, self.run.model.vocab_size)
 
     def facts(self) -> dict:
