@@ -111,7 +111,10 @@ class DataConfig:
                 raise ValueError(f"data.mixture.{name}: {error}") from None
 
     def of_mixture(self, name: str) -> "DataConfig":
-        """The settings of one source of a mixture, as those of a run that reads it alone."""
+        """The settings of one source of a mixture, as those of a run that reads it alone.
+
+        Raises ValueError for a source that is itself a mixture, or has settings that do not belong together.
+        """
         source = self.mixture[name]
         if source.source == "mixture":
             raise ValueError("a mixture cannot hold another")

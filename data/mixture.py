@@ -182,7 +182,10 @@ class Plan:
         return self.stages[bisect.bisect_right(self._firsts, n) - 1].counts(n)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sequence of a step (int32, as in `names`), and its number among those of that source."""
+        """The source of each sequence of a step (int32, as in `names`), and its number among those of that source.
+
+        Both are of (batch_size,). Raises ValueError where the sources have reached their caps before the step's end.
+        """
         first, after = step * self.batch_size, (step + 1) * self.batch_size
         if after > self.end:
             raise ValueError(self.too_short(step + 1))

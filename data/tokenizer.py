@@ -151,6 +151,7 @@ class JsonTokenizer:
     `begin_ids` and `end_ids` are the special tokens that its models want around a sequence; `encode` gives neither.
     Special tokens have names of their own while in use, which no text can spell: `encode` makes ordinary tokens of
     everything, and only `encode_parts` gives special ones, where it is told to.
+    Raises ValueError for a text that is no tokenizer, or one without an end of document.
     """
 
     def __init__(self, spec: str, name: str, vocab_size: int | None = None):

@@ -246,7 +246,10 @@ class Shards:
 
 
 class Journal:
-    """What a folder holds for good: a first line with the job, then a line for the shards of each number."""
+    """What a folder holds for good: a first line with the job, then a line for the shards of each number.
+
+    A line that a kill tore off, or whose shards are gone, is dropped. Raises ValueError for a folder of another job.
+    """
 
     def __init__(self, folder: Path, job: Job):
         self.path, self.lines = folder / JOURNAL, []

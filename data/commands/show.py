@@ -131,7 +131,10 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def draw(batch: Batch, sources: list[str], causal: bool, title: str, path: Path) -> None:
-    """The rows' documents, targets and positions, and what attention sees in that with the most documents."""
+    """The rows' documents, targets and positions, and what attention sees in that with the most documents.
+
+    Writes a PNG, whole or not at all. Raises ValueError without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
