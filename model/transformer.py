@@ -203,6 +203,7 @@ class Transformer(nnx.Module):
         """Float32 logits_BTC of the labels (classes C) of these tokens, of a model with a head of LABELLED.
 
         Of an encoder with model.head=classes the vectors pass a matrix and tanh first, as `pooled` has it.
+        Raises ValueError for a model with another head.
         """
         if self.head_labels is None:
             raise ValueError(f"model.head={self.config.head} has no labels; {', '.join(LABELLED)} have")
