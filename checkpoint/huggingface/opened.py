@@ -61,7 +61,10 @@ class Pretrained:
         return self.source.names()
 
     def find(self, name: str) -> str:
-        """The name that a tensor has in these files, where it may lack the model's prefix or have an older ending."""
+        """The name that a tensor has in these files, where it may lack the model's prefix or have an older ending.
+
+        Raises ValueError where there is none.
+        """
         base, shorter = self.family.base, name.removeprefix(self.family.base)
         for candidate in (name, shorter, f"{base}{name}" if base else name):
             for new, old in (("", ""), ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
@@ -185,7 +188,10 @@ def _pickle(path: Path, allow_pickle: bool) -> Source:
 
 
 class Pickled:
-    """Tensors of PyTorch files, read by PyTorch's loader for weights alone."""
+    """Tensors of PyTorch files, read by PyTorch's loader for weights alone.
+
+    Raises ValueError without PyTorch, and for a file that holds more than that loader allows.
+    """
 
     def __init__(self, paths: list[Path]):
         try:

@@ -79,7 +79,7 @@ class Safetensors:
 
 
 class Several:
-    """The tensors of several sources, each in one of them."""
+    """The tensors of several sources, each in one of them. Raises ValueError for a name that two of them have."""
 
     def __init__(self, sources: Iterable[Source]):
         self._sources = list(sources)
