@@ -34,7 +34,10 @@ def add_coord_check(options: argparse.ArgumentParser) -> None:
 
 
 def run_coordinate_check(options: argparse.Namespace) -> int:
-    """Trains every size for a few steps and judges; NOT_FLAT if one coordinate grows or shrinks."""
+    """Trains every size for a few steps and judges; NOT_FLAT if one coordinate grows or shrinks.
+
+    Raises ValueError for the user's mistakes.
+    """
     for name in ("steps", "seeds"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")

@@ -113,7 +113,10 @@ def show_plan(options: argparse.Namespace) -> int:
 
 
 def run_sweep(options: argparse.Namespace) -> int:
-    """Runs what is missing. Returns FAULT if some runs are not there in the end, INTERRUPTED after Ctrl-C."""
+    """Runs what is missing. Returns FAULT if some runs are not there in the end, INTERRUPTED after Ctrl-C.
+
+    Raises ValueError for the user's mistakes.
+    """
     if options.launcher is None and (options.settings or options.resubmit):
         raise ValueError(f"{' '.join(options.settings) or '--resubmit'} is for --launcher {'|'.join(PACKAGES)}")
     sweep, planned = planned_runs(options.sweep)
@@ -167,7 +170,10 @@ def show_status(options: argparse.Namespace) -> None:
 
 
 def run_collect(options: argparse.Namespace) -> None:
-    """Writes the rows, and tells what is wrong with each that has no loss."""
+    """Writes the rows, and tells what is wrong with each that has no loss.
+
+    Raises ValueError for the user's mistakes.
+    """
     files = [path for path in options.sources if path.suffix in (".yaml", ".yml")]
     if len(files) > 1:
         raise ValueError(f"{len(files)} sweeps: {', '.join(map(str, files))}; collect them one by one")

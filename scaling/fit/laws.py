@@ -178,6 +178,7 @@ def annealing_areas(rates: np.ndarray, decay: float = 0.999) -> tuple[np.ndarray
 
     S1 is the sum of rates so far. S2 sums, over all steps so far, the falls of the rate, each remembered by the factor
     `decay` a step (the paper's lambda). A rising rate counts as a negative fall.
+    Raises ValueError for rates that are no list, or a decay that does not lie between 0 and 1.
     """
     rates = np.asarray(rates, float)
     if rates.ndim != 1 or len(rates) == 0 or not 0 < decay < 1:

@@ -31,7 +31,10 @@ LEAST_STEPS = 20  # fewer tell of the warm-up only
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep.yaml. A group is a budget (isoflop), a number of tokens (product) or all of a ladder."""
+    """A sweep.yaml. A group is a budget (isoflop), a number of tokens (product) or all of a ladder.
+
+    Raises ValueError for values out of range, or that do not fit the grid.
+    """
 
     name: str  # runs go to runs/<name>
     grid: str  # isoflop (sizes at each budget) | product (widths x tokens) | ladder (widths, D / N the same)
