@@ -159,7 +159,10 @@ def _differ(one: Result, other: Result, key: str) -> bool:
 
 
 def draw(sides: Sequence[Side], rows: Sequence[tuple[str, str]], png: Path) -> None:
-    """A picture with a panel for each metric: values of all models with bars of one standard error."""
+    """A picture with a panel for each metric: values of all models with bars of one standard error.
+
+    Raises ValueError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -76,7 +76,10 @@ class Room:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Says in one line what the allocator says in pages."""
+        """Says in one line what the allocator says in pages.
+
+        Within it, an allocator's error becomes a MemoryError with what fits instead.
+        """
         try:
             yield
         except jax.errors.JaxRuntimeError as error:

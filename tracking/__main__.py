@@ -32,7 +32,10 @@ def options(arguments: list[str]) -> argparse.Namespace:
 
 
 def write(given: argparse.Namespace) -> None:
-    """python -m tracking RUN [RUN ...]"""
+    """python -m tracking RUN [RUN ...]: writes the page and prints its path.
+
+    Raises ValueError where no run has anything to draw.
+    """
     runs = open_runs(given.runs)
     drawn = [run for run in runs if run.series]
     notes = [note for run in runs for note in run.notes()]
