@@ -185,7 +185,7 @@ class Transformer(nnx.Module):
         return replace(info, context_style=self.context_style, in_order=in_order)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
-        """The last block's output, as the head takes it."""
+        """The last block's output, as the head takes it, (B, T, D): normed, for masked_lm through its own layer too."""
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         if self.config.head not in MASKED_LM:
             return x_BTD

@@ -40,7 +40,10 @@ class Place:
         return "{expert}" in self.name
 
     def slot(self, tensor: np.ndarray) -> np.ndarray:
-        """The view of this parameter's outputs, the first dim, in a whole tensor."""
+        """The view of this parameter's outputs in a whole tensor, whose first dim they are: (outputs, ...).
+
+        Where they are interleaved by head it is (heads, outputs of a head, ...).
+        """
         if self.heads:
             heads, part, size = self.heads
             return tensor.reshape(heads, -1, size, *tensor.shape[1:])[:, part]

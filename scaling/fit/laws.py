@@ -309,7 +309,10 @@ LAWS = {law.name: law for law in (HOFFMANN, KAPLAN, MUENNIGHOFF, GADRE, ANNEALIN
 
 
 def predict(law: Law, parameters: Mapping[str, float], sizes: Sizes) -> np.ndarray:
-    """Losses of runs under a law with published coefficients, by name as in `law.parameters`; float64."""
+    """Losses of runs, float64 of (runs,), under a law with published coefficients, by name as in `law.parameters`.
+
+    sizes: arrays of (runs,) by the letters of `law.inputs`.
+    """
     values = np.array([parameters[name] for name in law.parameters], float)
     features = law.features({letter: np.asarray(sizes[letter], float) for letter in law.inputs})
     zero = np.zeros(features.shape[-1])
