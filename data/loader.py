@@ -70,7 +70,7 @@ class Loader:
         return {"epoch": self.epoch(step)}
 
     def told(self, steps: int) -> dict[str, str]:
-        """How full packed rows are."""
+        """What the header of a run says of its packing; nothing where rows are cut from one stream."""
         if self.packing == "concatenate":
             return {}
         return {"packing": f"{self.packing}, {len(self.rows):,} rows, {self.rows.fill:.1%} of their places hold tokens"}

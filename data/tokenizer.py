@@ -116,7 +116,7 @@ class ByteTokenizer:
         return made
 
     def by_words(self) -> None:
-        """There is no faster way."""
+        """None: on one core there is nothing faster than `encode_batch`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
@@ -255,7 +255,7 @@ class JsonTokenizer:
         return bytes([int(spelled[3:5], 16)]) if self.joins_bytes and BYTE_TOKEN.fullmatch(spelled) else None
 
     def as_json(self) -> str:
-        """The tokenizer.json."""
+        """The text of the tokenizer.json as it was given, so that its digest stays."""
         return self._spec
 
     def vocab(self) -> dict[str, int]:
@@ -264,7 +264,7 @@ class JsonTokenizer:
         return {token: i for token, i in vocab.items() if i not in self._names}
 
     def save(self, path: Path) -> None:
-        """Writes the tokenizer.json."""
+        """Writes the tokenizer.json as it was given, whole or not at all."""
         replace_text(Path(path), self._spec)
 
 

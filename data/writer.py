@@ -31,7 +31,7 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """How a corpus is written."""
+    """What decides a corpus, and how it is written: a `Journal` goes on with the same settings only."""
 
     settings: str  # digest of the source's content and of what decides the tokens
     total: int  # bytes of the source's files

@@ -120,7 +120,7 @@ def documents_of(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as printable text."""
+    """A token as printable text on one line; what is no text is <ID>."""
     if token == tokenizer.eos_id:
         return END
     text = tokenizer.decode([token]).translate(VISIBLE)

@@ -138,7 +138,7 @@ def missing_bytes(tokenizer: JsonTokenizer) -> bytes:
 
 
 def spelled(tokenizer: JsonTokenizer, token: int) -> str:
-    """A token on one line."""
+    """A token as Python would spell its text, or its bytes where these are no text alone."""
     text = tokenizer.decode([token]) or _name(tokenizer, token)
     return repr(text if "\ufffd" not in text else tokenizer.bytes_of(token) or text)
 
