@@ -221,7 +221,7 @@ class ModelConfig:
 
     @property
     def generates(self) -> bool:
-        """Whether it writes text."""
+        """Whether tokens can be drawn from it: a decoder with logits over the vocabulary."""
         return self.causal and self.head == "vocabulary"
 
     @property

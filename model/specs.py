@@ -26,7 +26,7 @@ class RandomKey:
     splits: tuple[tuple[int, int], ...] = ()
 
     def split(self, parts: int) -> list["RandomKey"]:
-        """As jax.random.split."""
+        """The keys that jax.random.split would give, `parts` of them."""
         return [RandomKey((*self.splits, (parts, part))) for part in range(parts)]
 
 

@@ -295,7 +295,7 @@ class Description:
 
     @cached_property
     def block(self) -> nnx.GraphDef:
-        """The modules of one layer."""
+        """The modules of one layer without their parameters, which a scan over layers gives them."""
         specs = self.specs[LAYERS]
         return nnx.graphdef(put_in(Block(self.config, specs), specs, of_block(self.forms)))
 

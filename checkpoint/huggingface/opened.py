@@ -207,19 +207,19 @@ class Pickled:
                 raise ValueError(f"{path.name}: {' '.join(str(error).split())[:120]}") from None
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all tensors of all files."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """The shape of a tensor, without reading it."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> np.dtype:
-        """Of one tensor."""
+        """What a tensor is stored as."""
         return self.tensor(name).dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """A tensor, in PyTorch's own memory."""
         import ml_dtypes
         import torch
 
@@ -229,7 +229,7 @@ class Pickled:
         return tensor.numpy()
 
     def files(self) -> list[Path]:
-        """All files."""
+        """The PyTorch files."""
         return self._paths
 
 
