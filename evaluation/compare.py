@@ -23,7 +23,7 @@ class Side:
     results: dict[str, Result]
 
     def outcome(self, task: str) -> Outcome | None:
-        """What it did in a task."""
+        """Its newest outcome of a task; None where it has none."""
         result = self.results.get(task)
         return None if result is None else result.tasks[task]
 

@@ -26,7 +26,7 @@ DISAGREE = (
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What is asked of a table."""
+    """What is asked of a table: which law, how it is fitted, and at which budgets and sizes it is read off."""
 
     law: Law
     objective: Objective = DEFAULT

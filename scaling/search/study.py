@@ -151,7 +151,7 @@ class Search:
         self._alive.release()
 
     def trials(self) -> list[FrozenTrial]:
-        """All of them, in order."""
+        """All trials of the study by number, those of other workers too, as the journal has them now."""
         return self.study.get_trials(deepcopy=False)
 
     def ask(self) -> optuna.Trial | None:
@@ -233,7 +233,7 @@ def outcome(trial: FrozenTrial) -> str:
 
 
 def reason(trial: FrozenTrial) -> str:
-    """Why a trial is not complete."""
+    """Why a trial is not complete; empty for one that is, or that was lost."""
     return trial.user_attrs.get("reason", "")
 
 

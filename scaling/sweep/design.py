@@ -118,7 +118,7 @@ class Run:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Of train.py; all but run.dir."""
+        """The overrides of train.py for this run; run.dir comes besides, from `scaling.sweep.run.place`."""
         return (*self.base, *(f"{key}={value}" for key, value in self.settings.items()))
 
     @property
@@ -128,12 +128,12 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        """N."""
+        """N: all parameters, embeddings included."""
         return parameter_count(self.model).total
 
     @property
     def flops(self) -> float:
-        """C = 6 N D."""
+        """C = 6 N D, the training FLOPs by which budgets are given."""
         return float(FLOPS_PER_TOKEN_AND_PARAMETER * self.parameters * self.tokens)
 
     @property
