@@ -37,7 +37,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run: every setting of train.py, each room's dataclass under its group; frozen, checked by `finish`."""
 
     seed: int = 0  # of the parameters, the order of the data and dropout
     run: RunConfig = field(default_factory=RunConfig)

@@ -54,7 +54,7 @@ def summary(total: Shares, program: Program, steps: int) -> dict:
 
 
 def table(found: dict) -> str:
-    """The summary for people."""
+    """What was found in a trace as lines for the terminal: categories, scopes, longest operations, in ms a step."""
     lines = [found["title"], f"{'':24}{'ms a step':>12}{'share':>9}{'of it matmul':>15}"]
     for name, row in found["categories"].items():
         if row["ms"] or name not in ("other programs", "collectives exposed"):

@@ -84,7 +84,7 @@ class PartialSoftmax:
 
     @classmethod
     def none(cls, zero_BT: jax.Array) -> "PartialSoftmax":
-        """What no rows say."""
+        """The neutral element of +, as zero rows would give it; zero_BT: float32 zeros, typed as the others are."""
         return cls(zero_BT - jnp.inf, zero_BT, zero_BT)
 
     def losses(self) -> "TokenLosses":
