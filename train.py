@@ -88,7 +88,7 @@ def train(config: Config, began: float) -> int:
 
 
 def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: float, sinks: list[Sink]) -> int:
-    """The run, in a directory that no other process may enter meanwhile."""
+    """The run, in a directory that no other process enters meanwhile. Raises MemoryError for what does not fit."""
     primary = jax.process_index() == 0
     dtype = agreed(lambda: compute_dtype(config, run.holds_results(), jax.default_backend()))
     config = replace(config, train=replace(config.train, compute_dtype=dtype))
@@ -255,7 +255,7 @@ def claim(config: Config, run: RunDirectory) -> str:
 
     1. An empty directory is taken.
     2. That of the same run (same seed, model, data, optimizer; mesh and length may differ) is gone on with.
-    3. Anything else is refused, so that no two runs mix.
+    3. Anything else is refused by a ValueError, so that no two runs mix.
     """
     if run.holds_results():
         theirs = load_run(run.path)
@@ -271,7 +271,7 @@ def restore(config: Config, store: CheckpointStore, job: Job, ours: dict) -> Res
     """Decides where a run begins.
 
     1. From the newest intact checkpoint, on whatever mesh it was written; damaged ones are named and passed over.
-    2. If all are damaged, or belong to another run: an error, never a silent fresh start.
+    2. If all are damaged, or belong to another run: a ValueError, never a silent fresh start.
     3. If there is none: afresh, unless checkpoint.resume=require.
     """
     if config.checkpoint.resume == "never":

@@ -7,7 +7,10 @@ NEWEST, BEST = "last", "best"  # choices of --step besides a number
 
 
 def step(text: str) -> str | int:
-    """The value of --step, which names a checkpoint: a number, or one of the two words."""
+    """The value of --step, which names a checkpoint: a number, or one of the two words.
+
+    Raises argparse.ArgumentTypeError for anything else.
+    """
     if text in (NEWEST, BEST):
         return text
     if not text.isdecimal():

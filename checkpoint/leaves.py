@@ -48,7 +48,10 @@ def shape_to_read(saved: list[int], leaf: jax.ShapeDtypeStruct) -> tuple[int, ..
 
 
 def fit(path: str, array: jax.Array | None, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Cut what was read to the shape wanted. None stands for an array of size 0, of which nothing was stored."""
+    """Cut what was read to the shape wanted. None stands for an array of size 0, of which nothing was stored.
+
+    Raises ValueError where what would be cut off is not zero.
+    """
     if array is None:
         return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
     if array.shape == leaf.shape:

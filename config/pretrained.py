@@ -18,7 +18,7 @@ FROM = "model.from"
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run begins from."""
+    """The model, the tokenizer and the weights that a run begins from, as model.from=PATH names them."""
 
     path: Path
     model: ModelConfig

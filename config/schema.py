@@ -37,7 +37,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run: every setting of train.py, each room's dataclass under its group; frozen, checked by `finish`."""
 
     seed: int = 0  # of the parameters, the order of the data and dropout
     run: RunConfig = field(default_factory=RunConfig)
@@ -130,7 +130,11 @@ def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
 
 
 def finish(config: Config) -> Config:
-    """Fills in what follows from other fields and checks what spans several."""
+    """Fills in what follows from other fields and checks what spans several.
+
+    What follows: vocab_size of the tokenizer, the head of a task, tokenizer of a prepared corpus, and run.dir.
+    Raises ValueError for a seed out of range, and for a vocabulary or learned positions that are too few.
+    """
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be at least 0 and below 2^32 = {2**32}")
     vocabulary = None

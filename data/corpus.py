@@ -48,6 +48,11 @@ READERS = {
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which texts a run learns from, what of them is held out, and where their tokens are kept.
+
+    Raises ValueError for settings that do not belong together.
+    """
+
     # stdlib (this Python's own library) | text (your files) | movie_reviews | prepared (a corpus that is tokens
     # already) | mixture (several of these)
     source: str = "stdlib"
@@ -106,7 +111,10 @@ class DataConfig:
                 raise ValueError(f"data.mixture.{name}: {error}") from None
 
     def of_mixture(self, name: str) -> "DataConfig":
-        """The settings of one source of a mixture, as those of a run that reads it alone."""
+        """The settings of one source of a mixture, as those of a run that reads it alone.
+
+        Raises ValueError for a source that is itself a mixture, or has settings that do not belong together.
+        """
         source = self.mixture[name]
         if source.source == "mixture":
             raise ValueError("a mixture cannot hold another")
@@ -122,6 +130,8 @@ class DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Document:
+    """One text of a source, or its tokens where the source's files hold tokens."""
+
     name: str  # the file, and the line or row in it where a file holds many
     text: str | np.ndarray  # of files that hold tokens: these, without an end of document
     read: int = 0  # bytes of the source's files that were read so far

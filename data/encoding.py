@@ -29,7 +29,10 @@ class Encoder:
         self._batch = ((tokenizer.by_words() if alone else None) or tokenizer).encode_batch
 
     def encode(self, texts: list[str | np.ndarray]) -> Encoded:
-        """The tokens of texts; a text that is an array of tokens already is taken as it is."""
+        """The tokens of texts; a text that is an array of tokens already is taken as it is.
+
+        Each gets its end-of-document token here, so that arrays come without.
+        """
         ids = iter(self._batch([text for text in texts if isinstance(text, str)]))
         documents = [next(ids) if isinstance(text, str) else text for text in texts]
         lengths = np.array([len(document) + 1 for document in documents], np.int64)

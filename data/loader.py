@@ -70,7 +70,7 @@ class Loader:
         return {"epoch": self.epoch(step)}
 
     def told(self, steps: int) -> dict[str, str]:
-        """How full packed rows are."""
+        """What the header of a run says of its packing; nothing where rows are cut from one stream."""
         if self.packing == "concatenate":
             return {}
         return {"packing": f"{self.packing}, {len(self.rows):,} rows, {self.rows.fill:.1%} of their places hold tokens"}
@@ -85,7 +85,7 @@ class Loader:
         return self.samples(step * self._batch_size + np.arange(self._batch_size)[rows or slice(None)])
 
     def samples(self, numbers: np.ndarray) -> Batch:
-        """As `batch`, of the sequences that are these in the order of a run that reads this corpus alone."""
+        """As `batch`, of the sequences of these numbers (B,), as a run that reads this corpus alone counts them."""
         epochs, indices = np.divmod(numbers, self.sequences_per_epoch)
         return self.rows.read(self._order.at(indices, epochs))
 

@@ -80,7 +80,7 @@ class Stage:
         return tuple(b + high - low for b, low, high in zip(self.before, inside, inside[1:], strict=False))
 
     def sources(self, numbers: np.ndarray) -> np.ndarray:
-        """The source of each of these sequences of the run, which are of this stage."""
+        """The source of each of these sequences (n,) of the run, all of this stage: its place in `before`."""
         points = (numbers - self.first).astype(np.uint64) * np.uint64(GOLDEN)  # modulo 2^64
         inner = [border for border in self.borders[1:-1] if border < CIRCLE]
         return np.searchsorted(np.array(inner, np.uint64), points, side="right")
@@ -182,7 +182,10 @@ class Plan:
         return self.stages[bisect.bisect_right(self._firsts, n) - 1].counts(n)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of each sequence of a step (int32, as in `names`), and its number among those of that source."""
+        """The source of each sequence of a step (int32, as in `names`), and its number among those of that source.
+
+        Both are of (batch_size,). Raises ValueError where the sources have reached their caps before the step's end.
+        """
         first, after = step * self.batch_size, (step + 1) * self.batch_size
         if after > self.end:
             raise ValueError(self.too_short(step + 1))

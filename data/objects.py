@@ -103,7 +103,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def join(root: str, *names: str) -> str:
-    """An address below another."""
+    """The address of what lies below another, by names divided by /."""
     return "/".join([root.rstrip("/"), *names])
 
 

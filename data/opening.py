@@ -30,7 +30,7 @@ class Corpora:
 
     @property
     def training_tokens(self) -> int:
-        """Of all corpora together."""
+        """How many training tokens all corpora have together."""
         return sum(len(dataset.train) for dataset in self.by_name.values())
 
 

@@ -24,7 +24,7 @@ class Order:
         self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """Which row comes at each of these indices, from 0, of their epochs."""
+        """The row, (n,), that comes at each of these indices (n,), from 0, of their epochs (n,)."""
         if self._windows == 1:
             return shuffled(indices, self.rows, self.seed, epochs)
         found = np.empty(len(indices), np.int64)

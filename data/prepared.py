@@ -143,7 +143,7 @@ def _mapped(folder: Path, shard: dict, index: dict) -> Mapped:
 
 
 def bin_file(folder: Path, shard: dict) -> Path:
-    """NAME.bin of a shard."""
+    """The file NAME.bin with a shard's tokens; it need not be there."""
     return Path(folder, f"{shard['name']}.bin")
 
 

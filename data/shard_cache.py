@@ -48,7 +48,10 @@ class ShardCache:
         self._begin()
 
     def array(self, shard: dict) -> np.ndarray:
-        """The tokens of a shard, memory-mapped. Raises ValueError where no place gives it whole."""
+        """The tokens of a shard, (tokens,), memory-mapped.
+
+        Raises ValueError where no place gives it whole, or the cache may not hold even this one.
+        """
         with self._lock:
             if (found := self._open.get(shard["digest"])) is not None:
                 self._open.move_to_end(shard["digest"])
@@ -66,7 +69,7 @@ class ShardCache:
         return array
 
     def ends(self, shard: dict) -> np.ndarray:
-        """Where the documents of a shard end in it."""
+        """Where the documents of a shard end in it, as `data.token_files.Part.ends`. Raises as `array` does."""
         size = HEADER + 8 * shard["documents"]
         while True:
             path = self.file(f"{shard['name']}.ends.npy", shard["ends_digest"], size)
@@ -74,7 +77,7 @@ class ShardCache:
                 return np.load(path)
 
     def file(self, name: str, digest: str, size: int) -> Path:
-        """A local copy of a file of the corpus."""
+        """The local copy of a file of the corpus, fetched where it is not there. Raises as `array` does."""
         path = self.folder / digest
         with locked(self.folder / f".lock-{digest[:3]}", on_wait=lambda: None):
             if path.exists():

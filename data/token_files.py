@@ -71,7 +71,10 @@ class Mapped:
 
 
 def mapped(path: Path, dtype: str, tokens: int) -> np.ndarray:
-    """The tokens of a file, as a plain read-only array over the mapped memory: indexing a memmap itself is slow."""
+    """The tokens of a file, (tokens,), as a plain read-only array over the mapped memory: indexing a memmap is slow.
+
+    Raises OSError or ValueError where the file is gone or shorter.
+    """
     if tokens == 0:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(tokens,)))

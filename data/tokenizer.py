@@ -56,6 +56,11 @@ UNSPELLABLE = f"special{secrets.token_hex(16)}x"
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """How texts become ids: as bytes, by a vocabulary trained on the training documents, or by a published file.
+
+    Raises ValueError for an unknown kind, a vocabulary below 257 ids, or a file that is not named.
+    """
+
     kind: str = "bytes"  # bytes | bpe, unigram (byte-level, trained on the training documents) | file (see its path)
     vocab_size: int = 4096  # of kind=bpe and unigram: all tokens, with the bytes and the end of a document
     path: str | None = None  # of kind=file: a tokenizer.json, a folder with one or with GPT-2's two files, or a .gguf
@@ -111,7 +116,7 @@ class ByteTokenizer:
         return made
 
     def by_words(self) -> None:
-        """There is no faster way."""
+        """None: on one core there is nothing faster than `encode_batch`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; broken UTF-8 shows as U+FFFD, the end of a document and foreign ids as nothing."""
@@ -146,6 +151,7 @@ class JsonTokenizer:
     `begin_ids` and `end_ids` are the special tokens that its models want around a sequence; `encode` gives neither.
     Special tokens have names of their own while in use, which no text can spell: `encode` makes ordinary tokens of
     everything, and only `encode_parts` gives special ones, where it is told to.
+    Raises ValueError for a text that is no tokenizer, or one without an end of document.
     """
 
     def __init__(self, spec: str, name: str, vocab_size: int | None = None):
@@ -249,7 +255,7 @@ class JsonTokenizer:
         return bytes([int(spelled[3:5], 16)]) if self.joins_bytes and BYTE_TOKEN.fullmatch(spelled) else None
 
     def as_json(self) -> str:
-        """The tokenizer.json."""
+        """The text of the tokenizer.json as it was given, so that its digest stays."""
         return self._spec
 
     def vocab(self) -> dict[str, int]:
@@ -258,7 +264,7 @@ class JsonTokenizer:
         return {token: i for token, i in vocab.items() if i not in self._names}
 
     def save(self, path: Path) -> None:
-        """Writes the tokenizer.json."""
+        """Writes the tokenizer.json as it was given, whole or not at all."""
         replace_text(Path(path), self._spec)
 
 

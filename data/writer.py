@@ -31,7 +31,7 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """How a corpus is written."""
+    """What decides a corpus, and how it is written: a `Journal` goes on with the same settings only."""
 
     settings: str  # digest of the source's content and of what decides the tokens
     total: int  # bytes of the source's files
@@ -246,7 +246,10 @@ class Shards:
 
 
 class Journal:
-    """What a folder holds for good: a first line with the job, then a line for the shards of each number."""
+    """What a folder holds for good: a first line with the job, then a line for the shards of each number.
+
+    A line that a kill tore off, or whose shards are gone, is dropped. Raises ValueError for a folder of another job.
+    """
 
     def __init__(self, folder: Path, job: Job):
         self.path, self.lines = folder / JOURNAL, []

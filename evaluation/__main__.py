@@ -140,7 +140,7 @@ def answered(asked: Question, name: str, model: Opened, options: argparse.Namesp
 
 
 def measured(scorer: Scorer, source: Source, window: Window, found: Found, options, progress) -> Outcome:
-    """The perplexity of one source."""
+    """The perplexity of one source, with a digest of what decides it, so that only like results are compared."""
     outcome = perplexity(
         *(scorer, source.stream, window),
         eos_id=found.tokenizer.eos_id,

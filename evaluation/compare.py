@@ -23,7 +23,7 @@ class Side:
     results: dict[str, Result]
 
     def outcome(self, task: str) -> Outcome | None:
-        """What it did in a task."""
+        """Its newest outcome of a task; None where it has none."""
         result = self.results.get(task)
         return None if result is None else result.tasks[task]
 
@@ -159,7 +159,10 @@ def _differ(one: Result, other: Result, key: str) -> bool:
 
 
 def draw(sides: Sequence[Side], rows: Sequence[tuple[str, str]], png: Path) -> None:
-    """A picture with a panel for each metric: values of all models with bars of one standard error."""
+    """A picture with a panel for each metric: values of all models with bars of one standard error.
+
+    Raises ValueError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -33,7 +33,7 @@ class Progressing(contextlib.AbstractContextManager):
 
 
 def print_result(result: Result) -> None:
-    """A table of all metrics."""
+    """Prints a table with a row for each metric of each task, with its standard error."""
     table = Table("task", "items", "metric", "value", "standard error")
     for column in (1, 3, 4):
         table.columns[column].justify = "right"

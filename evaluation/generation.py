@@ -23,7 +23,7 @@ TOKENS_TO_ONE_READ = 4  # tokens in the cache of a batch to one that is scored a
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """How the next token is chosen; the default takes the likeliest one, whatever the seed."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0 off

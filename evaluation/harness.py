@@ -119,7 +119,10 @@ class MeshModel(TemplateLM):
         return [found[number] for number in range(len(requests))]
 
     def write(self, contexts: list[str], settings: dict) -> list[str]:
-        """What the model writes behind each context; settings: until, max_gen_toks, do_sample, temperature, ..."""
+        """What the model writes behind each context; settings: until, max_gen_toks, do_sample, temperature, ...
+
+        Raises ValueError where a task asks for as many new tokens as the model reads at once.
+        """
         tokens, until = settings["max_gen_toks"], [stop for stop in settings["until"] if stop]
         room = self.max_length - tokens
         if room < 1:

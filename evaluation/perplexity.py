@@ -28,7 +28,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """How far a token sees, and how many tokens a window scores."""
+    """How far a token sees, and how many tokens a window scores. Raises ValueError for a stride above length."""
 
     length: int  # tokens that the model reads at once
     stride: int  # tokens between two windows: each scored token sees more than length - stride before it
@@ -111,7 +111,10 @@ def perplexity(
 
 
 def outcome(sums: dict[str, np.ndarray]) -> Outcome:
-    """The metrics of documents' sums: nats, tokens, bytes of text, and tokens that the model finds likeliest."""
+    """The metrics of documents' sums: nats, tokens, bytes of text, and tokens that the model finds likeliest.
+
+    Raises ValueError where no token was scored.
+    """
     kept = sums["tokens"] > 0
     sums = {name: values[kept] for name, values in sums.items()}
     if not kept.any():

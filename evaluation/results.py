@@ -28,7 +28,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one task."""
+    """What a model did in one task: its metrics, and the items that they were computed from."""
 
     metrics: dict[str, Metric]
     items: dict[str, np.ndarray] = field(default_factory=dict)  # (items,) each
@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def count(self) -> int:
-        """Items."""
+        """How many items the task has."""
         return len(self.ids)
 
 

@@ -32,7 +32,7 @@ OUTPUT = 1 << 16  # bytes of the error that are looked at
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may take."""
+    """How many seconds and megabytes a program may take before it is ended."""
 
     seconds: int = 10
     megabytes: int = 1024

@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one row's targets."""
+    """What the model says of one row's C targets, in the row's order."""
 
     nll_C: np.ndarray  # float32, nats
     correct_C: np.ndarray  # bool: no token is likelier

@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one compiled program."""
+    """The shape of one compiled program: (rows, tokens), and how many places of a row it scores."""
 
     rows: int
     tokens: int  # that a row is padded to

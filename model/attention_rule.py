@@ -63,7 +63,7 @@ class Rule:
         return self.scale * jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
 
     def cap(self, scores: jax.Array) -> jax.Array:
-        """The scores after the soft-cap, if there is one."""
+        """The scores after the soft-cap, c tanh(scores / c), if there is one (Gemma 2, arXiv 2408.00118, section 2)."""
         return self.softcap * jnp.tanh(scores / self.softcap) if self.softcap else scores
 
     def uncap(self, scores: jax.Array, dcapped: jax.Array) -> jax.Array:

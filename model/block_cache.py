@@ -27,7 +27,7 @@ class Pool:
     scale_KP: jax.Array | None = None
 
     def put(self, entries_n: jax.Array, x_nKH: jax.Array) -> "Pool":
-        """With these new entries; those beyond the last one are dropped."""
+        """With x_nKH in the entries of these numbers; a number beyond the last entry drops what it is given."""
         x_KnH = shard(x_nKH.transpose(1, 0, 2), "kv_heads", None, "head_dim")
         put_heads = jax.vmap(lambda pool_P, new_n: pool_P.at[entries_n].set(new_n, mode="drop"))
         if self.scale_KP is None:

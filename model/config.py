@@ -37,7 +37,10 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretches rotary positions beyond the length that a model was trained on."""
+    """Stretches rotary positions beyond the length that a model was trained on.
+
+    Raises ValueError for a setting that is unknown or out of range.
+    """
 
     kind: str = "none"  # none | linear | llama3 (by wavelength) | yarn (2309.00071) | longrope (2402.13753) | dynamic
     factor: float = 1.0  # new length over the original one
@@ -74,7 +77,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A transformer: sizes first, then the options in the order of the forward pass."""
+    """A transformer: sizes first, then the options in the order of the forward pass.
+
+    Raises ValueError for a value out of range, or for options that exclude each other.
+    """
 
     layers: int = 4  # blocks
     width: int = 128  # of the residual stream
@@ -215,7 +221,7 @@ class ModelConfig:
 
     @property
     def generates(self) -> bool:
-        """Whether it writes text."""
+        """Whether tokens can be drawn from it: a decoder with logits over the vocabulary."""
         return self.causal and self.head == "vocabulary"
 
     @property

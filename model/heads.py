@@ -34,7 +34,7 @@ class Embedding(nnx.Module):
         self.weight = param(specs["weight"])
 
     def table(self, dtype) -> jax.Array:
-        """All rows, (V, D)."""
+        """The rows in `dtype`, (V, D), padding included; inside a pipeline those of this stage."""
         return cast_and_gather(self.weight, dtype)
 
     def look_up(self, rows_BT: jax.Array, dtype) -> jax.Array:
@@ -43,7 +43,7 @@ class Embedding(nnx.Module):
         return jnp.take(shard(self.table(dtype), "vocab", "width"), rows_BT, axis=0, mode="clip")
 
     def embed(self, tokens_BT: jax.Array, dtype) -> jax.Array:
-        """The tokens' rows, x_BTD."""
+        """The rows of tokens, x_BTD; inside a pipeline each stage looks up its own, and all have the sum."""
         rows = self.weight.shape[0]
         rows_BT = tokens_BT - first_row(rows)
         here_BT = (rows_BT >= 0) & (rows_BT < rows)

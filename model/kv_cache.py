@@ -44,7 +44,7 @@ class LayerCache:
         return LayerCache(put(self.k_BSKH, k_BTKH), put(self.v_BSKH, v_BTKH))
 
     def attend(self, q_BTNH: jax.Array, info: TokenInfo, **how) -> jax.Array:
-        """Attention of queries to all slots."""
+        """Attention (B, T, N, H) of queries to all S slots; `how` is what `model.attention.attention` takes besides."""
         k_BSKH, v_BSKH = self.k_BSKH.astype(q_BTNH.dtype), self.v_BSKH.astype(q_BTNH.dtype)
         # slot s holds position s, and the causal mask hides slots that are not written yet
         k_info = TokenInfo(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None])

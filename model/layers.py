@@ -58,7 +58,10 @@ NONLINEARITIES = {
 
 
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """The hidden vector of a feed-forward block: `gate` is None where the kind has none."""
+    """A feed-forward block's hidden vector, in the shape and dtype of `up`; `gate` is None where the kind has none.
+
+    It is computed in float32, and again for gradients rather than kept.
+    """
     return jax.checkpoint(partial(_activate, kind), prevent_cse=choices().recompute_apart)(up, gate)
 
 

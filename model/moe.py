@@ -39,7 +39,7 @@ class RouterSums:
 
 
 def best(values: jax.Array, count: int) -> jax.Array:
-    """Indices of the `count` largest along the last dim, int32; of equals, the first.
+    """Indices of the `count` largest along the last dim, int32 (..., count); of equals, the first.
 
     The partitioner gathers all tokens for lax.top_k, but not for a maximum.
     """

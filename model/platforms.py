@@ -11,7 +11,7 @@ from runtime.platform import platform
 
 @dataclass(frozen=True)
 class Choices:
-    """The row of a platform."""
+    """What is computed in another way for a platform's compiler; results are the same but for rounding."""
 
     # Activations are computed again in the backward pass from what went in. Unless that is kept apart from the forward
     # pass, the compiler finds that it has the values already and keeps them, in float32: 4.7 GB of them.

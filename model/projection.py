@@ -44,11 +44,11 @@ class Projection(nnx.Module):
         return tuple(name for name in self.weight.axes if name != LAYERS)
 
     def matrix(self, dtype) -> jax.Array:
-        """The weight as a matmul in `dtype` needs it: for weights that are not multiplied with all tokens alike."""
+        """The weight (...in, ...out) as a matmul in `dtype` needs it: where not all tokens are multiplied alike."""
         return cast_and_gather(self.weight, dtype)
 
     def product(self, x: jax.Array) -> jax.Array:
-        """x times the weight, in x's dtype, before the bias."""
+        """x (B, T, ...in) times the weight, (B, T, ...out) in x's dtype, before the bias."""
         multiply = low_precision.dot if self.matmul_dtype == "float8" else project
         return multiply(x, cast_and_gather(self.weight, x.dtype))
 

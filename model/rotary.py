@@ -123,7 +123,7 @@ def rotate(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def angles_of_layer(info: TokenInfo, window: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The angles that a layer turns by; local layers, those with a window, may have their own."""
+    """The angles that a layer turns by, as of `rope_angles`; local layers, those with a window, may have their own."""
     if info.local_angles is None or window is None:
         return info.angles
     return jax.tree.map(lambda local, other: jnp.where(window > 0, local, other), info.local_angles, info.angles)

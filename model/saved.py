@@ -24,7 +24,7 @@ class Bits:
     dtype: jnp.dtype = field(metadata={"static": True})
 
     def floats(self) -> jax.Array:
-        """The array."""
+        """The array, bit for bit."""
         return bitcast_convert_type(self.bits, self.dtype)
 
 

@@ -26,7 +26,7 @@ class RandomKey:
     splits: tuple[tuple[int, int], ...] = ()
 
     def split(self, parts: int) -> list["RandomKey"]:
-        """As jax.random.split."""
+        """The keys that jax.random.split would give, `parts` of them."""
         return [RandomKey((*self.splits, (parts, part))) for part in range(parts)]
 
 
@@ -251,7 +251,10 @@ def parameter_specs(config: ModelConfig, *, vocab_parts: int = 1, rows: int | No
 
 
 def head(config: ModelConfig, vocabulary: int) -> Specs:
-    """What makes a task's output of final vectors; `vocabulary` counts the rows of the output table with padding."""
+    """What makes a task's output of final vectors; `vocabulary` counts the rows of the output table with padding.
+
+    Raises ValueError for a head of labels whose number nobody has set.
+    """
     c, specs = config, {}
     if c.head in ("vocabulary", *MASKED_LM) and not c.tied_embeddings:
         specs["head"] = {"weight": table(HEAD_KEY, vocabulary, c.width, "vocab", c.vocab_size)}

@@ -185,7 +185,7 @@ class Transformer(nnx.Module):
         return replace(info, context_style=self.context_style, in_order=in_order)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
-        """The last block's output, as the head takes it."""
+        """The last block's output, as the head takes it, (B, T, D): normed, for masked_lm through its own layer too."""
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         if self.config.head not in MASKED_LM:
             return x_BTD
@@ -203,6 +203,7 @@ class Transformer(nnx.Module):
         """Float32 logits_BTC of the labels (classes C) of these tokens, of a model with a head of LABELLED.
 
         Of an encoder with model.head=classes the vectors pass a matrix and tanh first, as `pooled` has it.
+        Raises ValueError for a model with another head.
         """
         if self.head_labels is None:
             raise ValueError(f"model.head={self.config.head} has no labels; {', '.join(LABELLED)} have")
@@ -294,7 +295,7 @@ class Description:
 
     @cached_property
     def block(self) -> nnx.GraphDef:
-        """The modules of one layer."""
+        """The modules of one layer without their parameters, which a scan over layers gives them."""
         specs = self.specs[LAYERS]
         return nnx.graphdef(put_in(Block(self.config, specs), specs, of_block(self.forms)))
 

@@ -128,12 +128,16 @@ class Places:
 
 
 def count(group_N: jax.Array, groups: int) -> jax.Array:
-    """How many assignments each of `groups` groups has; `groups` stands for none."""
+    """How many assignments each of `groups` groups has, int32 of (groups,); in group_N `groups` stands for none."""
     return (group_N[:, None] == jnp.arange(groups)).sum(0, dtype=jnp.int32)
 
 
 def place(group_nJ: jax.Array, first_row: jax.Array, counts: jax.Array, rows: int) -> Places:
-    """Lays the assignments of each group into successive rows from its `first_row`, in their order."""
+    """Lays the assignments of each group into successive rows from its `first_row`, in their order.
+
+    group_nJ: the group of each of the J assignments of n tokens; as many as there are groups stands for none.
+    first_row, counts: of (groups,). rows: R.
+    """
     group_N = group_nJ.reshape(-1)
     N, groups = group_N.shape[0], counts.shape[0]
     order = jnp.argsort(group_N, stable=True)

@@ -24,7 +24,7 @@ from parallel.sharding import layout
 
 
 def vary(tree, axes) -> jax.Array:
-    """The same values, typed as different on every device of `axes`."""
+    """The same pytree, its arrays typed as different on every device of `axes`."""
 
     def one(x):
         missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 on one axis means "the rest"."""
+    """Devices along each mesh axis; -1 on one axis means "the rest".
+
+    Raises ValueError for another number below 1, or -1 twice.
+    """
 
     pipe: int = 1  # pipeline stages
     data: int = 1  # replicas of the parameters, each with its share of the batch

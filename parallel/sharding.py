@@ -145,12 +145,12 @@ def first_row(rows: int) -> jax.Array | int:
 
 
 def sum_over_stages(x: jax.Array) -> jax.Array:
-    """The sum of what each stage found in its slice."""
+    """The sum over stages of what each found in its slice, entry by entry, and the same on all of them."""
     return jax.lax.psum(x, "pipe") if in_pipeline() else x
 
 
 def max_over_stages(x: jax.Array) -> jax.Array:
-    """The largest of what the stages found; it has no gradient."""
+    """The largest of what the stages found, entry by entry, and the same on all of them; it has no gradient."""
     x = jax.lax.stop_gradient(x)
     return jax.lax.pmax(x, "pipe") if in_pipeline() else x
 

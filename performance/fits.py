@@ -28,7 +28,7 @@ class Need:
         return self.parameters + self.moments + self.gradients + (self.activations or 0)
 
     def told(self) -> str:
-        """The parts for people."""
+        """The parts in GB, as messages have them."""
         parts = {"parameters": self.parameters, "moments": self.moments, "gradients": self.gradients}
         parts |= {} if self.activations is None else {"activations": self.activations}
         return " + ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
@@ -76,7 +76,10 @@ class Room:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Says in one line what the allocator says in pages."""
+        """Says in one line what the allocator says in pages.
+
+        Within it, an allocator's error becomes a MemoryError with what fits instead.
+        """
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -90,7 +93,7 @@ class Room:
         return isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in str(error)
 
     def explain(self, memory=None) -> str:
-        """The line that a user reads."""
+        """The line that a user reads: what a step needs, what a device has, and which settings fit."""
         needed = need(self.state, memory, self.trained)
         about = "" if needed.activations is not None else " before activations"
         said = f"out of device memory: a step needs {needed.total / 1e9:.1f} GB{about} ({needed.told()})"

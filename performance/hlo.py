@@ -89,7 +89,7 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """How many elements it has."""
         return math.prod(self.dims)
 
     @property

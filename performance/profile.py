@@ -54,7 +54,7 @@ def summary(total: Shares, program: Program, steps: int) -> dict:
 
 
 def table(found: dict) -> str:
-    """The summary for people."""
+    """What was found in a trace as lines for the terminal: categories, scopes, longest operations, in ms a step."""
     lines = [found["title"], f"{'':24}{'ms a step':>12}{'share':>9}{'of it matmul':>15}"]
     for name, row in found["categories"].items():
         if row["ms"] or name not in ("other programs", "collectives exposed"):
@@ -82,8 +82,11 @@ def table(found: dict) -> str:
 class Notes(Protocol):
     """Who tells the user: a tracking.console.Console."""
 
-    def note(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Says one line of information."""
+
+    def warn(self, text: str) -> None:
+        """Says one line that the user should act on; the run goes on."""
 
 
 class ProfiledStep:

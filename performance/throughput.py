@@ -136,7 +136,7 @@ class Throughput:
     # ------------------------------------------------------------------------------------------------ what is told
 
     def spent(self) -> Spent:
-        """Of all lives until now."""
+        """Seconds of all lives of the run until now, and how many of them steps took whose results it has."""
         return Spent(self.earlier.wall_s + self.clock() - self.began, self.earlier.productive_s + self.productive_s)
 
     def facts(self) -> dict[str, float | str]:

@@ -14,6 +14,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*positional, **{"allow_abbrev": False, **named})
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process."""
+        """Says the mistake in one line on stderr and ends the process with exit code 2."""
         print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(MISTAKE)

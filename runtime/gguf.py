@@ -15,7 +15,7 @@ STRING, ARRAY = 8, 9
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies."""
+    """The shape of a tensor in a file, how it is stored, and where."""
 
     shape: tuple[int, ...]  # the last dim is contiguous
     kind: int  # how its numbers are stored

@@ -59,7 +59,7 @@ class Scrapes(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request, client_address):
-        """Serves a connection."""
+        """Serves a connection in its thread, and frees that thread's place whatever comes of it."""
         try:
             super().process_request_thread(request, client_address)
         finally:

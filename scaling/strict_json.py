@@ -18,7 +18,7 @@ def strict(value):
 
 
 def dumps(value, indent: int | None = None) -> str:
-    """One text of it."""
+    """The data as JSON text, after `strict`; `indent` as of json.dumps."""
     return json.dumps(strict(value), indent=indent, allow_nan=False)
 
 

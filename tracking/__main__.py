@@ -32,7 +32,10 @@ def options(arguments: list[str]) -> argparse.Namespace:
 
 
 def write(given: argparse.Namespace) -> None:
-    """python -m tracking RUN [RUN ...]"""
+    """python -m tracking RUN [RUN ...]: writes the page and prints its path.
+
+    Raises ValueError where no run has anything to draw.
+    """
     runs = open_runs(given.runs)
     drawn = [run for run in runs if run.series]
     notes = [note for run in runs for note in run.notes()]
@@ -52,12 +55,14 @@ def live(given: argparse.Namespace) -> None:
 
 
 def port(text: str) -> int:
+    """A port as it was typed, 0 to 65535; raises argparse.ArgumentTypeError for anything else."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is no port; choose 0 to 65535")
     return int(text)
 
 
 def tell(notes: list[str]) -> None:
+    """Prints each on standard error, so that standard output holds nothing but what was asked for."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 

@@ -47,10 +47,17 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers one request to a `Server`; each has its own thread, and they take turns at reading the runs."""
+
     server: Server
     timeout = 60  # seconds for a client to send its request
 
     def do_GET(self):
+        """Answers with the page or with JSON, after reading what the runs have written since.
+
+        Otherwise: 403 for a Host that is not this machine, as another site that leads here would have; 404 for another
+        path; 409 for data with another server's token.
+        """
         server, url = self.server, urlsplit(self.path)
         asked = parse_qs(url.query)
         hosts = self.headers.get_all("Host", [])

@@ -27,7 +27,10 @@ class MetricsFile(Sink):
         self._failed = False
 
     def log(self, step: int, metrics: dict) -> None:
-        """Appends one line; values are Python or NumPy numbers, strings, booleans."""
+        """Appends one line; values are Python or NumPy numbers, strings, booleans.
+
+        Where the disk refuses it, it is lost, and a warning tells of the first.
+        """
         record = {"step": int(step), **{key: _plain(value) for key, value in metrics.items()}}
         line = json.dumps(record, allow_nan=False) + "\n"
         try:

@@ -132,6 +132,7 @@ class PrometheusSink(Sink):
         self._take({"step": step, **metrics})
 
     def stepped(self, step: int, metrics: dict, *, finite: bool, spiked: bool) -> None:
+        """Counts spikes and steps that were not finite, and notes when the step was done."""
         self._take({"step": step, **metrics})
         counts = {SPIKES: spiked, NONFINITE: not finite}
         more = {(metric, ()): self._values[metric, ()] + count for metric, count in counts.items()}

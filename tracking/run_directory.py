@@ -18,17 +18,17 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        """The resolved config."""
+        """config.yaml: every setting of the run, resolved."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """metrics.jsonl: one JSON object a line, see tracking.metrics_file."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """Text that the model wrote."""
+        """samples.txt: text that the model wrote."""
         return self.path / "samples.txt"
 
     @property

@@ -23,6 +23,7 @@ class Series:
         self._ends, self._sums, self._counts = np.empty(0, np.int64), np.empty(0), np.empty(0)
 
     def add(self, step: int, value: float) -> None:
+        """Takes one point, in any order of steps; the value may be NaN or infinite."""
         self._new[0].append(step)
         self._new[1].append(value)
         if len(self._new[0]) >= CHUNK:

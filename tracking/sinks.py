@@ -17,6 +17,8 @@ WANDB_MODES = ("offline", "online", "disabled")
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
+    """How a run is told to Weights & Biases. Raises ValueError for an unknown mode or an empty project."""
+
     mode: str = "offline"  # offline (upload later with `wandb sync`) | online | disabled
     project: str = "isomesh"  # W&B project
     entity: str | None = None  # W&B user or team; null: the account's default
@@ -33,6 +35,11 @@ class WandbConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
+    """Where metrics go besides metrics.jsonl and W&B.
+
+    Raises ValueError for a port that is none, an empty host, or TensorBoard without the package that writes its files.
+    """
+
     tensorboard: bool = False  # also write TensorBoard event files (needs the extra `tensorboard`)
     prometheus_port: int = 0  # process 0 answers Prometheus here, at /metrics; 0: off
     prometheus_host: str = "127.0.0.1"  # the address of that port; 0.0.0.0: other machines may read the metrics
@@ -55,12 +62,29 @@ NO_TENSORBOARD = "tensorboardX is not installed; install the extra `tensorboard`
 class Sink:
     """Where metrics go. Constructing a sink touches nothing; `start`, or else the first use, opens it."""
 
-    def start(self) -> None: ...
-    def resume(self, step: int) -> None: ...
-    def log(self, step: int, metrics: dict) -> None: ...
-    def stepped(self, step: int, metrics: dict, *, finite: bool, spiked: bool) -> None: ...  # every step that is done
-    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None: ...
-    def close(self) -> None: ...
+    def start(self) -> None:
+        """Opens it, after `resume`; a second call does nothing."""
+
+    def resume(self, step: int) -> None:
+        """Forgets what lies after step `step`, the last one that the run still has; comes before anything is logged.
+
+        Raises OSError where that cannot be forgotten.
+        """
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Takes metrics after `step` steps by their logged names; values are numbers, strings or booleans."""
+
+    def stepped(self, step: int, metrics: dict, *, finite: bool, spiked: bool) -> None:
+        """Takes a step's metrics, every step's and not only those that are logged.
+
+        finite: loss and norms are numbers. spiked: the loss lies far above its running mean.
+        """
+
+    def log_samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """Takes texts of the model after `step` steps, as (prompt, continuation)."""
+
+    def close(self) -> None:
+        """Writes what is left and lets go of files and ports; a second call does nothing."""
 
 
 class Sinks(Sink):

@@ -14,7 +14,10 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, in which precision."""
+    """How long, how much at once, in which precision.
+
+    Raises ValueError for a setting that is unknown or out of range.
+    """
 
     steps: int = 1000  # optimizer steps of the whole run, those before a restart included
     # sequences a step, over the whole mesh; or a published law: step_law | deepseek | power_lines | critical
@@ -70,7 +73,7 @@ def profiled_steps(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What turns gradients into updates."""
+    """What turns gradients into updates. Raises ValueError for a setting that is unknown or out of range."""
 
     name: str = "adamw"  # adamw | adafactor | lion | muon (AdamW for what is not a matrix) | sgd
     lr: float = 1e-3  # peak learning rate; or a published law of size and length: step_law | deepseek

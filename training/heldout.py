@@ -10,7 +10,7 @@ import jax
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found."""
+    """What an evaluation found: the loss, and what else it measured."""
 
     loss: float  # nats a token, of all sources together
     bits_per_byte: float | None = None  # of text
@@ -34,7 +34,10 @@ class HeldOut:
     watched: ClassVar[str] = "eval/loss"
 
     def evaluate(self, params: dict) -> Evaluation:
-        """The losses on all batches."""
+        """Runs the step on every batch and adds up what it found: nats a token, bits a byte, nats by source.
+
+        All processes of the mesh must call it together.
+        """
         sums: dict[str, list] = {}
         for name, batch in self.batches():
             sums.setdefault(name, []).append(self.step(params, batch, self.token_bytes_V))

@@ -95,7 +95,7 @@ class Job:
         return lambda *arguments: compiled.result()(*arguments)
 
     def init(self, seed: int) -> TrainState:
-        """The first state of a run."""
+        """The first state of a run, sharded on the mesh; bitwise the same on every mesh."""
         return init_state(self.abstract, self.description, self.optimizer, seed, self.trainable)
 
     def to_stored(self, state):

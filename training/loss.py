@@ -32,7 +32,7 @@ class LossSums:
         return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)), router)
 
     def objective(self, z_loss: float) -> jax.Array:
-        """What is minimised, summed over tokens."""
+        """What is minimised, summed over tokens: nll + z_loss z + the routers' auxiliary losses, a float32 scalar."""
         auxiliary = 0.0 if self.router is None else self.router.objective.sum()
         return self.nll + z_loss * self.z + auxiliary
 
@@ -84,7 +84,7 @@ class PartialSoftmax:
 
     @classmethod
     def none(cls, zero_BT: jax.Array) -> "PartialSoftmax":
-        """What no rows say."""
+        """The neutral element of +, as zero rows would give it; zero_BT: float32 zeros, typed as the others are."""
         return cls(zero_BT - jnp.inf, zero_BT, zero_BT)
 
     def losses(self) -> "TokenLosses":

@@ -66,7 +66,10 @@ def trace(config: Config, sizes: dict[str, int], steps: int = STEPS) -> Trace:
 
 
 def random_batch(config: Config, step: int, rows: slice) -> dict[str, np.ndarray]:
-    """Random tokens; a tenth of the targets does not count; documents of random lengths if data.segments is set."""
+    """The wanted rows of a step's batch (B, T) of random tokens, the same for every mesh.
+
+    A tenth of the targets does not count; documents have random lengths if data.segments is set.
+    """
     shape = config.train.batch_size, config.train.seq_len
     random = np.random.default_rng((config.seed, step))
     tokens = random.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)

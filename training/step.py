@@ -128,11 +128,21 @@ def gradients(
 
 
 def dropout_keys(description: Description, config: TrainConfig, state: TrainState) -> jax.Array | None:
-    """A key for each sequence of this step's batch, or None where the model has no dropout."""
+    """A key for each sequence of this step's batch, (B,), or None where the model has no dropout."""
     if not description.config.dropout:
         return None
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     return jax.random.split(key, config.batch_size)
+
+
+def _verdict(halted: jax.Array, loss: jax.Array, grad_norm: jax.Array, nonfinite: str) -> tuple[jax.Array, jax.Array]:
+    """Whether a step's update is applied, and whether the run is halted from now on.
+
+    A loss or norm that is not finite is not applied; with nonfinite=stop nothing after it is, either.
+    """
+    healthy = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    halted = halted | ~healthy if nonfinite == "stop" else halted
+    return healthy & ~halted, halted
 
 
 def _watch(monitor: Monitor, step, loss, grad_norm, healthy) -> tuple[Monitor, dict[str, jax.Array]]:
@@ -181,6 +191,21 @@ def router_metrics(description: Description, router: RouterSums, tokens: jax.Arr
     }
 
 
+def _auxiliary_metrics(
+    description: Description, config: TrainConfig, sums: LossSums, tokens: jax.Array
+) -> dict[str, jax.Array]:
+    """What is logged of the losses beside the cross-entropy, where there are any."""
+    found = {"train/z_loss": config.z_loss * sums.z / tokens} if config.z_loss else {}
+    return found | ({} if sums.router is None else router_metrics(description, sums.router, tokens))
+
+
+def _clipped(grads, clip_norm: float) -> tuple:
+    """Gradients scaled down to the global norm `clip_norm` (0: as they are), and the float32 norm that they had."""
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
+    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
 def make_train_step(
     description: Description,
     optimizer: optax.GradientTransformation,
@@ -207,9 +232,8 @@ def make_train_step(
         sums, raw = gradients(description, config, state.params, batch, keys_B, schedule, trainable, loss)
         tokens = jnp.maximum(batch["mask_BT"].sum(), 1)
         with jax.named_scope("clip"):
-            mean, norm = sums.nll / tokens, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), raw))
-            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
-            grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), raw)
+            mean = sums.nll / tokens
+            grads, norm = _clipped(raw, clip_norm)
 
         with jax.named_scope("optimizer"):
             lr = lr_schedule(state.step)
@@ -222,9 +246,7 @@ def make_train_step(
                 params = rule.adjust(trained, params, opt_state, state.step)
             params = stored_as(trained, params, state.step)
 
-        healthy = jnp.isfinite(mean) & jnp.isfinite(norm)
-        halted = state.halted | ~healthy if config.nonfinite == "stop" else state.halted
-        apply = healthy & ~halted
+        apply, halted = _verdict(state.halted, mean, norm, config.nonfinite)
         monitor, signs = _watch(state.monitor, state.step, mean, norm, apply)
         # decided before anything is updated, so that the update is one pass over memory; what would overflow stays
         with jax.named_scope("optimizer"):
@@ -249,11 +271,8 @@ def make_train_step(
             "train/accuracy": sums.correct / tokens,
             "train/skipped": new_state.skipped.astype(jnp.float32),
             **signs,
+            **_auxiliary_metrics(description, config, sums, tokens),
         }
-        if config.z_loss:
-            metrics["train/z_loss"] = config.z_loss * sums.z / tokens
-        if sums.router is not None:
-            metrics |= router_metrics(description, sums.router, tokens)
         return (new_state, metrics, raw) if expose_gradients else (new_state, metrics)
 
     return in_float32_matmuls(train_step, config)

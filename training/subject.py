@@ -37,7 +37,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What a run learns."""
+    """What a run learns: its data, its loss, and how it is judged; pretraining on text, or a labelled task."""
 
     config: Any  # the run's, with what only the data could tell
     tokenizer: Tokenizer

@@ -50,7 +50,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def import_weights(options: argparse.Namespace) -> None:
-    """Streams a published model onto the mesh and saves it as a run directory without a run."""
+    """Streams a published model onto the mesh and saves it as a run directory without a run.
+
+    One that was killed is begun again. Raises ValueError where the directory holds something else, or the model is not
+    one that can be read.
+    """
     began, run = time.perf_counter(), RunDirectory(options.run)
     unfinished = run.path / ".importing"  # there until all is written: what a killed import left is begun again
     if run.path.exists() and {path.name for path in run.path.iterdir()} - {".lock"} and not unfinished.exists():

@@ -94,7 +94,7 @@ def _files(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, lis
 
 
 def tensor_of(pieces: list[Piece], shape: tuple[int, ...], params: dict) -> np.ndarray:
-    """One tensor of theirs."""
+    """One tensor of theirs, of this shape, from the parameters that lie in it; on the host, in their dtype."""
     whole = None
     for piece, value in zip(pieces, _values(pieces, params), strict=True):
         spec, place = piece[1:3]

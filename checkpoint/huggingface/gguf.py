@@ -63,15 +63,15 @@ class Gguf:
         return tensor
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names in the header."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """The shape of a tensor, from the header."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """What a tensor is read as."""
+        """What a tensor is read as; float32 for what is stored in blocks of few bits."""
         stored = TYPES[self._tensors[name].kind][0]
         return np.dtype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(stored, np.float32))
 
@@ -85,7 +85,7 @@ class Gguf:
         return dequantise(raw.reshape(-1, size), quantisation).reshape(shape)
 
     def files(self) -> list[Path]:
-        """The file."""
+        """The one file."""
         return [self._path]
 
 

@@ -61,7 +61,10 @@ class Pretrained:
         return self.source.names()
 
     def find(self, name: str) -> str:
-        """The name that a tensor has in these files, where it may lack the model's prefix or have an older ending."""
+        """The name that a tensor has in these files, where it may lack the model's prefix or have an older ending.
+
+        Raises ValueError where there is none.
+        """
         base, shorter = self.family.base, name.removeprefix(self.family.base)
         for candidate in (name, shorter, f"{base}{name}" if base else name):
             for new, old in (("", ""), ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
@@ -185,7 +188,10 @@ def _pickle(path: Path, allow_pickle: bool) -> Source:
 
 
 class Pickled:
-    """Tensors of PyTorch files, read by PyTorch's loader for weights alone."""
+    """Tensors of PyTorch files, read by PyTorch's loader for weights alone.
+
+    Raises ValueError without PyTorch, and for a file that holds more than that loader allows.
+    """
 
     def __init__(self, paths: list[Path]):
         try:
@@ -201,19 +207,19 @@ class Pickled:
                 raise ValueError(f"{path.name}: {' '.join(str(error).split())[:120]}") from None
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all tensors of all files."""
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """The shape of a tensor, without reading it."""
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> np.dtype:
-        """Of one tensor."""
+        """What a tensor is stored as."""
         return self.tensor(name).dtype
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """A tensor, in PyTorch's own memory."""
         import ml_dtypes
         import torch
 
@@ -223,7 +229,7 @@ class Pickled:
         return tensor.numpy()
 
     def files(self) -> list[Path]:
-        """All files."""
+        """The PyTorch files."""
         return self._paths
 
 

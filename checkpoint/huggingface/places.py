@@ -31,7 +31,7 @@ class Place:
     rotary_pairs: int = 0  # heads whose outputs stand in pairs (i, i + 1) and not (i, i + H/2); 0: none
 
     def of(self, layer: int, expert: int) -> str:
-        """The tensor's name."""
+        """The tensor's name in a layer and an expert, counted from 0; what the name does not ask for is not used."""
         return self.name.format(layer=layer, expert=expert)
 
     @property
@@ -40,7 +40,10 @@ class Place:
         return "{expert}" in self.name
 
     def slot(self, tensor: np.ndarray) -> np.ndarray:
-        """The view of this parameter's outputs, the first dim, in a whole tensor."""
+        """The view of this parameter's outputs in a whole tensor, whose first dim they are: (outputs, ...).
+
+        Where they are interleaved by head it is (heads, outputs of a head, ...).
+        """
         if self.heads:
             heads, part, size = self.heads
             return tensor.reshape(heads, -1, size, *tensor.shape[1:])[:, part]
@@ -72,7 +75,7 @@ class Place:
         slot[...] = value.reshape(slot.shape)
 
     def shape(self, spec: ParameterSpec) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor that holds the parameter, without padding."""
         if spec.is_table:
             return (_rows(spec), spec.shape[1])
         outputs = self.total or math.prod(_shape(spec)) // (_inputs(spec) if spec.is_matrix else 1)

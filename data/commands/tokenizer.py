@@ -37,7 +37,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def train_command(words: list[str]) -> None:
-    """Trains a tokenizer of a corpus and writes it."""
+    """Trains a tokenizer of a corpus and writes it.
+
+    Raises ValueError for a mistake, or where the file is there already.
+    """
     outs = [word for word in words if "=" not in word]
     if len(outs) != 1:
         raise ValueError(
@@ -63,7 +66,10 @@ def train_command(words: list[str]) -> None:
 
 
 def show_command(words: list[str]) -> None:
-    """Prints what a tokenizer has, and how it cuts texts."""
+    """Prints what a tokenizer has, and how it cuts texts.
+
+    Raises ValueError where none is named, or what is named is none.
+    """
     path, texts = words[:1], words[1:] or [SAMPLE]
     if not path:
         raise ValueError("show takes a tokenizer: a tokenizer.json, a folder with one, a .gguf")
@@ -90,7 +96,10 @@ def show_command(words: list[str]) -> None:
 
 
 def convert_command(words: list[str]) -> None:
-    """Writes a tokenizer as a folder that this project and `transformers` read."""
+    """Writes a tokenizer as a folder that this project and `transformers` read.
+
+    The folder comes to be whole or not at all. Raises ValueError where it is there already.
+    """
     if len(words) != 2:
         raise ValueError(f"convert takes a tokenizer and a new folder: {len(words)} words given")
     path, out = words[0], Path(words[1]).expanduser()
@@ -129,7 +138,7 @@ def missing_bytes(tokenizer: JsonTokenizer) -> bytes:
 
 
 def spelled(tokenizer: JsonTokenizer, token: int) -> str:
-    """A token on one line."""
+    """A token as Python would spell its text, or its bytes where these are no text alone."""
     text = tokenizer.decode([token]) or _name(tokenizer, token)
     return repr(text if "\ufffd" not in text else tokenizer.bytes_of(token) or text)
 

@@ -28,6 +28,7 @@ def read_megatron(path: File, raw: BinaryIO, how: Reading) -> Read:
     """The documents of a Megatron file, each of one or several sequences of tokens.
 
     Source: `IndexedDataset` of Megatron-LM (megatron/core/datasets/indexed_dataset.py).
+    Raises ValueError where the index does not fit the file; a document with tokens of another tokenizer is a `Bad`.
     """
     tokenizer = _tokenizer(path, how)
     index = sibling(path, ".idx")
@@ -72,6 +73,7 @@ def read_npy(path: File, raw: BinaryIO, how: Reading) -> Read:
     """The documents of an array of tokens, cut at their ends: a real .npy, or as OLMo has it the bare numbers.
 
     Bare numbers take two bytes each where the vocabulary allows, else four.
+    Raises ValueError for other arrays and for a file cut short; a document with tokens of another tokenizer is a `Bad`.
     """
     tokenizer = _tokenizer(path, how)
     dtype, first = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"), 0

@@ -66,7 +66,10 @@ def read_text(path: Path | str) -> str:
 
 
 def read_settings(path: Path) -> dict:
-    """A JSON object of settings beside a tokenizer; an empty one where the file is not there."""
+    """A JSON object of settings beside a tokenizer; an empty one where the file is not there.
+
+    Raises ValueError where it is no JSON object.
+    """
     if not path.exists():
         return {}
     try:

@@ -27,6 +27,7 @@ def unigram_pieces(texts: Iterable[str], size: int) -> list[tuple[str, float]]:
     """At most `size` tokens, spelled by GPT-2's characters for bytes, with their log-probabilities; every byte is one.
 
     The same texts give the same tokens, in any order. (Kudo 2018, "Subword Regularization".)
+    Raises ValueError without the package sentencepiece.
     """
     try:
         import sentencepiece

@@ -31,7 +31,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(options: Namespace) -> None:
-    """Draws one schedule in the terminal and writes the files that were asked for."""
+    """Draws one schedule in the terminal and writes the files that were asked for.
+
+    Raises ValueError for the user's mistakes.
+    """
     if options.out and Path(options.out).suffix not in WRITERS:
         raise ValueError(f"--out {options.out}: a picture is {' or '.join(WRITERS)}")
     name = options.schedule

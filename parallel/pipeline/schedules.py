@@ -46,6 +46,7 @@ class PipelineSchedule:
 
     @property
     def ticks(self) -> int:
+        """Rows of the table: every stage does one operation, or waits, in each."""
         return len(self.table)
 
     @property

@@ -20,6 +20,7 @@ NOT_FLAT = 1
 
 
 def add_coord_check(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling coord-check` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_coordinate_check)
     options.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as for train.py")
     whole = lambda text: tuple(int(word) for word in text.split(","))
@@ -33,7 +34,10 @@ def add_coord_check(options: argparse.ArgumentParser) -> None:
 
 
 def run_coordinate_check(options: argparse.Namespace) -> int:
-    """Trains every size for a few steps and judges; NOT_FLAT if one coordinate grows or shrinks."""
+    """Trains every size for a few steps and judges; NOT_FLAT if one coordinate grows or shrinks.
+
+    Raises ValueError for the user's mistakes.
+    """
     for name in ("steps", "seeds"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")

@@ -17,6 +17,7 @@ from scaling.strict_json import write
 
 
 def add_fit(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling fit` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_fit, at=[])
     _add_common(options)
     options.add_argument("--budget", type=float, metavar="FLOPS", help="give the best N, D and loss for this C")
@@ -24,6 +25,7 @@ def add_fit(options: argparse.ArgumentParser) -> None:
 
 
 def add_predict(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling predict` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_predict, budget=None, holdout_above=None)
     _add_common(options)
     words = "where to predict the loss, N=7B,D=1.4T or N=7B,C=6e22; as often as wanted"

@@ -23,6 +23,7 @@ ASK_S = 10.0  # between questions to SLURM
 
 
 def add_launch(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling launch` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_launch)
     options.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for python train.py -m")
 

@@ -14,6 +14,7 @@ PAGE, NUMBERS, FIGURES = "report.html", "report.json", "figures"
 
 
 def add_report(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling report` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_report)
     options.add_argument("experiment", type=Path, help=f"a folder with {RESULTS}, or a table")
     options.add_argument("--law", choices=LAWS, default="hoffmann", help="default: hoffmann")
@@ -57,6 +58,7 @@ def run_report(options: argparse.Namespace) -> None:
 
 
 def title(experiment: Path) -> str:
+    """What the page is called: the name of the experiment's folder, or of the table without its suffix."""
     return experiment.resolve().name if experiment.is_dir() else experiment.stem
 
 

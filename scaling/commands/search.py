@@ -18,6 +18,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def add_search(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling search` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_search)
     options.add_argument(
         "words",

@@ -24,6 +24,7 @@ RUNS = Path("runs")  # of all sweeps, below the checkout
 
 
 def add_plan(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling plan` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=show_plan)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many runs at once (default: 1)")
@@ -33,6 +34,7 @@ def add_plan(options: argparse.ArgumentParser) -> None:
 
 
 def add_run(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling run` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_sweep)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many at once; cores are shared out (default: 1)")
@@ -46,12 +48,14 @@ def add_run(options: argparse.ArgumentParser) -> None:
 
 
 def add_status(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling status` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=show_status)
     options.add_argument("sweep", type=Path, help="a sweep.yaml")
     options.add_argument("--jobs", type=jobs, default=1, help="how many run at once: for the time left (default: 1)")
 
 
 def add_collect(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling collect` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_collect)
     options.add_argument("sources", type=Path, nargs="+", help="a sweep.yaml, or directories of runs or of offline W&B")
     options.add_argument("--out", type=Path, metavar="FILE", help="default: results.jsonl beside the sweep.yaml")
@@ -59,6 +63,7 @@ def add_collect(options: argparse.ArgumentParser) -> None:
 
 
 def jobs(text: str) -> int:
+    """A count of 1 or more as it was typed; raises argparse.ArgumentTypeError for anything else."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
     return int(text)
@@ -108,7 +113,10 @@ def show_plan(options: argparse.Namespace) -> int:
 
 
 def run_sweep(options: argparse.Namespace) -> int:
-    """Runs what is missing. Returns FAULT if some runs are not there in the end, INTERRUPTED after Ctrl-C."""
+    """Runs what is missing. Returns FAULT if some runs are not there in the end, INTERRUPTED after Ctrl-C.
+
+    Raises ValueError for the user's mistakes.
+    """
     if options.launcher is None and (options.settings or options.resubmit):
         raise ValueError(f"{' '.join(options.settings) or '--resubmit'} is for --launcher {'|'.join(PACKAGES)}")
     sweep, planned = planned_runs(options.sweep)
@@ -147,6 +155,10 @@ def launcher_settings(options: argparse.Namespace) -> list[str]:
 
 
 def show_status(options: argparse.Namespace) -> None:
+    """Prints how far each run is and how long the rest will take, from the files of the runs; starts nothing.
+
+    Where a launcher cannot be asked what is queued, standard error says so, and only the files count.
+    """
     sweep, planned = planned_runs(options.sweep)
     queue = Queue(planned)
     states = queue.states()
@@ -158,7 +170,10 @@ def show_status(options: argparse.Namespace) -> None:
 
 
 def run_collect(options: argparse.Namespace) -> None:
-    """Writes the rows, and tells what is wrong with each that has no loss."""
+    """Writes the rows, and tells what is wrong with each that has no loss.
+
+    Raises ValueError for the user's mistakes.
+    """
     files = [path for path in options.sources if path.suffix in (".yaml", ".yml")]
     if len(files) > 1:
         raise ValueError(f"{len(files)} sweeps: {', '.join(map(str, files))}; collect them one by one")

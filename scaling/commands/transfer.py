@@ -15,6 +15,7 @@ MOVED = 1
 
 
 def add_transfer(options: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m scaling transfer` to its parser, and `command`, which runs with them."""
     options.set_defaults(command=run_transfer)
     options.add_argument("results", type=Path, help="results.jsonl of a sweep over the key and the size")
     options.add_argument("--key", default="lr", metavar="COLUMN", help="what is to stay (default: lr)")
@@ -26,7 +27,10 @@ def add_transfer(options: argparse.ArgumentParser) -> None:
 
 
 def run_transfer(options: argparse.Namespace) -> int:
-    """Prints the optimum of every size and by how much it moves; MOVED if that is more than --within."""
+    """Prints the optimum of every size and by how much it moves; MOVED if that is more than --within.
+
+    Raises ValueError for the user's mistakes.
+    """
     if options.within is not None and not options.within >= 1:
         raise ValueError(f"--within {options.within:g} must be 1 or more: it is the largest optimum over the smallest")
     rows = [json.loads(line) for line in options.results.read_text().splitlines() if line.strip()]

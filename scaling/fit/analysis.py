@@ -26,7 +26,7 @@ DISAGREE = (
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What is asked of a table."""
+    """What is asked of a table: which law, how it is fitted, and at which budgets and sizes it is read off."""
 
     law: Law
     objective: Objective = DEFAULT
@@ -131,6 +131,7 @@ def _ends(interval: np.ndarray) -> list[float | None]:
 
 
 def budget_of(fitted: Fit) -> float | None:
+    """The FLOPs that optimal sizes are given for; None for a law without an optimum."""
     return float(np.exp(fitted.log_budget)) if fitted.law.optimum else None
 
 

@@ -47,7 +47,7 @@ def chosen_columns(options: argparse.Namespace, law: Law, defaults: Mapping[str,
 
 
 def add_selection(options: argparse.ArgumentParser) -> None:
-    """Adds the options about rows."""
+    """Adds the options that say which rows of a table are used; see `selection`."""
     options.add_argument("--where", metavar="EXPR", help="only rows where it holds: \"data == 'c4' and lr < 1e-2\"")
     options.add_argument("--outliers", metavar="COLUMN", help="leave out rows where this is true, 1 or yes")
     options.add_argument("--best", action="store_true", help="of rows of one size only that of the least loss")
@@ -56,7 +56,7 @@ def add_selection(options: argparse.ArgumentParser) -> None:
 
 
 def selection(options: argparse.Namespace) -> Selection:
-    """What these options say."""
+    """Which rows the options of `add_selection` ask for. Raises ValueError for a --group-width out of range."""
     return Selection(options.where, options.outliers, options.best, options.group_width)
 
 

@@ -85,7 +85,7 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
 
 
 def numbers(texts: list[str], option: str) -> dict[str, float]:
-    """The same with numbers, 2.8B too."""
+    """Name -> number of such options, 2.8B too. Raises ValueError as `pairs` does, and for what is no number."""
     values = {}
     for name, text in pairs(texts, option).items():
         try:

@@ -30,9 +30,11 @@ class PowerLaw:
     budgets: int
 
     def at(self, budget: float) -> float:
+        """The law's value at a budget in FLOPs."""
         return float(np.exp(self.log_coefficient + self.exponent * np.log(budget)))
 
     def optimum(self, budget: float) -> dict[str, float]:
+        """Parameters N and tokens D of a law of N_opt at a budget C in FLOPs: D = C / 6N."""
         n = self.at(budget)
         return {"N": n, "D": budget / (FLOPS_PER_TOKEN_AND_PARAMETER * n)}
 
@@ -53,6 +55,7 @@ class Slice:
 def slices(n: np.ndarray, c: np.ndarray, loss: np.ndarray, groups: np.ndarray) -> list[Slice]:
     """A parabola of loss in log N for each group's runs, in order of C; without an interior minimum it is refused.
 
+    n, c, loss, groups: of (runs,); parameters, FLOPs, nats a token, and which budget a run is of.
     A parabola goes through the runs in a window around its minimum. It is as wide as the runs allow, for each run
     counts, and the same for all budgets, so that what a parabola misses shifts every minimum alike and leaves the
     exponent alone.
@@ -161,6 +164,7 @@ def least_losses(found: list[Slice]) -> PowerLaw | None:
 def envelope(n: np.ndarray, c: np.ndarray, loss: np.ndarray, runs: np.ndarray) -> PowerLaw | None:
     """The power law through the best run at each budget, from several points of each run's training curve.
 
+    n, c, loss, runs: of (points,); `runs` says which run a point is of.
     Points of a run count only if its learning rate allows it: those of an unfinished cosine are too high. The runs on
     the envelope are what is independent, so the interval's degrees of freedom are theirs. None below 3 of them.
     """

@@ -46,6 +46,7 @@ class Fit:
 
     @property
     def degrees_of_freedom(self) -> int:
+        """Runs less parameters; at least 1, since `fit` asks for one run more than parameters."""
         return len(self.log_loss) - len(self.theta)
 
     @property
@@ -66,16 +67,17 @@ class Fit:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The law's parameters, then what is derived for the budget; the order of `scores` and of all intervals."""
         return self.law.parameters + (DERIVED if self.law.optimum else ())
 
     @property
     def logged(self) -> np.ndarray:
-        """Which quantities are positive and handled as logs."""
+        """Which quantities are positive and handled as logs, bool in the order of `names`."""
         return np.array(self.law.logged + ((False, True, True, True, True) if self.law.optimum else ()))
 
     @property
     def scores(self) -> np.ndarray:
-        """Quantities as the intervals handle them: logs of the positive ones."""
+        """Quantities as the intervals handle them, in the order of `names`: logs of the positive ones."""
         with jax.enable_x64(True):
             return np.asarray(quantities(self.law, jnp.asarray(self.theta), self.centre, jnp.asarray(self.log_budget)))
 
@@ -91,7 +93,7 @@ class Fit:
         return Runs(self.features, np.ones(len(self.log_loss)), self.centre, self.log_budget)
 
     def predict(self, sizes: Sizes) -> np.ndarray:
-        """Losses of other runs."""
+        """Losses of other runs, (runs,), in the unit of the fitted ones; `sizes` as of `fit`."""
         features = self.law.features(sizes) - self.centre
         with jax.enable_x64(True):
             return np.exp(np.asarray(self.law.log_loss(jnp.asarray(self.theta), jnp.asarray(features), self.centre)))

@@ -178,6 +178,7 @@ def annealing_areas(rates: np.ndarray, decay: float = 0.999) -> tuple[np.ndarray
 
     S1 is the sum of rates so far. S2 sums, over all steps so far, the falls of the rate, each remembered by the factor
     `decay` a step (the paper's lambda). A rising rate counts as a negative fall.
+    Raises ValueError for rates that are no list, or a decay that does not lie between 0 and 1.
     """
     rates = np.asarray(rates, float)
     if rates.ndim != 1 or len(rates) == 0 or not 0 < decay < 1:
@@ -308,7 +309,10 @@ LAWS = {law.name: law for law in (HOFFMANN, KAPLAN, MUENNIGHOFF, GADRE, ANNEALIN
 
 
 def predict(law: Law, parameters: Mapping[str, float], sizes: Sizes) -> np.ndarray:
-    """Losses of runs under a law with published coefficients, by name as in `law.parameters`; float64."""
+    """Losses of runs, float64 of (runs,), under a law with published coefficients, by name as in `law.parameters`.
+
+    sizes: arrays of (runs,) by the letters of `law.inputs`.
+    """
     values = np.array([parameters[name] for name in law.parameters], float)
     features = law.features({letter: np.asarray(sizes[letter], float) for letter in law.inputs})
     zero = np.zeros(features.shape[-1])

@@ -41,7 +41,7 @@ def robust_size(residuals: np.ndarray, spent: int) -> float:
 
 
 def noise_residuals(fit: Fit) -> np.ndarray:
-    """Residuals that stand for the noise: of a robust fit that is nearly as efficient as squares, widened."""
+    """Residuals, (runs,), that stand for the noise: of a robust fit nearly as efficient as squares, widened."""
     scale = np.exp(fit.log_loss.mean()) if fit.objective.linear else 1.0
     size = max(robust_size(fit.residuals, len(fit.theta)), 1e-12) * scale
     theta = solve(fit.law, fit.runs, Problem(fit.theta, fit.log_loss, EFFICIENT * size)).theta[0]

@@ -12,7 +12,7 @@ MOST_BINS = 2.0  # a bin wider than a factor of 3 would mix budgets
 
 @dataclass(frozen=True)
 class Selection:
-    """What a user says about a table's rows."""
+    """What a user says about a table's rows. Raises ValueError for a width out of range."""
 
     where: str | None = None  # an expression over columns: only rows where it holds
     marked: str | None = None  # a column, or an expression, that is true for outliers

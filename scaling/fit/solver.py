@@ -36,6 +36,7 @@ class Objective:
     """What is minimised: the sum over runs of a loss of residuals, log loss predicted less log loss measured.
 
     With `linear` residuals are losses predicted less losses measured: high losses then count for more.
+    Raises ValueError for another kind, or a delta that is not above 0.
     """
 
     kind: str = "huber"  # huber | l1 | mse
@@ -88,6 +89,8 @@ class Problem(NamedTuple):
 
 
 class Solution(NamedTuple):
+    """Where each problem's search ended; every field has the problems as its first dim."""
+
     theta: np.ndarray
     value: np.ndarray  # of Huber's loss over min(width, 1), without the pull
     scores: np.ndarray  # quantities there

@@ -34,7 +34,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Rows:
-    """What files hold."""
+    """The rows that files hold together, those that could not be read, and what a reader should know of them."""
 
     path: str
     digest: str  # SHA-256 of the files' bytes, one after the other

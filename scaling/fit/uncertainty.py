@@ -50,7 +50,8 @@ def bootstrap(
     fit: Fit, draws: int, seed: int = 0, kind: str | None = None, runs: np.ndarray | None = None
 ) -> Uncertainty:
     """Intervals from `draws` refits; deterministic in `seed`. `kind` is one of resampling.KINDS, by the table's form
-    unless said; `runs` labels the run that each row is a point of."""
+    unless said; `runs` labels the run that each row is a point of. Raises ValueError for fewer than 100 draws.
+    """
     if draws < 100:
         raise ValueError(f"{draws} bootstrap draws cannot tell a 95% interval; use 100 or more, 4000 for publication")
     drawn = draw(fit, draws, seed, kind or chosen_kind(fit, runs), runs)

@@ -30,7 +30,7 @@ TOO_LARGE = 2.0  # residuals this many times the seeds' spread are not noise alo
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What a report is made with."""
+    """How the table of a report is fitted, and which budget it predicts."""
 
     law: Law
     draws: int  # bootstrap refits

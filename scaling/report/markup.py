@@ -25,18 +25,22 @@ def amount(value: float | None) -> str:
 
 
 def percent(value: float, digits: int = 2) -> str:
+    """A share with its sign, as in +1.25% for 0.0125."""
     return f"{100 * value:+.{digits}f}%"
 
 
 def interval(ends: list | None, write=number) -> str:
+    """The two ends, each as `write` spells it (None is an open end); a dash where there is no interval."""
     return "-" if ends is None else f"{write(ends[0])} to {write(ends[1])}"
 
 
 def paragraph(text: str, kind: str = "") -> str:
+    """One paragraph; `kind` is its class in the page's style."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def absent(why: str) -> str:
+    """A paragraph in place of what the data does not allow; `why` is a clause without its full stop."""
     return paragraph(f"Not shown: {why}.", "soft")
 
 
@@ -55,6 +59,7 @@ def table(
 
 
 def figure(figures: dict[str, bytes], names: list[str], caption: str) -> str:
+    """The figures of these names that were drawn, inside the page itself, above one caption; empty if none was."""
     there = [name for name in names if f"{name}.png" in figures]
     if not there:
         return ""

@@ -24,7 +24,7 @@ class Space:
     joint: dict[str, dict[str, tuple[str, ...]]]
 
     def keys(self) -> set[str]:
-        """The config keys that it sets."""
+        """The keys of train.py that a point sets, those of joint choices among them."""
         single = self.distributions.keys() - self.joint.keys()
         rows = [row for choices in self.joint.values() for row in choices.values()]
         return single | {override.partition("=")[0] for row in rows for override in row}

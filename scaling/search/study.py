@@ -101,10 +101,12 @@ class FileLock:
         return True
 
     def release(self) -> None:
+        """Gives up the lock, which `acquire` must have taken before; it can be taken again."""
         self._file.close()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
+        """Waits for the lock and holds it meanwhile."""
         self.acquire()
         try:
             yield
@@ -149,7 +151,7 @@ class Search:
         self._alive.release()
 
     def trials(self) -> list[FrozenTrial]:
-        """All of them, in order."""
+        """All trials of the study by number, those of other workers too, as the journal has them now."""
         return self.study.get_trials(deepcopy=False)
 
     def ask(self) -> optuna.Trial | None:
@@ -231,7 +233,7 @@ def outcome(trial: FrozenTrial) -> str:
 
 
 def reason(trial: FrozenTrial) -> str:
-    """Why a trial is not complete."""
+    """Why a trial is not complete; empty for one that is, or that was lost."""
     return trial.user_attrs.get("reason", "")
 
 

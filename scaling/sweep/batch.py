@@ -53,6 +53,7 @@ class Batch:
 
     @property
     def name(self) -> str:
+        """The folder's name, which the jobs have on SLURM, too."""
         return self.folder.name
 
     def write(self) -> None:

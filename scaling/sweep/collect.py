@@ -26,7 +26,7 @@ SAME_LOSS = 1e-5  # relative: what two runs of one config may differ by
 
 @dataclass
 class Source:
-    """What one run left behind."""
+    """What one run left behind: its config, its metrics and where it ran, or what is wrong with these files."""
 
     path: str
     config: dict = field(default_factory=dict)

@@ -31,7 +31,10 @@ LEAST_STEPS = 20  # fewer tell of the warm-up only
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep.yaml. A group is a budget (isoflop), a number of tokens (product) or all of a ladder."""
+    """A sweep.yaml. A group is a budget (isoflop), a number of tokens (product) or all of a ladder.
+
+    Raises ValueError for values out of range, or that do not fit the grid.
+    """
 
     name: str  # runs go to runs/<name>
     grid: str  # isoflop (sizes at each budget) | product (widths x tokens) | ladder (widths, D / N the same)
@@ -115,7 +118,7 @@ class Run:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Of train.py; all but run.dir."""
+        """The overrides of train.py for this run; run.dir comes besides, from `scaling.sweep.run.place`."""
         return (*self.base, *(f"{key}={value}" for key, value in self.settings.items()))
 
     @property
@@ -125,12 +128,12 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        """N."""
+        """N: all parameters, embeddings included."""
         return parameter_count(self.model).total
 
     @property
     def flops(self) -> float:
-        """C = 6 N D."""
+        """C = 6 N D, the training FLOPs by which budgets are given."""
         return float(FLOPS_PER_TOKEN_AND_PARAMETER * self.parameters * self.tokens)
 
     @property

@@ -36,6 +36,7 @@ def machine() -> str:
 
 
 def cores() -> list[int]:
+    """The numbers of the cores that this process may use, ascending."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 

@@ -54,6 +54,7 @@ class Planned:
         return ["python", "train.py", *self.run.overrides, override("run.dir", str(self.directory))]
 
     def state(self) -> State:
+        """How far it is, read anew from the files in its directory at each call."""
         return state_of(self.directory, self.run.steps, self.run.model.vocab_size)
 
     def facts(self) -> dict:
@@ -288,6 +289,6 @@ def run_missing(
 
 
 def summary(sweep: SweepConfig, states: list[State]) -> str:
-    """A sweep's states in one line."""
+    """How many runs of a sweep are in which state, on one line."""
     counts = {name: sum(state.name == name for state in states) for name in dict.fromkeys(s.name for s in states)}
     return f"{sweep.name}: " + ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -22,7 +22,7 @@ IN_USE = "in use by another process"  # what train.py says of a directory that i
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is."""
+    """How far a run is, by the files of its directory: see `state_of`."""
 
     name: str  # one of STATES
     step: int = 0
@@ -61,7 +61,7 @@ def held(directory: Path, lock: str = ".lock") -> bool:
 
 
 def last_line(path: Path) -> str:
-    """What a program said last."""
+    """The last line of a program's output, cut to 300 characters; empty without output or file."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1][:300] if lines else ""
 

@@ -34,7 +34,7 @@ def plan_table(runs: list[Run], seconds: list[float | None]) -> Grid:
 
 
 def bill(runs: list[Run], seconds: list[float | None], jobs: int) -> str:
-    """The whole sweep in one line."""
+    """What a whole sweep costs, on one line: runs, tokens, FLOPs, and the time, where this machine was measured."""
     flops, worked = sum(run.flops for run in runs), sum(run.flops_per_token * run.tokens for run in runs)
     tokens = human(sum(run.tokens for run in runs))
     told = f"{len(runs)} runs, {tokens} tokens, {flops:.3g} FLOPs by 6 N D, {worked:.3g} with attention"

@@ -32,7 +32,9 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
 
 
 def activations(description: Description, params: dict, batch: dict) -> dict[str, jax.Array]:
-    """The residual stream after the embedding and each block, the head's input, and the logits, by name; float32."""
+    """By name: the residual stream (B, T, D) after the embedding and each block, the head's input (B, T, D), and the
+    logits (B, T, V). All are float32, whatever the run computes in.
+    """
     model, config = description.bind(params), description.config
     info = model.info(batch["tokens_BT"], batch.get("positions_BT"))
     embedded_BTD = model.embed(batch["tokens_BT"], info, jnp.float32)

@@ -90,7 +90,10 @@ def _optimum(size: float, seen: dict[float, dict], name: str) -> Optimum:
 
 
 def picture(found: list[Transfer], key: str, size: str, path: Path) -> None:
-    """Writes a PNG: loss against the key, a panel for each family, a line for each size. ValueError: no matplotlib."""
+    """Writes a PNG: loss against the key, a panel for each family, a line for each size.
+
+    Raises ValueError without matplotlib.
+    """
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
