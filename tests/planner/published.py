@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,10 +37,12 @@ class Row:
     parameters: float | None = None  # billions, as the table has them
     flops: float | None = None  # of a step, by the paper's formula
     free: tuple[str, ...] = ()  # what the program cannot do otherwise: kept when layouts are searched
+    domain: int | None = None  # devices of one slice, where it is not as large as it can be
 
     def planner(self) -> Planner:
         """For this row's run and machine."""
         machine = open_machine(self.hardware, calibrated=False)
+        machine = replace(machine, domain=self.domain or machine.domain)
         return Planner(
             config_of(self.run + self.layout), machine, self.devices, program(self.program, machine.platform)
         )
