@@ -13,13 +13,13 @@ from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
 from planner.cost import Planner
 from planner.layout import Layout
+from planner.software import SCHEDULES
 
 STYLES = ("ring", "ulysses")  # gather is for short sequences, which are not cut
 SCHEDULED = StageRequirement | MicrobatchRequirement  # what depends on a schedule, not on a mesh alone
 SHORTEST = 1024  # tokens of a sequence that context leaves on a device
 DEEPEST = 16  # times as many microbatches as stages: more shorten the bubble by less than a hundredth
 REMATS = ("none", "attention", "dots", "full")
-SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +133,17 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
             yield ordered
 
 
-def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bool = False) -> Iterator[Layout]:
-    """All layouts on one mesh. `grouped`: interleaved microbatches come in groups of as many as there are stages."""
+def layouts(
+    config: Config,
+    sizes: Mapping[str, int],
+    pins: Pins,
+    *,
+    grouped: bool = False,
+    schedules: tuple[str, ...] = SCHEDULES,
+) -> Iterator[Layout]:
+    """All layouts on one mesh, with the `schedules` that a program has. `grouped`: interleaved microbatches come in
+    groups of as many as there are stages.
+    """
     rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     styles = _styles(config, sizes, pins)
     remats = [pins.remat] if pins.remat else REMATS
@@ -146,7 +155,7 @@ def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bo
                 for remat, style in itertools.product(remats, styles):
                     yield Layout(**sizes, microbatches=cut, remat=remat, style=style)
         return
-    for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
+    for schedule in [pins.schedule] if pins.schedule else schedules:
         for chunks in _chunks(schedule, layers, pipe, pins):
             for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
                 few = (
@@ -182,17 +191,15 @@ def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
 def search(planner: Planner, pins: Pins) -> Found:
     """All legal layouts. Moments in 16 bits change a run's numbers: they are taken only where 32 bits do not fit."""
     config, fitting, too_large, began = planner.config, [], [], time.perf_counter()
-    asked, limit = pins.moment_dtype, planner.machine.limit
+    asked, limit, software = pins.moment_dtype, planner.machine.limit, planner.software
     halved = asked is None and config.optimizer.name != "adafactor" and config.train.param_dtype == "float32"
     for sizes in meshes(config, planner.devices, pins):
-        for layout in layouts(config, sizes, pins, grouped=not planner.software.lockstep):
+        for layout in layouts(config, sizes, pins, grouped=not software.lockstep, schedules=software.schedules):
             layout = replace(layout, moment_dtype=asked) if asked else layout
             step, memory = planner.weigh(layout)
-            if memory > limit and halved:
-                narrow = replace(layout, moment_dtype="bfloat16")
-                less, fewer = planner.weigh(narrow)
-                if fewer <= limit:
-                    layout, step, memory = narrow, less, fewer
+            if memory > limit and halved and memory - planner.saved_by_halving(layout) <= limit:
+                layout = replace(layout, moment_dtype="bfloat16")
+                step, memory = planner.weigh(layout)
             (fitting if memory <= limit else too_large).append(Weighed(layout, step, memory))
     fitting.sort(key=lambda w: w.step)
     too_large.sort(key=lambda w: w.memory)

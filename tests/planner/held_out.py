@@ -55,7 +55,12 @@ def nemo_h100() -> list[Row]:
             run = (*LLAMA2_70B, *LLAMA2[name], "optimizer=adamw")
         else:
             run = ("model=llama3_70b" if "70B" in name else "model=llama3_8b", "optimizer=adamw")
-        run += (f"train.seq_len={seq}", f"train.batch_size={row['gbs']}", "model.matmul_dtype=float8", "train.loss_chunk=0")
+        run += (
+            f"train.seq_len={seq}",
+            f"train.batch_size={row['gbs']}",
+            "model.matmul_dtype=float8",
+            "train.loss_chunk=0",
+        )
         data = devices // (tensor * pipe * context)
         cut = int(row["gbs"]) // (data * int(row["mbs"]))
         layout = _mesh(tensor, pipe, data, 1, context)

@@ -171,7 +171,7 @@ def llama3_405b() -> list[Row]:
         layout += ("pipeline.schedule=interleaved",)
         flops = flops_per_token(config_of(run).model, seq) * batch * seq
         step = flops / (devices * float(row["tflops_per_gpu"]) * 1e12)
-        rows.append(Row(f"{devices} cp{row['cp']}", run, layout, "h100", devices, "megatron", step))
+        rows.append(Row(f"{devices} cp{row['cp']}", run, layout, "h100", devices, "llama3", step))
     return rows
 
 
