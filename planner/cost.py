@@ -13,7 +13,7 @@ from model.counts import flops_per_token
 from planner import bubble, traffic
 from planner.layout import Layout
 from planner.machine import BYTES, Lines, Machine, lines
-from planner.memory import Memory, MemoryModel
+from planner.memory import Memory, MemoryModel, state_bytes
 from planner.parameters import Held, Parameters
 from planner.software import Software
 from planner.traffic import BACKWARD, EACH, FORWARD, ONCE, Exchange
@@ -121,6 +121,12 @@ class Planner:
         base = self.base(layout)
         seconds = base.together + self._update(layout, base) + self._waits(layout, base)
         return seconds * (1 + UNCOUNTED), base.memory.total(*self._kept(layout))
+
+    def state_bytes(self, layout: Layout) -> float:
+        """Bytes of a device for parameters, moments and gradients alone, on the mesh of a layout."""
+        rows = -(-self.model.layers // layout.pipe)
+        sizes = (layout.pipe, layout.data, layout.fsdp, layout.expert, layout.context, layout.tensor)
+        return state_bytes(self, layout, self._held(sizes, rows).stored, self._moment_bytes(layout))
 
     def saved_by_halving(self, layout: Layout) -> float:
         """Bytes that moments in 16 bits save a device."""

@@ -122,6 +122,15 @@ def routed(c: ModelConfig, tokens: float, layout: Layout, platform: str, *, ours
     return Routed(rows * inner + assigned, rows * (inner + 2 * c.width) + 2 * moved * c.width + copied)
 
 
+def state_bytes(planner: "Planner", layout: Layout, stored: float, moment_bytes: float) -> float:
+    """Bytes of a device for its `stored` parameters, their moments and their gradients."""
+    software, spread = planner.software, layout.data * layout.context
+    moments = MOMENTS[planner.config.optimizer.name] * moment_bytes + software.master_bytes
+    moments /= spread if software.moments_over_data else 1
+    gradients = (software.held_gradient_bytes or planner.param_bytes) / (spread if software.gradients_over_data else 1)
+    return stored * ((software.state_bytes or planner.param_bytes) + moments + gradients)
+
+
 class MemoryModel:
     """What a layout needs; what its schedule and its moments add is told by `of`."""
 
@@ -130,6 +139,7 @@ class MemoryModel:
         c, train, software = planner.model, planner.config.train, planner.software
         self.copies = layout.data * layout.context if software.moments_over_data else 1
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
+        self.masters = held.stored * software.master_bytes / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
         self.fragmentation = FRAGMENTATION[planner.machine.platform]
         tokens, element = sequences * train.seq_len / layout.context, planner.element
@@ -175,7 +185,7 @@ class MemoryModel:
         activations = slots.kept * self.a_slot + slots.held * self.a_held
         buffers = max(self.sums - activations / 2, 0.0) + slots.messages * self.a_message + slots.copied * self.a_stage
         temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
-        parameters, moments = self.stored * self.state_bytes, self.moments * moment_bytes
+        parameters, moments = self.stored * self.state_bytes + self.masters, self.moments * moment_bytes
         parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
         return Memory(parameters, moments, *parts, self.fragmentation * (temporary - self.lasting))
 
@@ -191,4 +201,5 @@ class MemoryModel:
         temporary += max(activations, self.sums + activations / 2)
         temporary += slots.messages * self.a_message + slots.copied * self.a_stage
         freed = self.fragmentation * (temporary - self.lasting)
-        return self.stored * self.state_bytes + self.moments * moment_bytes + temporary + freed
+        state = self.stored * self.state_bytes + self.masters + self.moments * moment_bytes
+        return state + temporary + freed

@@ -15,6 +15,7 @@ class Software:
     gathers_every_microbatch: bool  # fsdp inside a pipeline; else once a step (ZeRO-2)
     reduces_every_microbatch: bool  # gradients over fsdp, of each microbatch
     schedules: tuple[str, ...] = SCHEDULES  # of pipelines, that it has
+    narrow_moments: bool = True  # optimizer moments may be kept in 16 bits
     moments_over_data: bool = False  # optimizer state and its update split over data and context (ZeRO-1)
     gradients_over_data: bool = False  # gradients too (ZeRO-2)
     weights_over_context: bool = False  # fsdp splits parameters over the ranks of context as well as its own
@@ -26,7 +27,8 @@ class Software:
     selective: bool = False  # remat=attention: as in arXiv 2205.05198, attention's inside alone is computed again
     dots_again: float = 0.0  # remat=dots: share of a layer's matmuls that is computed again all the same
     gradient_bytes: int = 2  # that travel, an element
-    state_bytes: int = 0  # of a parameter with its master copy, moments apart; 0: as train.param_dtype says
+    state_bytes: int = 0  # of a parameter, with a master copy that is not split; 0: as train.param_dtype says
+    master_bytes: int = 0  # of a parameter's master copy that is split as moments are
     held_gradient_bytes: int = 0  # in memory, a parameter; 0: as parameters
     logit_bytes: int = 0  # of a logit with all that a loss makes of it; 0: by platform
     passes: float = 1.0  # over memory in elementwise work, relative to a compiler that fuses it
@@ -53,6 +55,7 @@ PYTORCH = Software(
     reduces_every_microbatch=False,
     keeps_gathered=False,
     schedules=("interleaved", "1f1b", "gpipe"),
+    narrow_moments=False,
     in_place=True,
     gradient_bytes=4,
     passes=1.3,
@@ -71,6 +74,7 @@ MEGATRON = replace(
     selective=True,
     attention=0.8,  # of Transformer Engine
     state_bytes=2,
+    master_bytes=4,
     held_gradient_bytes=4,
     overlap_tensor=0.7,
     overlap_data=0.9,

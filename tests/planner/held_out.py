@@ -1,6 +1,6 @@
 """Published tables that no factor of the planner was set with: what its error on others' figures is."""
 
-from published import GPT, LLAMA2_70B, Row, config_of, _mesh, _read
+from published import GPT, LLAMA2_70B, Row, _mesh, _read, config_of
 
 from model.counts import flops_per_token
 
