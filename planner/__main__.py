@@ -132,11 +132,12 @@ def serve(words: list[str]) -> None:
     fitting = [plan for plan in plans if plan.fits and 1e3 * plan.next_s <= options.next_ms]
     if not fitting:
         least = min(plans, key=lambda plan: plan.memory)
-        raise ValueError(
-            f"nothing serves this: the smallest plan, tensor={least.tensor}, needs {least.memory / 1e9:.1f} GB a "
-            f"device of {least.limit / 1e9:.1f} and {1e3 * least.next_s:.1f} ms a token of --next-ms "
-            f"{options.next_ms:g}; use more devices, fewer bits (--weight-bits 8) or a longer --next-ms"
-        )
+        said = f"needs {least.memory / 1e9:.1f} GB a device of {least.limit / 1e9:.1f}"
+        ways = "use more devices or fewer bits (--weight-bits 8)"
+        if options.next_ms < math.inf:
+            said += f" and {1e3 * least.next_s:.1f} ms a token of --next-ms {options.next_ms:g}"
+            ways = "use more devices, fewer bits (--weight-bits 8) or a longer --next-ms"
+        raise ValueError(f"nothing serves this: the smallest plan, tensor={least.tensor}, {said}; {ways}")
     print(f"{options.devices} x {machine.name}: prompts of {options.prompt:,} tokens, answers of {options.answer:,}")
     print(serving_table(fitting[: options.top]))
     print(f"\nmesh      mesh.tensor={fitting[0].tensor} on each of {fitting[0].replicas} replicas")
