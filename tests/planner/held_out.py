@@ -69,8 +69,9 @@ def nemo_h100() -> list[Row]:
         else:
             layout += (f"train.grad_accumulation={cut}",)
         step = float(row["gbs"]) * seq / devices / float(row["tps_per_gpu"])
+        flops = float(row["tflops_per_gpu"]) * 1e12 * devices * step
         where = ("h100", devices, "megatron")
-        rows.append(Row(f"{name} x{devices}", run, layout, *where, step, free=("mesh.fsdp=1",)))
+        rows.append(Row(f"{name} x{devices}", run, layout, *where, step, flops=flops, free=("mesh.fsdp=1",)))
     return rows
 
 

@@ -69,6 +69,13 @@ def test_steps_of_tables_that_no_factor_was_set_with_take_as_long_as_they_took(n
     assert statistics.median(map(abs, errors.values())) < 0.12, errors
 
 
+@pytest.mark.parametrize("row", HELD_OUT["nemo_h100"], ids=lambda row: row.name)
+def test_flops_of_nemo_are_those_of_the_table(row):
+    train, model = published.config_of(row.run).train, published.config_of(row.run).model
+    flops = flops_per_token(model, train.seq_len, full_attention=True) * train.batch_size * train.seq_len
+    assert flops == pytest.approx(row.flops, rel=0.005)
+
+
 @pytest.mark.parametrize("row", [row for row in HELD_OUT["mosaic_mpt"] if "x8 2048" in row.name], ids=lambda r: r.name)
 def test_parameters_of_mpt_are_those_of_the_table(row):
     assert parameter_count(published.config_of(row.run).model).total / 1e9 == pytest.approx(row.parameters, rel=0.005)
