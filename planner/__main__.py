@@ -6,6 +6,8 @@ Every legal layout is weighed by arithmetic; no device is needed and no JAX is i
 are kept, all others of the layout are searched. Exit codes: 0 done; 2 the user's mistake, or nothing fits, in one line.
 """
 
+import math
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -21,6 +23,9 @@ from planner.software import PROGRAMS, program
 from runtime import leave
 from runtime.arguments import Parser
 from runtime.exit_codes import DONE, MISTAKE
+
+MOST_DEVICES = 262_144  # above the largest machine that was built
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
@@ -46,9 +51,13 @@ def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
 def plan(words: list[str]) -> None:
     """Prints a plan. Raises ValueError where there is none, OSError where a file cannot be written."""
     options, settings = arguments(words)
-    for name in ("devices", "top"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")
+    at_least_one(options, "devices", "top")
+    if options.compile < 0:
+        raise ValueError(f"--compile {options.compile} must be 0 or more: how many layouts the compiler is given")
+    if options.tokens is not None and not 0 < options.tokens < math.inf:
+        raise ValueError(f"--tokens {options.tokens:g} must be a number above 0, as in --tokens 15e12")
+    for name, kinds in (("json", ()), ("picture", PICTURES)):
+        writable(name, getattr(options, name), kinds)
     machine = open_machine(options.hardware)
     config = load(settings)
     if options.compile:
@@ -67,6 +76,29 @@ def plan(words: list[str]) -> None:
         report.picture(planner, found.meshes()[: options.top], options.picture)
 
 
+def at_least_one(options: Namespace, *names: str) -> None:
+    """Raises ValueError for an option below 1, and for more devices than there are."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")
+    if options.devices > MOST_DEVICES:
+        raise ValueError(f"--devices {options.devices:,} is more than a search weighs: use {MOST_DEVICES:,} or fewer")
+
+
+def writable(name: str, file: Path | None, kinds: tuple[str, ...]) -> None:
+    """Raises ValueError, before the work is done, for a file of option `name` that will not be written."""
+    if file is None:
+        return
+    if file.is_dir():
+        named = file / f"plan{kinds[0] if kinds else '.json'}"
+        raise ValueError(f"--{name} {file} is a folder; name a file in it, as in --{name} {named}")
+    if kinds and file.suffix.lower() not in kinds:
+        raise ValueError(f"--{name} {file} must end with {' or '.join(kinds)}")
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--{name} {file}: {above} is no folder that can be written to")
+
+
 def best(planner: Planner, pins: Pins) -> Found:
     """What a search finds. Raises ValueError where no layout is legal, or none fits."""
     found = search(planner, pins)
@@ -81,9 +113,12 @@ def serve(words: list[str]) -> None:
     """Prints plans of serving. Raises ValueError where nothing fits."""
     options, settings = inference_arguments(words)
     machine, config = open_machine(options.hardware), load(settings)
-    for name in ("devices", "top", "prompt", "answer"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} must be 1 or more")
+    at_least_one(options, "devices", "top", "prompt", "answer")
+    for name, value in (("weight-bits", options.weight_bits), ("cache-bits", options.cache_bits)):
+        if not 1 <= value <= 32:
+            raise ValueError(f"--{name} {value:g} is no width of a number: use 1 to 32, as 16, 8 or 4")
+    if not options.next_ms > 0:
+        raise ValueError(f"--next-ms {options.next_ms:g} must be above 0")
     plans = serving_plans(
         config,
         machine,
@@ -97,11 +132,12 @@ def serve(words: list[str]) -> None:
     fitting = [plan for plan in plans if plan.fits and 1e3 * plan.next_s <= options.next_ms]
     if not fitting:
         least = min(plans, key=lambda plan: plan.memory)
-        raise ValueError(
-            f"nothing serves this: the smallest plan, tensor={least.tensor}, needs {least.memory / 1e9:.1f} GB a "
-            f"device of {least.limit / 1e9:.1f} and {1e3 * least.next_s:.1f} ms a token of --next-ms "
-            f"{options.next_ms:g}; use more devices, fewer bits (--weight-bits 8) or a longer --next-ms"
-        )
+        said = f"needs {least.memory / 1e9:.1f} GB a device of {least.limit / 1e9:.1f}"
+        ways = "use more devices or fewer bits (--weight-bits 8)"
+        if options.next_ms < math.inf:
+            said += f" and {1e3 * least.next_s:.1f} ms a token of --next-ms {options.next_ms:g}"
+            ways = "use more devices, fewer bits (--weight-bits 8) or a longer --next-ms"
+        raise ValueError(f"nothing serves this: the smallest plan, tensor={least.tensor}, {said}; {ways}")
     print(f"{options.devices} x {machine.name}: prompts of {options.prompt:,} tokens, answers of {options.answer:,}")
     print(serving_table(fitting[: options.top]))
     print(f"\nmesh      mesh.tensor={fitting[0].tensor} on each of {fitting[0].replicas} replicas")

@@ -5,7 +5,7 @@ share.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from config.schema import Config
@@ -13,7 +13,7 @@ from model.counts import flops_per_token
 from planner import bubble, traffic
 from planner.layout import Layout
 from planner.machine import BYTES, Lines, Machine, lines
-from planner.memory import Memory, MemoryModel
+from planner.memory import Memory, MemoryModel, state_bytes
 from planner.parameters import Held, Parameters
 from planner.software import Software
 from planner.traffic import BACKWARD, EACH, FORWARD, ONCE, Exchange
@@ -101,6 +101,7 @@ class Planner:
         self._layer = lru_cache(1 << 14)(self.work.layer)
         self._lines = lru_cache(16)(lambda sizes: lines(self.machine, dict(sizes)))
         self._base = lru_cache(1 << 12)(self._base_of)
+        self._held = lru_cache(1 << 10)(self._held_by)
 
     def lines(self, layout: Layout) -> Mapping[str, Lines]:
         """How the axes lie on the networks."""
@@ -121,6 +122,16 @@ class Planner:
         seconds = base.together + self._update(layout, base) + self._waits(layout, base)
         return seconds * (1 + UNCOUNTED), base.memory.total(*self._kept(layout))
 
+    def state_bytes(self, layout: Layout) -> float:
+        """Bytes of a device for parameters, moments and gradients alone, on the mesh of a layout."""
+        rows = -(-self.model.layers // layout.pipe)
+        sizes = (layout.pipe, layout.data, layout.fsdp, layout.expert, layout.context, layout.tensor)
+        return state_bytes(self, layout, self._held(sizes, rows).stored, self._moment_bytes(layout))
+
+    def saved_by_halving(self, layout: Layout) -> float:
+        """Bytes that moments in 16 bits save a device."""
+        return self.base(layout).memory.halved(self._moment_bytes(layout))
+
     def predict(self, layout: Layout) -> Prediction:
         """The cost of a layout that is legal."""
         base = self.base(layout)
@@ -140,7 +151,7 @@ class Planner:
 
     def _update(self, layout: Layout, base: Base) -> float:
         """Seconds of the optimizer."""
-        stored = base.held.stored / (layout.data if self.software.moments_over_data else 1)
+        stored = base.held.stored / (layout.data * layout.context if self.software.moments_over_data else 1)
         return self.work.optimizer(stored, self._moment_bytes(layout), self.param_bytes, self.config.optimizer.name)
 
     def _moment_bytes(self, layout: Layout) -> int:
@@ -171,7 +182,7 @@ class Planner:
     def _base_of(self, sizes, microbatches: int, remat: str, style: str, rows: int, chunks: int) -> Base:
         layout = Layout(*sizes, microbatches=microbatches, remat=remat, style=style, chunks=chunks)
         train, M = self.config.train, microbatches
-        held = self.parameters.held(layout.sizes, rows)
+        held = self._held(sizes, rows)
         sequences = train.batch_size / (layout.shards * M)
         tokens = sequences * train.seq_len / layout.context
         experts_here = self.model.experts / layout.expert if self.model.experts else 1.0
@@ -204,6 +215,16 @@ class Planner:
         together = sum(work_of.values()) + sum(shown.values())
         return Base(held, work_of, shown, hidden, together, stage, tick, found, flops, memory)
 
+    def _held_by(self, sizes: tuple[int, ...], rows: int) -> Held:
+        """Parameters of a device, on a mesh of these sizes."""
+        return self.parameters.held(self.splitting(Layout(*sizes)).sizes, rows)
+
+    def splitting(self, layout: Layout) -> Layout:
+        """The layout as parameters see it: where fsdp splits them over the ranks of context too, with all as fsdp's."""
+        if not self.software.weights_over_context or layout.context == 1:
+            return layout
+        return replace(layout, fsdp=layout.fsdp * layout.context, context=1)
+
     def _stacking(self, layout: Layout, tokens: float) -> float:
         """Seconds in which a scan over layers copies what a layer keeps into a stack, and out again: on GPUs."""
         ours = self.software.name == "isomesh" and self.machine.platform == "gpu"
@@ -223,4 +244,10 @@ class Planner:
         if layout.pipe > 1 and self.software.lockstep and layout.data > 1:  # added up over microbatches first
             gradient = 4
         job = traffic.Sizes(tokens, self.element, gradient, held.layer, held.experts, held.tables, rows, chunked)
-        return traffic.exchanges(self.model, layout, self.lines(layout), self.software, job)
+        found = traffic.exchanges(self.model, layout, self.lines(layout), self.software, job)
+        splitting = self.splitting(layout)
+        if splitting is not layout:  # context's ranks share their gradients out with fsdp's
+            wide = traffic.exchanges(self.model, splitting, self.lines(splitting), self.software, job)
+            own = [e for e in found if e.axis != "fsdp" and (e.axis, e.kind) != ("context", traffic.GRADIENTS)]
+            found = [e for e in wide if e.axis == "fsdp"] + own
+        return found

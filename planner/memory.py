@@ -61,8 +61,12 @@ class LayerValues:
     scores_now: float  # float32, while the layer is differentiated
 
 
-def layer_values(c: ModelConfig, seq_len: int, layout: Layout, software: Software, *, fused: bool) -> LayerValues:
-    """Of one layer, routed experts apart. What a remat policy keeps is that of model.transformer.REMAT_POLICIES."""
+def layer_values(
+    c: ModelConfig, seq_len: int, layout: Layout, software: Software, *, fused: bool, kept_core: bool
+) -> LayerValues:
+    """Of one layer, routed experts apart. What a remat policy keeps is that of model.transformer.REMAT_POLICIES;
+    `kept_core`: under `dots` it keeps what the attention kernel gives.
+    """
     y, remat, context = layout.tensor, layout.remat, layout.context
     stream = c.width / (y if software.sequence_parallel else 1)
     queries, keys = c.heads * c.head_dim / y, 2 * c.kv_heads * c.head_dim / min(y, c.kv_heads)
@@ -75,7 +79,7 @@ def layer_values(c: ModelConfig, seq_len: int, layout: Layout, software: Softwar
         "none": everything,
         "full": 0.0,
         "attention": queries,
-        "dots": queries * (2 if fused else 1) + keys + stream + opened,
+        "dots": queries * (2 if kept_core else 1) + keys + stream + opened,
     }[remat]
     held = queries + keys + opened + 2 * c.width + (0.0 if remat == "none" else inputs + opened)
     if fused:
@@ -118,18 +122,30 @@ def routed(c: ModelConfig, tokens: float, layout: Layout, platform: str, *, ours
     return Routed(rows * inner + assigned, rows * (inner + 2 * c.width) + 2 * moved * c.width + copied)
 
 
+def state_bytes(planner: "Planner", layout: Layout, stored: float, moment_bytes: float) -> float:
+    """Bytes of a device for its `stored` parameters, their moments and their gradients."""
+    software, spread = planner.software, layout.data * layout.context
+    moments = MOMENTS[planner.config.optimizer.name] * moment_bytes + software.master_bytes
+    moments /= spread if software.moments_over_data else 1
+    gradients = (software.held_gradient_bytes or planner.param_bytes) / (spread if software.gradients_over_data else 1)
+    return stored * ((software.state_bytes or planner.param_bytes) + moments + gradients)
+
+
 class MemoryModel:
     """What a layout needs; what its schedule and its moments add is told by `of`."""
 
     def __init__(self, planner: "Planner", layout: Layout, held: Held, sequences: float, rows: int):
         """`sequences` in a microbatch of a device, `rows` layers of a stage."""
         c, train, software = planner.model, planner.config.train, planner.software
-        self.copies = layout.data if software.moments_over_data else 1
+        self.copies = layout.data * layout.context if software.moments_over_data else 1
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
+        self.masters = held.stored * software.master_bytes / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
         self.fragmentation = FRAGMENTATION[planner.machine.platform]
         tokens, element = sequences * train.seq_len / layout.context, planner.element
-        v = layer_values(c, train.seq_len, layout, software, fused=planner.work.fused_on(layout))
+        fused = planner.work.fused_on(layout)
+        kept_core = fused and planner.work.keeps_core
+        v = layer_values(c, train.seq_len, layout, software, fused=fused, kept_core=kept_core)
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
         r = routed(c, tokens, layout, planner.machine.platform, ours=software.name == "isomesh")
         of_experts = r.kept if layout.remat == "none" else 0.0
@@ -143,20 +159,25 @@ class MemoryModel:
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
         # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs had one array more
-        logit_bytes = {"cpu": 8, "gpu": 2 * element, "tpu": 12}[planner.machine.platform]
+        logit_bytes = software.logit_bytes or {"cpu": 8, "gpu": 2 * element, "tpu": 12}[planner.machine.platform]
         self.logits = tokens * vocabulary / parts * logit_bytes
-        one_layer, split = held.layer + held.experts, layout.fsdp > 1
+        one_layer, split = held.layer + held.experts, planner.splitting(layout).fsdp > 1
         if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
             self.weights = rows * one_layer * (element + 4)
         else:
             table = vocabulary * c.width * element
             self.weights = table + one_layer * element if split else 0.0
-        self.gradients = held.stored * (software.gradient_bytes if software.state_bytes else planner.param_bytes)
+        self.gradients = held.stored * (software.held_gradient_bytes or planner.param_bytes)
+        self.gradients /= layout.data * layout.context if software.gradients_over_data else 1
+        self.lasting = self.gradients if software.in_place else 0.0  # of what is not kept from step to step elsewhere
         summed = layout.data * layout.expert * layout.context > 1
         again = layout.microbatches > 1 and layout.pipe == 1
         self.sums = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * summed
         self.sums = max(self.sums, held.stored * 4 * again)  # or the sum over microbatches, beside one's
-        if layout.context > 1:  # compilers then use the same memory for the layers and for the loss
+        self.sums *= not software.in_place
+        if (
+            layout.context > 1 and software.name == "isomesh"
+        ):  # compilers then use the same memory for the layers and for the loss
             self.working, self.weights = max(self.working + self.weights - self.logits, 0.0), 0.0
 
     def of(self, slots: Slots, moment_bytes: int) -> Memory:
@@ -164,9 +185,13 @@ class MemoryModel:
         activations = slots.kept * self.a_slot + slots.held * self.a_held
         buffers = max(self.sums - activations / 2, 0.0) + slots.messages * self.a_message + slots.copied * self.a_stage
         temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
-        parameters, moments = self.stored * self.state_bytes, self.moments * moment_bytes
+        parameters, moments = self.stored * self.state_bytes + self.masters, self.moments * moment_bytes
         parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
-        return Memory(parameters, moments, *parts, self.fragmentation * temporary)
+        return Memory(parameters, moments, *parts, self.fragmentation * (temporary - self.lasting))
+
+    def halved(self, moment_bytes: int) -> float:
+        """Bytes that moments of 2 bytes save."""
+        return self.moments * (moment_bytes - 2)
 
     def total(self, slots: Slots, moment_bytes: int) -> float:
         """Of `of`, quickly."""
@@ -175,4 +200,6 @@ class MemoryModel:
         # sums of gradients come when half of the activations are gone
         temporary += max(activations, self.sums + activations / 2)
         temporary += slots.messages * self.a_message + slots.copied * self.a_stage
-        return self.stored * self.state_bytes + self.moments * moment_bytes + (1 + self.fragmentation) * temporary
+        freed = self.fragmentation * (temporary - self.lasting)
+        state = self.stored * self.state_bytes + self.masters + self.moments * moment_bytes
+        return state + temporary + freed

@@ -13,13 +13,14 @@ from parallel.mesh import AXES, MicrobatchRequirement, StageRequirement
 from parallel.pipeline.schedules import DEFAULT_CHUNKS
 from planner.cost import Planner
 from planner.layout import Layout
+from planner.software import SCHEDULES
 
 STYLES = ("ring", "ulysses")  # gather is for short sequences, which are not cut
 SCHEDULED = StageRequirement | MicrobatchRequirement  # what depends on a schedule, not on a mesh alone
 SHORTEST = 1024  # tokens of a sequence that context leaves on a device
 DEEPEST = 16  # times as many microbatches as stages: more shorten the bubble by less than a hundredth
+SLOWEST = 3  # times as long a step as the best found so far: layouts that must take longer are not weighed
 REMATS = ("none", "attention", "dots", "full")
-SCHEDULES = ("zero_bubble", "zero_bubble_v", "interleaved", "1f1b", "gpipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,17 @@ def meshes(config: Config, devices: int, pins: Pins) -> Iterator[dict[str, int]]
             yield ordered
 
 
-def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bool = False) -> Iterator[Layout]:
-    """All layouts on one mesh. `grouped`: interleaved microbatches come in groups of as many as there are stages."""
+def layouts(
+    config: Config,
+    sizes: Mapping[str, int],
+    pins: Pins,
+    *,
+    grouped: bool = False,
+    schedules: tuple[str, ...] = SCHEDULES,
+) -> Iterator[Layout]:
+    """All layouts on one mesh, with the `schedules` that a program has. `grouped`: interleaved microbatches come in
+    groups of as many as there are stages.
+    """
     rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     styles = _styles(config, sizes, pins)
     remats = [pins.remat] if pins.remat else REMATS
@@ -146,7 +156,7 @@ def layouts(config: Config, sizes: Mapping[str, int], pins: Pins, *, grouped: bo
                 for remat, style in itertools.product(remats, styles):
                     yield Layout(**sizes, microbatches=cut, remat=remat, style=style)
         return
-    for schedule in [pins.schedule] if pins.schedule else SCHEDULES:
+    for schedule in [pins.schedule] if pins.schedule else schedules:
         for chunks in _chunks(schedule, layers, pipe, pins):
             for cut in [pins.microbatches] if pins.microbatches else divisors(rows):
                 few = (
@@ -180,20 +190,63 @@ def _chunks(schedule: str, layers: int, pipe: int, pins: Pins) -> list[int]:
 
 
 def search(planner: Planner, pins: Pins) -> Found:
-    """All legal layouts. Moments in 16 bits change a run's numbers: they are taken only where 32 bits do not fit."""
-    config, fitting, too_large, began = planner.config, [], [], time.perf_counter()
-    asked, limit = pins.moment_dtype, planner.machine.limit
-    halved = asked is None and config.optimizer.name != "adafactor" and config.train.param_dtype == "float32"
-    for sizes in meshes(config, planner.devices, pins):
-        for layout in layouts(config, sizes, pins, grouped=not planner.software.lockstep):
-            layout = replace(layout, moment_dtype=asked) if asked else layout
-            step, memory = planner.weigh(layout)
-            if memory > limit and halved:
-                narrow = replace(layout, moment_dtype="bfloat16")
-                less, fewer = planner.weigh(narrow)
-                if fewer <= limit:
-                    layout, step, memory = narrow, less, fewer
-            (fitting if memory <= limit else too_large).append(Weighed(layout, step, memory))
+    """All layouts that may matter. Moments in 16 bits change a run's numbers: they are taken only where 32 bits do not
+    fit. A mesh whose parameters, moments and gradients alone do not fit is left out while others fit, and so is one on
+    which the least that a step can take is SLOWEST times the best that was found before.
+    """
+    began, limit = time.perf_counter(), planner.machine.limit
+    fitting, too_large, left = [], [], []
+    best = math.inf
+    for sizes in meshes(planner.config, planner.devices, pins):
+        at_least = least_memory(planner, sizes, pins)
+        if at_least > limit:
+            left.append((at_least, sizes))
+            continue
+        for number, weighed in enumerate(_weighed(planner, sizes, pins)):
+            if weighed.memory > limit:
+                too_large.append(weighed)
+            else:
+                fitting.append(weighed)
+                best = min(best, weighed.step)
+            if number == 0 and least_step(planner, weighed.layout) > SLOWEST * best:
+                break
+    smallest = min((w.memory for w in too_large), default=math.inf)
+    for at_least, sizes in sorted(left, key=lambda one: one[0]) if not fitting else ():
+        if at_least < smallest:
+            too_large += _weighed(planner, sizes, pins)
+            smallest = min(w.memory for w in too_large) if too_large else smallest
     fitting.sort(key=lambda w: w.step)
     too_large.sort(key=lambda w: w.memory)
     return Found(fitting, too_large, time.perf_counter() - began)
+
+
+def _weighed(planner: Planner, sizes: Mapping[str, int], pins: Pins) -> Iterator[Weighed]:
+    """The layouts on one mesh, each with its time and its memory."""
+    config, software, limit, asked = planner.config, planner.software, planner.machine.limit, pins.moment_dtype
+    halved = _may_halve(planner, pins)
+    for layout in layouts(config, sizes, pins, grouped=not software.lockstep, schedules=software.schedules):
+        layout = replace(layout, moment_dtype=asked) if asked else layout
+        step, memory = planner.weigh(layout)
+        if memory > limit and halved and memory - planner.saved_by_halving(layout) <= limit:
+            layout = replace(layout, moment_dtype="bfloat16")
+            step, memory = planner.weigh(layout)
+        yield Weighed(layout, step, memory)
+
+
+def _may_halve(planner: Planner, pins: Pins) -> bool:
+    """Whether moments in 16 bits are a choice."""
+    wide = planner.config.optimizer.name != "adafactor" and planner.config.train.param_dtype == "float32"
+    return pins.moment_dtype is None and wide and planner.software.narrow_moments
+
+
+def least_memory(planner: Planner, sizes: Mapping[str, int], pins: Pins) -> float:
+    """Bytes of a device on a mesh, for parameters, their moments and their gradients alone."""
+    narrow = "bfloat16" if _may_halve(planner, pins) else pins.moment_dtype or ""
+    return planner.state_bytes(Layout(**sizes, moment_dtype=narrow))
+
+
+def least_step(planner: Planner, layout: Layout) -> float:
+    """Seconds that a step takes on the mesh of this layout at least: without a pipeline's bubble, with the fewest
+    microbatches, nothing computed again unless the layout says so.
+    """
+    return planner.base(layout).together

@@ -11,6 +11,7 @@ from planner.layout import Layout
 from planner.machine import Lines
 from planner.software import Software
 
+GRADIENTS = "sum of gradients"
 FORWARD, BACKWARD, EACH, ONCE = "forward", "backward", "microbatch", "step"  # beside which computation it may run
 
 
@@ -112,7 +113,7 @@ def _sum(axis: str):
         cut = layout.microbatches > 1 and software.reduces_every_microbatch
         every = cut and (layout.pipe == 1 or axis != "data")
         over = 0.0 if layout.pipe > 1 and software.lockstep else software.overlap_data
-        add("sum of gradients", EACH if every else ONCE, 1, moved * (n - 1) / n, seconds, over)
+        add(GRADIENTS, EACH if every else ONCE, 1, moved * (n - 1) / n, seconds, over)
 
     return rule
 

@@ -82,6 +82,11 @@ class Work:
         if self.ours and machine.platform == "gpu":  # what cuDNN's kernel does not cover (model.attention_kernels)
             self.fused &= c.head_dim % 8 == 0 and c.head_dim <= 128 and not c.attention_softcap
 
+    @property
+    def keeps_core(self) -> bool:
+        """Whether remat=dots keeps what a fused attention kernel gives: on GPUs, where it has a name for it."""
+        return self.machine.platform == "gpu"
+
     def fused_on(self, layout: Layout) -> bool:
         """Whether attention runs in a fused kernel; this project has none for its ring."""
         return self.fused and not (self.ours and layout.context > 1 and layout.style == "ring")
@@ -109,7 +114,7 @@ class Work:
         elif remat == "attention":
             again = weights.times(1 - self._idle_share()) + memory + kernels
         elif remat == "dots":
-            kept = self.machine.platform == "gpu" and fused
+            kept = self.keeps_core and fused
             again = weights.times(self.software.dots_again) + (Parts() if kept else core) + memory.times(0.8)
             if self.model.experts:  # the policy keeps products with one matrix, not those with a stack of them
                 again = again + self._ffn(n, y, experts_here)

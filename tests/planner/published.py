@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,10 +37,13 @@ class Row:
     parameters: float | None = None  # billions, as the table has them
     flops: float | None = None  # of a step, by the paper's formula
     free: tuple[str, ...] = ()  # what the program cannot do otherwise: kept when layouts are searched
+    memory: float | None = None  # bytes of a device, as the table has them
+    domain: int | None = None  # devices of one slice, where it is not as large as it can be
 
     def planner(self) -> Planner:
         """For this row's run and machine."""
         machine = open_machine(self.hardware, calibrated=False)
+        machine = replace(machine, domain=self.domain or machine.domain)
         return Planner(
             config_of(self.run + self.layout), machine, self.devices, program(self.program, machine.platform)
         )
@@ -51,13 +54,18 @@ class Row:
         found = search(planner, pins_of(planner.config, list(self.run + self.layout)))
         return planner.predict((found.fitting or found.too_large)[0].layout)
 
-    def place(self) -> int | None:
-        """Where the published mesh stands among all, with data, fsdp and expert as one: 1 is the best."""
+    def place(self, *, shards_held: bool = False) -> int | None:
+        """Where the published mesh stands among all, with data, fsdp and expert as one: 1 is the best. A mesh counts
+        once, with the best of its schedules and microbatches. `shards_held`: among those with as many shards of the
+        batch, where a table has a fixed local batch or as many replicas in every row.
+        """
         asked = {
             word.partition("=")[0]: int(word.partition("=")[2]) for word in self.layout if word.startswith("mesh.")
         }
         planner, seen = self.planner(), []
-        for weighed in search(planner, pins_of(planner.config, list(self.run + self.free))).fitting:
+        shards = tuple(word for word in self.layout if word.startswith(("mesh.data=", "mesh.fsdp=")))
+        held = shards if shards_held else ()
+        for weighed in search(planner, pins_of(planner.config, list(self.run + self.free + held))).fitting:
             mesh = (weighed.layout.tensor, weighed.layout.pipe, weighed.layout.context)
             if mesh not in seen:
                 seen.append(mesh)
@@ -154,7 +162,8 @@ def torchtitan() -> list[Row]:
         tokens = float(row["global_batch"]) * float(row["seq"])
         step = tokens / (devices * float(row["tps_per_gpu"]))
         told = f"{name} x{devices} {row['seq']} {which} {row['schedule']}" + (" float8" if row["float8"] == "1" else "")
-        rows.append(Row(told, run, layout, "h100_96gb", devices, which, step, free=("mesh.data=1", remat)))
+        memory, free = float(row["mem_gib"]) * 2**30, ("mesh.data=1", remat)
+        rows.append(Row(told, run, layout, "h100_96gb", devices, which, step, free=free, memory=memory))
     return rows
 
 
@@ -169,7 +178,7 @@ def llama3_405b() -> list[Row]:
         layout += ("pipeline.schedule=interleaved",)
         flops = flops_per_token(config_of(run).model, seq) * batch * seq
         step = flops / (devices * float(row["tflops_per_gpu"]) * 1e12)
-        rows.append(Row(f"{devices} cp{row['cp']}", run, layout, "h100", devices, "megatron", step))
+        rows.append(Row(f"{devices} cp{row['cp']}", run, layout, "h100", devices, "llama3", step))
     return rows
 
 

@@ -89,6 +89,26 @@ def test_parameters_of_a_device_are_those_of_the_shardings():
     assert Parameters(config.model).held(sizes, config.model.layers).stored == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.parametrize("devices", [2, 16])
+def test_what_a_search_leaves_out_decides_nothing(devices, monkeypatch):
+    """On 2 of these devices nothing fits, on 16 some layouts do: the best, or the smallest, are those of all."""
+    planner = planner_of([*SMALL, "model=llama3_8b"], devices, "v5e")
+    found = search(planner, Pins({}))
+    monkeypatch.setattr("planner.search.SLOWEST", math.inf)
+    monkeypatch.setattr("planner.search.least_memory", lambda *_: 0.0)
+    whole = search(planner, Pins({}))
+    assert whole.considered > found.considered
+    assert bool(whole.fitting) == (devices > 2)
+    assert found.meshes()[:5] == whole.meshes()[:5]
+    assert found.fitting or found.too_large[0] == whole.too_large[0]
+
+
+def test_state_alone_is_less_than_any_layout_needs():
+    planner = planner_of(SMALL, 16)
+    for weighed in search(planner, Pins({})).fitting[::31]:
+        assert planner.state_bytes(weighed.layout) < weighed.memory
+
+
 def test_a_search_of_a_thousand_devices_takes_seconds():
     planner = planner_of(LARGE, 1024)
     began = time.process_time()
@@ -113,6 +133,10 @@ def test_memory_decides_and_its_absence_is_explained(capsys):
         (["--program", "abacus"], "is unknown; use one of isomesh"),
         (["pipeline.schedule=mine.csv"], "and no table of a file"),
         (["mesh.tensor=3"], "3 devices does not divide --devices 8; use a multiple of 3"),
+        (["--devices", "999999999"], "is more than a search weighs"),
+        (["--tokens", "nan"], "--tokens nan must be a number above 0"),
+        (["--json", "/"], "--json / is a folder; name a file in it, as in --json /plan.json"),
+        (["--picture", "plan.doc"], "must end with .png or .svg or .pdf"),
         (["train.remta=full"], "did you mean train.remat"),
         (["mesh.data=8", "train.batch_size=12"], "train.batch_size=12 does not divide by mesh.data=8; nearest legal"),
     ],
