@@ -142,7 +142,12 @@ class AdapterBooks:
                 done.set_exception(error)
 
         tell(word)
-        done.result(LOADING_SECONDS)
+        try:
+            done.result(LOADING_SECONDS)
+        except TimeoutError:
+            raise ValueError(
+                f"{adapter.name} is not in its place after {LOADING_SECONDS:g} s; it may still come"
+            ) from None
 
     def unload(self, name: str) -> Adapter:
         """Takes no more requests for an adapter. Raises ValueError where there is none of this name."""

@@ -61,6 +61,8 @@ class AdapterReader:
         config, base = found.config, self.base
         adapts = adaptation(config.adapter, config.model, config.train.steps)
         _check_kind(name, path, config, adapts)
+        if base.forms:
+            raise ValueError(f"{base.path} is compressed, and {path} was trained on what it was made of: serve that")
         if config.weights.path is None:
             raise ValueError(f"{path} stands on the weights that its seed draws: there is no base to serve beside it")
         if found.tokenizer.digest != base.tokenizer.digest:
