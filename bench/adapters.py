@@ -1,8 +1,8 @@
 """What a decode step costs with adapters beside the model: python bench/adapters.py [--layers 6] [--rank 16]
 
-Eight rows of a random model of SmolLM2-135M's shape, cut to some layers, with as many adapters; each case is a program of
-its own, run in turns. Times are of this process on all cores together (CPU seconds), which other work on the machine
-changes little, and ratios are medians over the turns, each to the model alone of the same turn.
+Eight rows of a random model of SmolLM2-135M's shape, cut to some layers, with as many adapters; the cases are run in
+turns. Times are of this process on all cores together (CPU seconds), which other work on the machine changes little,
+and ratios are medians over the turns, each to the model alone of the same turn.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
