@@ -94,7 +94,7 @@ class Switched(nnx.Module):
 
     def filled(self, place: jax.Array, values: dict) -> dict:
         """The parameters beside the matrix once a place (1 first) holds an adapter: a (*in, R) and b (R, *out), with
-        `magnitude` (*out), the lengths that the outputs' weights are scaled to; zeros scale nothing.
+        `magnitude` (*out), the lengths that the outputs' weights are scaled to; all zero: none are.
         """
         kept, R = {}, self.places.rank
         for name, thin, dim in (("a", self.a, self.dims[0]), ("b", self.b, 0)):
@@ -105,7 +105,8 @@ class Switched(nnx.Module):
             wide = lambda name: values[name].astype(jnp.float32)
             added = jnp.tensordot(wide("a"), wide("b"), 1)
             length = length_of(self.part.matrix(jnp.float32) + added, self.dims)
-            stretch = jnp.where(wide("magnitude") > 0, wide("magnitude") / jnp.maximum(length, SHORTEST), 1)
+            magnitude = wide("magnitude")
+            stretch = jnp.where(jnp.any(magnitude != 0), magnitude / jnp.maximum(length, SHORTEST), 1)
             kept["stretch"] = jax.lax.dynamic_update_slice_in_dim(self.stretch[...], stretch[None], place, 0)
         return kept
 

@@ -37,7 +37,9 @@ async def load(
         await asyncio.to_thread(service.load, body.lora_name, Path(body.lora_path))
     except (ValueError, OSError) as error:
         raise ApiError(400, f"{error}"[:1000], param="lora_path", code="invalid_value") from None
-    return answer(shown(service.under(body.lora_name)))
+    view = service.under(body.lora_name)
+    await caller.gate.add(caller.identity, "adapters load", request, model=view.name, subject=view.digest)
+    return answer(shown(view))
 
 
 @router.post("/v1/unload_lora_adapter", response_model=Model, responses=ends(*SENDS))
@@ -53,5 +55,9 @@ async def unload(
     if body.lora_name == service.name:
         raise ApiError(400, f"{service.name} is the model itself", param="lora_name", code="invalid_value")
     view = service.under(body.lora_name)
-    service.engine.adapters.unload(body.lora_name)
+    try:
+        service.engine.adapters.unload(body.lora_name)
+    except ValueError as error:  # somebody else was faster
+        raise ApiError(404, f"{error}", param="lora_name", code="model_not_found") from None
+    await caller.gate.add(caller.identity, "adapters unload", request, model=view.name, subject=view.digest)
     return answer(shown(view))

@@ -262,6 +262,9 @@ class OpenGate:
         self.admissions.append(OpenAdmission(model, prompt_tokens, new_tokens))
         return self.admissions[-1]
 
+    async def add(self, identity, action: str, request, **told) -> None:
+        """There is no audit."""
+
 
 def served(engine: EngineDouble, gate: OpenGate | None = None, chat: ChatTemplate | None = None, **more):
     """The application over a double, which is started. `app.state.service` and `app.state.gate` lead to the rest."""

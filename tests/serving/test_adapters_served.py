@@ -99,6 +99,8 @@ def test_adapters_come_and_go_by_who_may(server, monkeypatch):
     assert unload(admin, "songs").json["id"] == "songs"
     assert unload(admin, "songs").status == server.complete(user, model="songs").status == 404
     assert [r["decision"] for r in server.records() if r["action"] == "adapters"][:2] == ["deny", "deny"]
+    done = [(r["action"], r["model"]) for r in server.records() if r["action"].startswith("adapters ")]
+    assert done == [("adapters load", "songs"), ("adapters unload", "songs")]
 
 
 def test_metrics_have_a_label_for_each_place_at_most(server):
