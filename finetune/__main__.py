@@ -14,7 +14,6 @@ if __name__ == "__main__":
     OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,6 @@ import jax
 import numpy as np
 
 from checkpoint.config import CheckpointConfig, WeightsConfig
-from checkpoint.huggingface.config_json import family_of, write_config
-from checkpoint.huggingface.families import Family
 from checkpoint.store import CheckpointStore
 from config.compose import load, to_yaml
 from config.layout import mesh_sizes
@@ -36,6 +33,7 @@ from finetune.adapters.adaptation import adaptation, is_adapter
 from finetune.adapters.merging import merge
 from finetune.opening import open_task
 from finetune.teacher import keep
+from inference.adapters import family_at
 from inference.opening import Found, find_model, keep_pretrained
 from model.transformer import describe
 from parallel.mesh import make_mesh
@@ -104,14 +102,6 @@ def write_run(folder: Path, out: Path, config: Config, found: Found, params: dic
 
 
 # ----------------------------------------------------------------------------------------------------- peft, out and in
-
-
-def family_at(path: Path, config: Config, reach: int) -> Family:
-    """How the published form of a model names its matrices. Raises ValueError for a model that no family can say."""
-    for folder in (RunDirectory(path).pretrained, path):
-        if (folder / "config.json").is_file():
-            return family_of(json.loads((folder / "config.json").read_text()))
-    return family_of(write_config(config.model, reach))
 
 
 def export_run(options: argparse.Namespace) -> str:

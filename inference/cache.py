@@ -39,11 +39,14 @@ class Blocks:
         """Blocks that so many tokens need."""
         return -(-tokens // self.size)
 
-    def names(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-        """The digest of the tokens up to the end of each full block; `known` are the first of them."""
+    def names(self, tokens: Sequence[int], known: Sequence[bytes] = (), salt: bytes = b"") -> list[bytes]:
+        """The digest of the tokens up to the end of each full block; `known` are the first of them.
+
+        With another `salt` all names differ: keys and values of the same tokens do where another adapter made them.
+        """
         names = list(known)
         for start, end in pairwise(range(len(names) * self.size, len(tokens) + 1, self.size)):
-            before = names[-1] if names else b""
+            before = names[-1] if names else salt
             part = np.asarray(tokens[start:end], "<i4").tobytes()
             names.append(hashlib.blake2b(before + part, digest_size=16).digest())
         return names

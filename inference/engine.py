@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from inference.adapter_books import Adapter, AdapterBooks
+from inference.adapters import places_for
 from inference.cache import Blocks
 from inference.choice import Choice, Observer
 from inference.compilations import Compilations
@@ -51,8 +53,11 @@ class InFlight:
 class Engine:
     """Continuous batching over one model. `observer` may be set before `start`."""
 
-    def __init__(self, opened: Opened, options: EngineOptions | None = None, draft: Opened | None = None):
-        """Compiles nothing yet. Raises ValueError for options that do not fit the model."""
+    def __init__(
+        self, opened: Opened, options: EngineOptions | None = None, draft: Opened | None = None,
+        adapters: tuple[Adapter, ...] = (),
+    ):  # fmt: skip
+        """Compiles nothing yet. Raises ValueError for options, and for first adapters, that do not fit the model."""
         config, options = opened.config.model, options or EngineOptions()
         self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.causal
         self.vocabulary = config.vocab_size
@@ -67,6 +72,9 @@ class Engine:
                 f"cache_tokens={self.cache_tokens} hold no sequence of {self.reach} tokens: "
                 f"raise it, or set max_length={self.cache_tokens} or less"
             )
+        self._places = places_for(config, adapters, options)
+        self.adapters = AdapterBooks.over(self._places)
+        self._starts_with = [self.adapters.take(adapter) for adapter in adapters]
         self.observer = Observer()
         self._opened, self._programs, self._scheduler = opened, None, None
         self._encoder = Encoder(opened, options.max_running, self.reach) if self.encoder else None
@@ -123,14 +131,19 @@ class Engine:
             if waiting + max(1, len(choices)) > self.options.max_waiting:
                 wait = min(60.0, max(1.0, waiting * self._seconds_a_choice / self.options.max_running))
                 raise Busy(f"{waiting} choices are waiting, and at most {self.options.max_waiting} may", wait)
+            if choices:
+                self.adapters.hold(request.adapter, [choice.sequence for choice in choices])
             self._ids[request.id] = choices
             self._waiting += max(1, len(choices))
             self._tell(lambda: self._enqueue(choices) if choices else self._enqueue_encode(request, listener))
 
     def abort(self, id: str) -> None:
         """Ends a request, whatever it does; nothing happens where there is none of this id."""
-        with self._changed:
-            self._tell(lambda: self._abort(id))
+        self._tell(lambda: self._abort(id))
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """Returns when requests may name it. Raises ValueError where it does not fit, or no place is free."""
+        self.adapters.load(adapter, self._tell, lambda *what: self._programs.fill(*what))
 
     def state(self) -> EngineState:
         """What the engine does now, at most one step old."""
@@ -176,7 +189,7 @@ class Engine:
             return
         self._programs = Programs(
             opened, options.max_running, blocks, options.block, self.reach, options.chunk, options.cache_dtype,
-            drafted=0 if options.speculation == "none" else options.drafted,
+            drafted=0 if options.speculation == "none" else options.drafted, places=self._places,
         )  # fmt: skip
         self._proposals.warm_up(blocks)
         self._opened = replace(opened, params={})  # they lie in the programs now
@@ -185,6 +198,8 @@ class Engine:
             read_rows=self._programs.batch_rows, alike=alike_up_to(opened.config.model),
         )  # fmt: skip
         self._programs.compile()
+        for place in self._starts_with:
+            self.adapters.fill(place, self._programs.fill)
         self._compilations.begin()
         self._publish(ready=True)
 
@@ -214,8 +229,9 @@ class Engine:
             self._draining = True
 
     def _tell(self, word: Callable[[], None]) -> None:
-        self._inbox.append(word)
-        self._changed.notify()
+        with self._changed:
+            self._inbox.append(word)
+            self._changed.notify()
 
     def _wait(self) -> None:
         with self._changed:
@@ -386,6 +402,7 @@ class Engine:
         self._observe("finished", choice.request.id, finish)
         with self._changed:
             others.remove(choice)
+            self.adapters.release(choice.sequence.place)
             if not others:
                 del self._ids[choice.request.id]
         lasted = time.monotonic() - choice.came
@@ -478,4 +495,5 @@ class Engine:
                 waiting=len(scheduler.waiting) + len(self._encodes), running=len(scheduler.running),
                 blocks=blocks.count, blocks_used=blocks.count - blocks.available, blocks_cached=blocks.cached,
                 compiles=self._compilations.count, finished=dict(self._finished), **totals,
+                adapters=self.adapters.states(scheduler.waiting, scheduler.running),
             )  # fmt: skip

@@ -20,11 +20,16 @@ class EngineOptions:
     prefix_sharing: bool = True  # prompts that begin alike are computed once
     speculation: str = "none"  # none | ngram (what followed the same tokens before) | draft (a smaller model)
     drafted: int = 4  # tokens that are proposed at a time
+    max_adapters: int = 0  # places of adapters beside the model; 0: one for each that it starts with
+    max_adapter_rank: int = 0  # of the largest that fits; 0: that of those that it starts with
 
     def __post_init__(self):
         for name in ("max_running", "block", "chunk", "max_waiting", "drafted"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name in ("max_adapters", "max_adapter_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("cache_tokens", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be 2 or more")

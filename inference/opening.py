@@ -163,12 +163,22 @@ def _read_adapted(
     if adapts.forms and not description.forms:
         raise ValueError(f"{path} holds adapters: make a whole model of them with python -m finetune merge {path} OUT")
     base = read_base(config, adapts, mesh, dtype)
+    trained = read_trained(path, config, adapts, description, mesh, step)
+    params = jax.tree.map(lambda p: p.astype(dtype), trained.params)
+    digest = hashlib.sha256(f"{base.digest} {trained.digest}".encode()).hexdigest()
+    return Weights(joined(base.params, params), trained.step, digest)
+
+
+def read_trained(
+    path: Path, config: Config, adapts: Adaptation, description: Description, mesh: Mesh, step: str | int = NEWEST
+) -> Weights:
+    """What the checkpoints of a run with adapters hold. `description` is that of its model with them. Raises as
+    `read_weights`.
+    """
     wanted = abstract_params(jnp.dtype(config.train.param_dtype), description, mesh)["params"]
     with closing(CheckpointStore(Path(config.checkpoint.dir or path / "checkpoints"), config.checkpoint)) as store:
         restored = restore(store, step, {"params": chosen(wanted, adapts.trainable)}, description.specs)
-    params = jax.tree.map(lambda p: p.astype(dtype), restored.state["params"])
-    digest = hashlib.sha256(f"{base.digest} {_digest(restored)}".encode()).hexdigest()
-    return Weights(joined(base.params, params), restored.step, digest)
+    return Weights(restored.state["params"], restored.step, _digest(restored))
 
 
 def read_base(config: Config, adapts: Adaptation, mesh: Mesh, dtype: jnp.dtype) -> Weights:

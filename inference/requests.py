@@ -62,6 +62,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     n: int = 1
+    adapter: str = ""  # its name, of those beside the model; "": none
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ class Busy(Exception):
 
 
 @dataclass(frozen=True)
+class AdapterState:
+    """Choices of one adapter."""
+
+    waiting: int
+    running: int
+    ended: int  # since it was loaded
+
+
+@dataclass(frozen=True)
 class EngineState:
     """A snapshot, cheap enough to be taken many times a second. Totals count since the start."""
 
@@ -136,3 +146,4 @@ class EngineState:
     drafted_tokens: int = 0  # proposed by speculation
     accepted_tokens: int = 0
     finished: Mapping[str, int] = field(default_factory=dict)  # finish -> choices
+    adapters: Mapping[str, AdapterState] = field(default_factory=dict)  # by name

@@ -29,6 +29,8 @@ class Sequence:
     shares: bool = True  # whether blocks that others computed may be read
     scored: bool = False  # whether the tokens of the prompt get log-probabilities while they are read
     waits: bool = False  # whether each token has to be known before the next one is drawn
+    place: int = 0  # of its adapter; 0: none
+    salt: bytes = b""  # of the names of its blocks
     after: "Sequence | None" = None  # whose prompt, the same one, is computed first
     arrival: int = field(default_factory=_arrivals.__next__)
     prompt: int = 0  # tokens of the prompt
@@ -166,7 +168,7 @@ class Scheduler:
         if first is not None and not first.ended and first.computed < first.prompt - 1:
             return False
         blocks, tokens = self.blocks, sequence.tokens
-        sequence.names = blocks.names(tokens, sequence.names)
+        sequence.names = blocks.names(tokens, sequence.names, sequence.salt)
         # one token at least is computed, so that there are logits after the last
         reusable = sequence.names[: (len(tokens) - 1) // blocks.size]
         found = blocks.find(reusable) if sequence.shares and sequence.prompt <= self.alike else []
@@ -249,7 +251,8 @@ class Scheduler:
         """Names the blocks that are full of known tokens by now."""
         full = min(sequence.computed, len(sequence.tokens)) // self.blocks.size
         if full > len(sequence.names):
-            sequence.names = self.blocks.names(sequence.tokens[: full * self.blocks.size], sequence.names)
+            known = sequence.tokens[: full * self.blocks.size]
+            sequence.names = self.blocks.names(known, sequence.names, sequence.salt)
         alike = self.alike // self.blocks.size if sequence.prompt <= self.alike else 0
         for index in range(sequence.named, min(full, alike)):
             self.blocks.name(sequence.blocks[index], sequence.names[index])

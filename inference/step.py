@@ -6,7 +6,7 @@ transfer starts it. The arrays that stay are donated: the cache is changed in pl
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from finetune.adapters.switched import Places, beside, fill, make_room, of_layer, put, with_rows
 from inference.drawing import EVERY_TOKEN, Drawn, Slots, draw, empty_slots, logprobs, note, occupy, slot_values
 from inference.generate import exact_matmuls
 from inference.opening import Opened
@@ -25,7 +26,7 @@ from model.unstacked import run, unstack
 from parallel.sharding import replicated, shard, splits
 
 # Columns of a row before its tokens and its blocks.
-SLOT, START, COUNT, DRAWS, NEXT, PROMPT, HEADER = range(7)
+SLOT, START, COUNT, DRAWS, NEXT, PROMPT, PLACE, HEADER = range(8)
 NEWEST = -1  # instead of a token: the one that the slot drew last
 SMALLEST_READ = 16  # tokens that a part of a prompt is padded to at least
 LONG_READ = 96  # tokens of a part from which on there are sizes halfway between powers of two
@@ -87,6 +88,7 @@ class Programs:
     chunk: int
     cache_dtype: str = ""  # int8, or "" for that of activations
     drafted: int = 0  # proposals that a step checks in a row
+    places: Places | None = None  # of adapters
     compiled: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -96,6 +98,9 @@ class Programs:
             self.outside, self.block_modules, self.layers = unstack(
                 opened.description, opened.params, opened.mesh, opened.dtype
             )
+            if self.places is not None:
+                room = self.places, opened.config.model, self.block_modules, self.layers
+                self.block_modules, self.layers = make_room(*room, opened.mesh, opened.dtype)
             self.batch_rows, self.even = splits("batch"), splits("residual")
         self.width = opened.description.shapes["tokens"]["weight"].shape[0]  # of the vocabulary, padded
         if "head" in opened.description.shapes:
@@ -125,6 +130,12 @@ class Programs:
         slots = self.compiled["occupy"](self.kept.slots, np.int32(slot), values)
         self.kept = replace(self.kept, slots=slots)
 
+    def fill(self, place: int, values: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Puts an adapter into a place, from 1 on; `values` are those of inference.adapter_books.Adapter."""
+        for index, layer in enumerate(self.layers):
+            own = of_layer(self.places, self.opened.config.model, values, index)
+            self.layers[index] = put(layer, self.compiled["fill"](layer, np.int32(place), own))
+
     # ---- the programs ----
 
     def shapes(self) -> list[Shape]:
@@ -145,6 +156,11 @@ class Programs:
             values = slot_values(Sampling(), self.width, prompt=[0])
             jitted = jax.jit(occupy, donate_argnums=0, out_shardings=self.placed.slots)
             self.compiled["occupy"] = jitted.lower(self.kept.slots, np.int32(0), values).compile()
+            if self.places is not None:
+                lies = jax.tree.map(lambda x: x.sharding, beside(self.places, self.layers[0]))
+                filled = jax.jit(partial(fill, self.places, self.block_modules), out_shardings=lies)
+                empty = of_layer(self.places, opened.config.model, {}, 0)
+                self.compiled["fill"] = filled.lower(self.layers[0], np.int32(1), empty).compile()
             self.everything = {}
             for shape in self.shapes():
                 everything = np.full((shape.rows, self.words), EVERY_TOKEN, np.uint32)
@@ -159,7 +175,7 @@ class Programs:
 
     def _step(self, shape: Shape, outside, layers, kept: Kept, rows_BX, allowed_BW):
         description, T = self.opened.description, shape.tokens
-        slot_B, start_B, count_B, draws_B, next_B, prompt_B = (rows_BX[:, column] for column in range(HEADER))
+        slot_B, start_B, count_B, draws_B, next_B, prompt_B, place_B = (rows_BX[:, column] for column in range(HEADER))
         tokens_BT, table_BM = rows_BX[:, HEADER : HEADER + T], rows_BX[:, HEADER + T :]
         newest_B = kept.last_R.at[slot_B].get(mode="fill", fill_value=0)
         tokens_BT = jnp.where(tokens_BT == NEWEST, newest_B[:, None], tokens_BT)
@@ -169,6 +185,8 @@ class Programs:
         places_BT = jnp.where(there_BT, positions_BT, start_B[:, None])
         # as when a prompt is read at once and each token after it by itself, however the steps are cut
         lengths_BT = jnp.maximum(prompt_B[:, None], places_BT + 1)
+        if self.places is not None:
+            layers = [with_rows(self.places, layer, place_B) for layer in layers]
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
         x_BTD, caches = run(
@@ -229,7 +247,8 @@ class Programs:
         for index, row in enumerate(rows):
             sequence = row.sequence
             known = [*sequence.tokens[row.start : row.start + row.count - len(row.drafted)], *row.drafted]
-            packed[index, :HEADER] = sequence.slot, row.start, row.count, row.draws, 0, sequence.prompt
+            header = sequence.slot, row.start, row.count, row.draws, 0, sequence.prompt, sequence.place
+            packed[index, :HEADER] = header
             packed[index, HEADER : HEADER + row.count] = known or [NEWEST]
             if scores:
                 packed[index, NEXT] = sequence.tokens[row.start + row.count]

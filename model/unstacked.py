@@ -29,7 +29,7 @@ class ByOutput(nnx.Module):
     def __init__(self, projection: Projection, spec: ParameterSpec):
         """spec: that of its weight in one layer."""
         inputs, weight = len(spec.contracted), projection.weight.get_value()
-        self.out = spec.shape[inputs:]
+        self.into, self.out = spec.shape[:inputs], spec.shape[inputs:]
         shape = math.prod(self.out), math.prod(spec.shape[:inputs])
         if isinstance(weight, jax.Array):
             weight = weight.reshape(shape[::-1]).T
@@ -37,6 +37,10 @@ class ByOutput(nnx.Module):
             weight = jax.ShapeDtypeStruct(shape, weight.dtype)
         # of dims that became one, the first is the one that a mesh splits
         self.weight, self.bias = nnx.Param(weight, axes=(spec.axes[inputs], spec.axes[0])), projection.bias
+
+    def matrix(self, dtype) -> jax.Array:
+        """The weight (...in, ...out), as that of a Projection."""
+        return cast_and_gather(self.weight, dtype).T.reshape(*self.into, *self.out)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (B, T, ...in) to (B, T, ...out), in x's dtype."""

@@ -39,6 +39,9 @@ class Owner:
         """As much as is asked for."""
         return self
 
+    async def add(self, identity, action, request, **told) -> None:
+        """No admin works here."""
+
     async def settle(self, status, prompt_tokens=0, new_tokens=0) -> None:
         """Nothing was taken."""
 

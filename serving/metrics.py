@@ -193,6 +193,28 @@ class Metrics:
         yield gauge("isomesh_draining", "1 if nothing new is taken.", state.draining)
         silent = time.monotonic() - state.beat
         yield gauge("isomesh_step_loop_silent_seconds", "Since the last turn of the engine's loop.", silent)
+        yield from self._adapters(state, names, values)
         weights = GaugeMetricFamily("isomesh_weights_info", "What is served.", labels=[*names, "digest"])
         weights.add_metric([*values, self._service.digest[:16]], 1)
         yield weights
+
+    def _adapters(self, state: EngineState, names: list[str], values: list[str]) -> Iterator[Metric]:
+        """Of those that are there: as many label values as there are places."""
+        if not (places := self._service.engine.adapters.count):
+            return
+        told = lambda what: ",".join(name for name, one in sorted(state.adapters.items()) if getattr(one, what))
+        labels = {"max_lora": str(places), "waiting_lora_adapters": told("waiting")}
+        labels["running_lora_adapters"] = told("running")
+        lora = GaugeMetricFamily("vllm:lora_requests_info", "Adapters with requests, and when.", labels=list(labels))
+        lora.add_metric(list(labels.values()), time.time())
+        yield lora
+        now = GaugeMetricFamily("isomesh_adapter_choices", "Of each adapter.", labels=[*names, "adapter", "state"])
+        ended = CounterMetricFamily(
+            "isomesh_adapter_choices_ended", "Since the adapter was loaded.", labels=[*names, "adapter"]
+        )
+        for name, one in sorted(state.adapters.items()):
+            now.add_metric([*values, name, "waiting"], one.waiting)
+            now.add_metric([*values, name, "running"], one.running)
+            ended.add_metric([*values, name], one.ended)
+        yield now
+        yield ended

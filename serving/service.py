@@ -1,15 +1,19 @@
 """What the endpoints share: the engine, how its model is called, its tokenizer and chat template, and what runs."""
 
 import asyncio
+import copy
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from data.chat import ChatTemplate
 from data.tokenizer import Tokenizer
+from inference.adapter_books import Adapter, AdapterBooks
 from inference.engine_options import EngineOptions
 from inference.requests import EncodeRequest, EngineState, Listener, Request
 from serving.access.gate import Identity
@@ -33,6 +37,7 @@ class Engine(Protocol):
     encoder: bool
     vocabulary: int
     options: EngineOptions  # how it is cut
+    adapters: AdapterBooks  # those beside its model
 
     def submit(self, request: Request | EncodeRequest, listener: Listener) -> None:
         """ValueError for what the model cannot do, Busy where there is no room."""
@@ -63,6 +68,9 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     beat_seconds: float = BEAT_SECONDS
     told: list[Told] = field(default_factory=list)  # called with the record of every request when it is over
+    load: Callable[[str, Path], None] | None = None  # an adapter by its name and folder, if that may be while it serves
+    adapter: str = ""  # of `under`: which one
+    parent: str | None = None  # of `under`: the model that it stands beside
 
     def __post_init__(self):
         self.lifecycle = Lifecycle(self.engine)
@@ -82,12 +90,26 @@ class Service:
         """`system_fingerprint` of answers: the same for the same weights."""
         return f"fp_{self.digest[:32]}"
 
-    def require(self, model: str | None) -> str:
-        """The model's name, if that is what is asked for. Raises ApiError 404."""
-        if model is not None and model != self.name:
-            message = f"the model {model[:100]!r} is not here; there is {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return self.name
+    def under(self, model: str | None) -> "Service":
+        """This service as that of its model, or of an adapter beside it, by its name. Raises ApiError 404."""
+        if model is None or model == self.name:
+            return self
+        if found := next((adapter for adapter in self.engine.adapters.open() if adapter.name == model), None):
+            return self._with(found)
+        more = "; /v1/models has its adapters" if self.engine.adapters.count else ""
+        message = f"the model {model[:100]!r} is not here; there is {self.name!r}{more}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    def all(self) -> list["Service"]:
+        """The service as that of its model, and of each adapter."""
+        return [self, *map(self._with, self.engine.adapters.open())]
+
+    def _with(self, adapter: Adapter) -> "Service":
+        """Shares everything but what clients call it by."""
+        made = copy.copy(self)
+        made.name, made.adapter, made.parent, made.created = adapter.name, adapter.name, self.name, adapter.created
+        made.digest = hashlib.sha256(f"{self.digest} {adapter.digest}".encode()).hexdigest()
+        return made
 
     def require_decoder(self) -> None:
         """Raises ApiError where the model writes no text."""

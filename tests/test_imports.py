@@ -46,6 +46,12 @@ ALLOWED = {
         *("data.chat", "tracking.run_directory", "training.job", "training.state", "training.trainable"),
         *("finetune.adapters.adaptation", "finetune.adapters.base"),  # of a run that trained these alone
     },
+    # adapters beside a model that answers requests, as a run or a folder of peft holds them
+    "inference/adapters.py": {
+        *("checkpoint.huggingface", "config.schema", "finetune.adapter_config", "finetune.adapters"),
+        *("tracking.run_directory", "training.trainable"),
+    },
+    "inference/step.py": {"finetune.adapters.switched"},  # each row of a step has an adapter of its own
     # models behind an address: it opens one, gives it to the engine and guards the way there
     "serving": {
         *("inference", "data.chat", "data.tokenizer", "model.config", "runtime", "tracking.run_directory"),

@@ -16,6 +16,7 @@ import numpy as np
 from checkpoint.huggingface.families import Family
 from checkpoint.huggingface.places import Place, place_of
 from checkpoint.huggingface.safetensors import Safetensors, write_header
+from finetune.adapter_config import Ia3Config, LoraConfig
 from finetune.adapters.adaptation import matrices
 from finetune.adapters.matrices import ADAPTER, Lora, Scaled, dims_of
 from model.config import ModelConfig
@@ -170,26 +171,31 @@ def open_published(folder: Path) -> Published:
     return Published(folder, config, Safetensors(folder / WEIGHTS))
 
 
-def settings(published: Published, family: Family, model: ModelConfig) -> list[str]:
-    """The overrides of a run with this adapter. Raises ValueError where it has no place in the model."""
+def adapter_of(published: Published, family: Family, model: ModelConfig) -> LoraConfig | Ia3Config:
+    """The settings of a run with this adapter. Raises ValueError where it has no place in the model."""
     there = [matrix for matrix in found_in(family, model, _dense(model)) if _has(published, matrix)]
     known = {f"{PREFIX}{module}" for matrix in there for module in matrix.modules()}
     for name in sorted(published.tensors.names()):
         if re.sub(r"\.(lora_(A|B|magnitude_vector)(\.weight)?|ia3_l)$", "", name) not in known:
             raise ValueError(f"{published.folder}: {name} has no place in a model of {family.model_type}")
-    names = ",".join("/".join(matrix.path[1:]) for matrix in there)
+    names = tuple("/".join(matrix.path[1:]) for matrix in there)
+    if not names:
+        raise ValueError(f"{published.folder}: {WEIGHTS} has no adapter of a matrix")
     if published.config["peft_type"] == "IA3":
-        return ["adapter=ia3", f"adapter.targets=[{names}]"]
+        return Ia3Config(targets=names)
     rank = max(published.find(module, "lora_A.weight").shape[0] for module in _modules(published, there))
-    alpha = float(published.config.get("lora_alpha", rank))
-    dora = str(bool(published.config.get("use_dora"))).lower()
-    return [
-        "adapter=lora",
-        f"adapter.rank={rank}",
-        f"adapter.alpha={alpha}",
-        f"adapter.dora={dora}",
-        f"adapter.targets=[{names}]",
-    ]
+    alpha, dora = float(published.config.get("lora_alpha", rank)), bool(published.config.get("use_dora"))
+    return LoraConfig(rank=rank, alpha=alpha, dora=dora, targets=names)
+
+
+def settings(published: Published, family: Family, model: ModelConfig) -> list[str]:
+    """The overrides of such a run. Raises as `adapter_of`."""
+    config = adapter_of(published, family, model)
+    targets = f"adapter.targets=[{','.join(config.targets)}]"
+    if isinstance(config, Ia3Config):
+        return ["adapter=ia3", targets]
+    numbers = [f"adapter.{name}={getattr(config, name)}" for name in ("rank", "alpha")]
+    return ["adapter=lora", *numbers, f"adapter.dora={str(config.dora).lower()}", targets]
 
 
 def _dense(model: ModelConfig) -> list[Names]:

@@ -45,6 +45,9 @@ class Gate(Protocol):
     ) -> Admission:
         """403 for a model that the role may not use, 400 for more tokens than it may ask for, 429 beyond its limits."""
 
+    async def add(self, identity: Identity, action: str, request: Request, **told) -> None:
+        """Notes what came of an admin's action, whose permission is in the audit already."""
+
 
 @dataclass
 class Caller:

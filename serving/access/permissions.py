@@ -12,6 +12,7 @@ PERMISSIONS = {
     "state": "the state of the engine",
     "metrics": "/metrics",
     "drain": "/drain",
+    "adapters": "/v1/load_lora_adapter, /v1/unload_lora_adapter",
     "keys": "keys over HTTP",
     "schema": "/openapi.json",
 }

@@ -22,7 +22,11 @@ from serving.access.permissions import PERMISSIONS
 
 FILE = "policy.csv"
 ALL = "*"
-ADMIN = ("keys", "drain")  # permissions that change the server: what they are used for is written down first
+ADMIN = (
+    "keys",
+    "drain",
+    "adapters",
+)  # permissions that change the server: what they are used for is written down first
 ROLES = {
     "admin": (ALL,),
     "operator": ("models", "page", "state", "metrics", "drain", "schema"),

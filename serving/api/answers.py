@@ -195,6 +195,7 @@ class Model(BaseModel):
     owned_by: str = "isomesh"
     max_model_len: int
     root: str  # digest of its weights
+    parent: str | None = None  # of an adapter: the model that it stands beside
 
 
 class Models(BaseModel):

@@ -209,6 +209,19 @@ class DetokenizeBody(Body):
     tokens: Ids
 
 
+class LoadAdapterBody(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=128)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]  # a run's directory, or a folder of peft
+
+
+class UnloadAdapterBody(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=128)]
+
+
 def refuse_unsupported(body: Body) -> None:
     """Raises ApiError 400 for a field that asks for what this server does not do."""
     for name in UNSUPPORTED.keys() & type(body).model_fields.keys():

@@ -53,7 +53,7 @@ async def chat(
     most = fits(service, (ids,), asked, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_of(service, body, most, logprobs=logprobs, stop_ids=service.chat.stop_ids)
-    exchange = Exchange(service, caller, Generate((ids,), sampling, n))
+    exchange = Exchange(service, caller, Generate((ids,), sampling, n, service.adapter))
     teller = Teller(service, exchange, body)
     if not body.stream:
         return answer(await unless_gone(request, whole(exchange, teller.gather)))

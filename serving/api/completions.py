@@ -43,7 +43,7 @@ async def complete(
     ids = tuple(prompt.ids for prompt in prompts)
     fits(service, ids, most, "prompt")
     asked = {"logprobs": body.logprobs, "prompt_logprobs": body.logprobs if body.echo else None}
-    exchange = Exchange(service, caller, Generate(ids, sampling_of(service, body, most, **asked), n))
+    exchange = Exchange(service, caller, Generate(ids, sampling_of(service, body, most, **asked), n, service.adapter))
     teller = Teller(service, exchange, prompts, body)
     if not body.stream:
         return answer(await unless_gone(request, whole(exchange, teller.gather)))

@@ -27,6 +27,7 @@ class Generate:
     prompts: tuple[tuple[int, ...], ...]
     sampling: Sampling
     n: int = 1
+    adapter: str = ""  # beside the model; "": none
 
     @property
     def new_tokens(self) -> int:
@@ -39,7 +40,7 @@ class Generate:
         seeds = [None if seed is None else seed + number for number in range(len(self.prompts))]
         each = zip(self.prompts, seeds, strict=True)
         return [
-            Request(f"{id}-{number}", prompt, replace(self.sampling, seed=own), self.n)
+            Request(f"{id}-{number}", prompt, replace(self.sampling, seed=own), self.n, self.adapter)
             for number, (prompt, own) in enumerate(each)
         ]
 

@@ -12,22 +12,23 @@ from serving.service import Service
 router = APIRouter()
 
 
-def _model(service: Service) -> Model:
+def shown(service: Service) -> Model:
+    """A model, or an adapter, as clients see it."""
     shared = {"created": service.created, "max_model_len": service.engine.reach}
-    return Model(id=service.name, root=service.digest, **shared)
+    return Model(id=service.name, root=service.digest, parent=service.parent, **shared)
 
 
 @router.get("/v1/models", response_model=Models, responses=ends(*READS))
 async def models(request: Request, caller: Caller = Depends(needs("models"))):  # noqa: B008
     """The models that the caller may use."""
     service = service_of(request)
-    return answer(Models(data=[_model(service)] if service.sees(caller.identity) else []))
+    return answer(Models(data=[shown(one) for one in service.all() if one.sees(caller.identity)]))
 
 
 @router.get("/v1/models/{model:path}", response_model=Model, responses=ends(*READS, 404))
 async def model(request: Request, model: str, caller: Caller = Depends(needs("models"))):  # noqa: B008
     """One of them."""
-    service = service_of(request)
-    if model != service.name or not service.sees(caller.identity):
-        raise ApiError(404, f"the model {model[:100]!r} is not here", param="model", code="model_not_found")
-    return answer(_model(service))
+    for one in service_of(request).all():
+        if one.name == model and one.sees(caller.identity):
+            return answer(shown(one))
+    raise ApiError(404, f"the model {model[:100]!r} is not here", param="model", code="model_not_found")

@@ -18,10 +18,8 @@ def service_of(request: Request) -> Service:
 
 
 def service_for(request: Request, body: Body) -> Service:
-    """The service, if its model is the one that the body names, if it names any. Raises ApiError 404."""
-    service = service_of(request)
-    service.require(body.model)
-    return service
+    """The service as that of the model or adapter that the body names, if it names any. Raises ApiError 404."""
+    return service_of(request).under(body.model)
 
 
 def writer_for(request: Request, body: Drawing) -> Service:

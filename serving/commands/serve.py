@@ -67,6 +67,8 @@ def serve(options: argparse.Namespace) -> int:
     seen = Seen(options.metrics_host, options.metrics_port, options.traces)
     opened, door = guard.open_guard(options)
     service = open_service(options)
+    if behind:  # one replica alone would have it
+        service.load = None
     routers = [keys.router, page.router, seen.over(service)]
     config = configured(create_app(service, door, routers), behind=behind, **secure)
 

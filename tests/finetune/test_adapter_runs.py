@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import yaml
 
 from checkpoint.digests import read_manifest
 from finetune.__main__ import main
 from finetune.options import parse
+from inference.adapters import AdapterReader
 from inference.opening import find_model
 
 DONE, MISTAKE = 0, 2
@@ -51,6 +53,14 @@ def logits(path: Path) -> np.ndarray:
         model = lambda params: opened.description.bind(params)
         run = jax.jit(lambda params: model(params).logits(model(params)(tokens_BT, dtype=jnp.float32)[0]))
         return np.asarray(run(opened.params))
+
+
+def beside(base: Path) -> AdapterReader:
+    """What reads adapters of a model that is served."""
+    found = find_model(base, HERE)
+    reader = AdapterReader(found)
+    reader.put_base(found.open())
+    return reader
 
 
 def test_checkpoints_hold_adapters_alone(home):
@@ -94,6 +104,8 @@ def test_another_base_is_refused(home, tmp_path, capsys):
         assert len(said.strip().splitlines()) == 1
         with pytest.raises(ValueError, match=r"than those that the adapters were trained on .* fit no other base"):
             find_model(home / "tuned", HERE).open()
+        with pytest.raises(ValueError, match=r"tuned was trained on other weights .* adapters fit no other base"):
+            beside(home / "base").read("tuned", home / "tuned")
     finally:
         shutil.rmtree(home / "base")
         shutil.move(home / "kept", home / "base")
@@ -109,6 +121,10 @@ def test_merged_exported_and_imported_it_gives_the_same_logits(home, tmp_path, c
     assert json.loads(Path("peft/adapter_config.json").read_text())["use_dora"] is True
     assert main(parse(["import", "peft", "again", "--base", str(home / "base"), *HERE])) == DONE
     near(Path("again"))
+    reader = beside(home / "base")
+    run, published = reader.read("run", home / "tuned"), reader.read("peft", Path("peft"))
+    assert (run.rank, run.stretched, run.values.keys()) == (2, True, published.values.keys())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), run.values, published.values)
     capsys.readouterr()
     assert main(parse(["export", str(home / "base"), "none"])) == MISTAKE
     assert "base has no adapters: adapter.kind=none" in capsys.readouterr().err
@@ -117,6 +133,37 @@ def test_merged_exported_and_imported_it_gives_the_same_logits(home, tmp_path, c
     Path("peft/adapter_config.json").write_text(json.dumps(settings))
     assert main(parse(["import", "peft", "none", "--base", str(home / "base"), *HERE])) == MISTAKE
     assert "bias='all' is not known here" in capsys.readouterr().err
+
+
+def test_what_cannot_be_switched_by_request_is_one_clear_line(home, tmp_path):
+    reader = AdapterReader(find_model(home / "base", HERE))
+    with pytest.raises(ValueError, match=r"base has no adapters: adapter.kind=none"):
+        reader.check("x", home / "base")
+    with pytest.raises(ValueError, match=r"text is no run directory \(no config.yaml\), nor a folder of peft"):
+        reader.check("x", home / "text")
+    with pytest.raises(ValueError, match=r"tuned has adapters of its own \(adapter.kind=lora\): serve its base .*base"):
+        AdapterReader(find_model(home / "tuned", HERE))
+    edited = yaml.safe_load((home / "tuned/config.yaml").read_text())
+
+    def told(name: str, **changes) -> str:
+        (tmp_path / name).mkdir()
+        adapter = changes.pop("adapter", {"kind": "lora", "rank": 2})
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({**edited, "adapter": adapter, **changes}))
+        with pytest.raises(ValueError) as refused:
+            AdapterReader(find_model(home / "base", HERE)).check(name, tmp_path / name)
+        return str(refused.value)
+
+    assert "adapters of kind ia3 are not switched by request; lora, rslora, " in told("ia3", adapter={"kind": "ia3"})
+    also = {"kind": "lora", "rank": 2, "also": ["final_norm/*"]}
+    assert "has trained the model's own final_norm/scale: merge it" in told("also", adapter=also)
+    assert "stands on the weights that its seed draws" in told("seed", weights={})
+    wider = {**edited["model"], "ffn": 32}
+    assert "is of another model than" in told("wider", model=wider)
+    quantised = {"kind": "lora", "rank": 2, "base": "nf4", "group": 8}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**edited, "adapter": quantised}))
+    reader.check("tuned", home / "tuned")
+    with pytest.raises(ValueError, match=r"codes was trained on a base in nf4, and tuned on one in float: serve them"):
+        reader.check("codes", tmp_path)
 
 
 def test_a_run_with_adapters_is_no_base(home, tmp_path, capsys):

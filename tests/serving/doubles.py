@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from data.chat import ChatTemplate
 from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from inference.adapter_books import AdapterBooks
 from inference.engine_options import EngineOptions
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Piece, Request, TokenLogprob
 from serving.access.gate import Identity
@@ -77,6 +78,7 @@ class EngineDouble:
         self.script, self.seconds = script or self.counting, seconds  # of a step; 0: as fast as can be
         self.reach, self.encoder, self.vocabulary = reach, encoder, self.tokenizer.vocab_size
         self.options = EngineOptions()
+        self.adapters = AdapterBooks()
         self.max_running, self.max_waiting = max_running, max_waiting
         self.submitted: list[Request | EncodeRequest] = []
         self.aborted: list[str] = []
@@ -259,6 +261,9 @@ class OpenGate:
         """As much as anybody wants."""
         self.admissions.append(OpenAdmission(model, prompt_tokens, new_tokens))
         return self.admissions[-1]
+
+    async def add(self, identity, action: str, request, **told) -> None:
+        """There is no audit."""
 
 
 def served(engine: EngineDouble, gate: OpenGate | None = None, chat: ChatTemplate | None = None, **more):
