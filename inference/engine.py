@@ -4,6 +4,7 @@ One thread owns the devices. `submit`, `abort` and `state` are called from any t
 leave word in an inbox, which the thread empties between steps. What a step brought is told to the request's listener.
 
     submit -> inbox -> Scheduler.plan (who) -> Programs.run (tokens) -> Choice.take (text, ends) -> listener
+                    -> Encodes.step (a vector of each text) -> listener
 """
 
 import itertools
@@ -20,12 +21,15 @@ import numpy as np
 from inference.cache import Blocks
 from inference.choice import Choice, Observer
 from inference.compilations import Compilations
-from inference.encoder import EncodeQueue, Encoder, encoded
+from inference.encoder import CLASSES, Encoder, asked_pooling
+from inference.encodes import Encodes, Whole, check_tokens
 from inference.engine_options import EngineOptions
 from inference.generate import check, reach_of
 from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
+from inference.priority import make_way, put_behind
 from inference.proposals import Proposals
+from inference.reader import Reader
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
 from inference.room import cache_tokens
 from inference.scheduler import Batch, Row, Scheduler, Sequence
@@ -54,8 +58,10 @@ class Engine:
     def __init__(self, opened: Opened, options: EngineOptions | None = None, draft: Opened | None = None):
         """Compiles nothing yet. Raises ValueError for options that do not fit the model."""
         config, options = opened.config.model, options or EngineOptions()
-        self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.causal
-        self.vocabulary = config.vocab_size
+        self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.generates
+        self.vocabulary, self.width = config.vocab_size, config.width
+        self.classifies = config.head == CLASSES
+        self.embeds = not self.classifies and (self.encoder or options.pooling != "none")
         trained = reach_of(config, opened.config.train.seq_len)
         self.reach = min(options.max_length or trained, trained)  # tokens of the longest sequence
         models = [opened] if draft is None else [opened, draft]
@@ -69,8 +75,11 @@ class Engine:
             )
         self.observer = Observer()
         self._opened, self._programs, self._scheduler = opened, None, None
-        self._encoder = Encoder(opened, options.max_running, self.reach) if self.encoder else None
-        self._encodes = EncodeQueue()
+        rows, how = options.max_running, options.pooling
+        self._encoder = Encoder(opened, rows, self.reach, how) if self.encoder else None
+        self._pooling = asked_pooling(how, opened.path) if self.embeds and not self.encoder else None
+        self._encodes: Encodes = Whole(self._encoder)
+        self._encoded_last = False
         self._proposals = Proposals(options, opened, self.reach, draft)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -113,7 +122,9 @@ class Engine:
         """Takes a request. Raises ValueError for what cannot be answered, Busy where the queue is full or closed."""
         choices = self._choices(request, listener) if isinstance(request, Request) else []
         if not choices:
-            self._check_encode(request)
+            if not (self.embeds or self.classifies):
+                raise ValueError("this model generates text; it does not encode")
+            check_tokens(request.tokens, self.reach, self.vocabulary)
         with self._changed:
             if request.id in self._ids:
                 raise ValueError(f"request {request.id} is there already")
@@ -170,7 +181,7 @@ class Engine:
         if self._encoder is not None:
             self._scheduler = Scheduler(Blocks(0, options.block, False), 0, options.chunk)
             self._encoder.compile()
-            self._encoder.run([[0]])
+            self._encoder.run([EncodeRequest("", (0,))])
             self._compilations.begin()
             self._publish(ready=True)
             return
@@ -185,6 +196,9 @@ class Engine:
             read_rows=self._programs.batch_rows, alike=alike_up_to(opened.config.model),
         )  # fmt: skip
         self._programs.compile()
+        if self._pooling is not None:
+            self._encodes = Reader(self._programs, self._scheduler.blocks, self._pooling)
+            self._encodes.compile()
         self._compilations.begin()
         self._publish(ready=True)
 
@@ -205,9 +219,8 @@ class Engine:
             log.exception("the engine's thread ended")
             for choice in [c for choices in list(self._ids.values()) for c in choices]:
                 self._finish(choice, "error", error="the engine has failed")
-            while self._encodes:
-                for request, listener in self._encodes.take(self._encoder):
-                    self._answer(request.id, listener, "error", Encoded(error="the engine has failed"))
+            for request, listener in self._encodes.all():
+                self._answer(request.id, listener, "error", Encoded(error="the engine has failed"))
             raise
         finally:
             self._publish(ready=False)
@@ -244,14 +257,16 @@ class Engine:
             self._answer(id, listener, "aborted", Encoded(error="aborted"))
 
     def _begin_step(self) -> bool:
-        """Starts the next step, if there is one; True if it did."""
-        if self._encodes:
-            self._encode()
+        """Starts the next step, if there is one; True if it did. Those for vectors take turns with the others."""
+        if not self._encoded_last and self._encode():
+            self._encoded_last = True
             return True
+        self._totals["preemptions"] += make_way(self._scheduler, self.options.max_running)
         self._proposals.propose(self._scheduler)
         batch = self._scheduler.plan()
         if batch is None:
-            return False
+            return self._encoded_last and self._encode()
+        self._encoded_last = False
         self._totals["preemptions"] += len(batch.preempted)
         if batch.begun or batch.preempted:
             self._publish(ready=self._state.ready)  # who runs waits no more: else others were refused for it
@@ -273,25 +288,25 @@ class Engine:
         self._in_flight.append(InFlight(batch, result, began))
         return True
 
-    def _encode(self) -> None:
-        """A step of an encoder, from its queue to the answers."""
-        taken, began = self._encodes.take(self._encoder), time.monotonic()
-        for request, _ in taken:
+    def _encode(self) -> bool:
+        """A step for vectors, from its texts to their answers; False where there is none, or no room for it yet."""
+        began = time.monotonic()
+        step = self._encodes.step()
+        if step is None:
+            return False
+        for request in step.begun:
             self._observe("began", request.id, 0)
-        try:
-            vectors = self._encoder.run([request.tokens for request, _ in taken])
-        except Exception as error:
-            log.error("a step of %d sequences failed", len(taken), exc_info=error)
+        if step.error is None:
+            self._faults = 0
+            self._totals["steps"] += 1
+            self._observe("stepped", "encode", time.monotonic() - began, step.tokens)
+        else:
+            log.error("a step of %d sequences failed", len(step.answered), exc_info=step.error)
             self._faults += 1
-            for request, listener in taken:
-                self._answer(request.id, listener, "error", Encoded(error=f"the step failed: {type(error).__name__}"))
-            return
-        self._faults = 0
-        tokens = sum(len(request.tokens) for request, _ in taken)
-        self._totals["steps"] += 1
-        self._observe("stepped", "encode", time.monotonic() - began, tokens)
-        for (request, listener), vector in zip(taken, vectors, strict=True):
-            self._answer(request.id, listener, "stop", encoded(vector))
+            self._lose_cache()
+        for one in step.answered:
+            self._answer(one.request.id, one.listener, one.finish, one.answer)
+        return True
 
     def _answer(self, id: str, listener: Listener, finish: str, answer: Encoded) -> None:
         """The end of a request for a vector."""
@@ -395,14 +410,22 @@ class Engine:
         """A step failed: the requests in it end, those beside it compute again what the cache has lost."""
         log.error("a step of %d rows failed", len(batch.rows), exc_info=error)
         self._faults += 1
-        self._in_flight.clear()
         for owner in [row.sequence.owner for row in batch.rows] or [s.owner for s in batch.begun]:
             self._finish(owner, "error", error=f"a step of the model failed: {type(error).__name__}")
+        self._lose_cache()
+
+    def _lose_cache(self) -> None:
+        """The arrays of the cache may be gone: they are made anew, and all that still runs computes again."""
+        if self._programs is None:
+            return
+        self._in_flight.clear()
         for sequence in list(self._scheduler.running):
             self._scheduler.preempt(sequence)
         self._scheduler.blocks.forget()
         self._programs.empty()
         self._proposals.empty()
+        if isinstance(self._encodes, Reader):
+            self._encodes.restart()
 
     def _hear(self, choice: Choice, piece) -> None:
         """Tells a listener; one that raises loses its request and nothing else."""
@@ -421,15 +444,6 @@ class Engine:
             log.exception("the observer of the engine")
 
     # ---- requests ----
-
-    def _check_encode(self, request: EncodeRequest) -> None:
-        """Raises ValueError for what has no vector."""
-        if self._encoder is None:
-            raise ValueError("this model generates text; it does not encode")
-        if not 1 <= (tokens := len(request.tokens)) <= self.reach:
-            raise ValueError(f"a sequence of {tokens} tokens: the model takes 1 to {self.reach}")
-        if strange := [token for token in request.tokens if not 0 <= token < self.vocabulary]:
-            raise ValueError(f"token {strange[0]} is outside of the vocabulary, 0 to {self.vocabulary - 1}")
 
     def _choices(self, request: Request, listener: Listener) -> list[Choice]:
         """The choices of a request. Raises ValueError for what cannot be answered."""
@@ -450,6 +464,8 @@ class Engine:
                 after=choices[0].sequence if choices else None,
                 waits=matcher is not None or self.options.speculation != "none",
             )  # fmt: skip
+            if request.low:
+                put_behind(sequence)
             own = matcher and matcher.copy()
             choices.append(Choice(request, index, listener, sequence, self.tokenizer, own))
         return choices
@@ -469,13 +485,13 @@ class Engine:
 
     def _publish(self, ready: bool, taken: int = 0) -> None:
         """A new snapshot; `taken` choices have come from the inbox into the queue."""
-        scheduler, totals = self._scheduler, self._totals
+        scheduler, totals, encodes = self._scheduler, self._totals, self._encodes
         blocks = scheduler.blocks
         with self._changed:
             self._waiting -= taken
             self._state = EngineState(
                 ready=ready, beat=time.monotonic(),
-                waiting=len(scheduler.waiting) + len(self._encodes), running=len(scheduler.running),
+                waiting=len(scheduler.waiting) + len(encodes), running=len(scheduler.running) + encodes.running,
                 blocks=blocks.count, blocks_used=blocks.count - blocks.available, blocks_cached=blocks.cached,
                 compiles=self._compilations.count, finished=dict(self._finished), **totals,
             )  # fmt: skip

@@ -62,14 +62,17 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     n: int = 1
+    low: bool = False  # it gives way to those that are not: they begin first, and take its place where there is none
 
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """A sequence of an encoder: its embedding, or the logits of its classes."""
+    """A sequence that is read whole: its embedding, or the logits of its labels."""
 
     id: str
     tokens: tuple[int, ...]
+    types: tuple[int, ...] = ()  # of each token, where the model has types; () all 0
+    low: bool = False  # as in Request
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The answer to an EncodeRequest: a vector, or an error."""
+    """The answer to an EncodeRequest: a vector, or logits of labels; or an error."""
 
     vector: tuple[float, ...] = ()
     error: str | None = None

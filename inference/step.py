@@ -88,24 +88,24 @@ class Programs:
         if "head" in opened.description.shapes:
             self.width = opened.description.shapes["head"]["weight"].shape[0]
         self.words = -(-self.width // 32)
+        self._make = jax.jit(self._emptied)  # one function, compiled once: nothing compiles after a fault
         self.empty()
 
     # ---- the arrays ----
 
     def empty(self) -> None:
         """An empty cache and slots that nobody holds."""
-        config, entries = self.opened.config.model, self.blocks * self.block
-
-        def make():
-            dtype = self.cache_dtype or self.opened.dtype
-            pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
-            last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
-            return Kept(pools, last_R, empty_slots(self.slots, self.width))
-
         self.kept = None
         with jax.set_mesh(self.opened.mesh):
-            self.kept = jax.jit(make)()
+            self.kept = self._make()
         self.placed = jax.tree.map(lambda x: x.sharding, self.kept)
+
+    def _emptied(self) -> Kept:
+        config, entries = self.opened.config.model, self.blocks * self.block
+        dtype = self.cache_dtype or self.opened.dtype
+        pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
+        last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
+        return Kept(pools, last_R, empty_slots(self.slots, self.width))
 
     def occupy(self, slot: int, values: Slots) -> None:
         """Says how a slot draws from now on; `values` are those of inference.drawing.slot_values."""
@@ -119,9 +119,9 @@ class Programs:
         rows = [self.batch_rows]
         while rows[-1] < self.slots:
             rows.append(rows[-1] * 2)
-        tokens = [self._even(min(SMALLEST_READ, self.chunk))]
+        tokens = [self.even_tokens(min(SMALLEST_READ, self.chunk))]
         while tokens[-1] < self.chunk:
-            tokens.append(self._even(min(tokens[-1] * 2, self.chunk)))
+            tokens.append(self.even_tokens(min(tokens[-1] * 2, self.chunk)))
         decode = [Shape(r, 1) for r in rows]
         if self.drafted:
             decode += [Shape(r, 1 + self.drafted, drafts=True) for r in rows]
@@ -199,8 +199,14 @@ class Programs:
         slots = note(kept.slots, flat(slot_BT), drawn.tokens_B, flat(live_BT))
         return replace(kept, last_R=last_R, slots=slots), drawn
 
-    def _even(self, tokens: int) -> int:
+    def even_tokens(self, tokens: int) -> int:
+        """So many tokens, or the next number that the mesh divides."""
         return -(-tokens // self.even) * self.even
+
+    @property
+    def longest_read(self) -> int:
+        """Tokens of a prompt that one step reads at most."""
+        return self.even_tokens(self.chunk)
 
     # ---- a step ----
 

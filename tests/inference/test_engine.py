@@ -89,6 +89,36 @@ def test_choices_of_a_request_share_its_prompt(engine):
     assert engine.state().prompt_tokens - before == 20
 
 
+@pytest.mark.parametrize("how", ["mean", "last", "first", "max"])
+def test_vectors_of_a_decoder_are_those_of_the_whole_forward_pass(how):
+    """Texts of one part and of several, beside one that is written, through a cache with room for one of them."""
+    there = opened("grouped")
+    engine = started("grouped", max_running=2, cache_tokens=REACH, pooling=how)
+    texts = [tuple(np.random.default_rng(i).integers(0, 256, n).tolist()) for i, n in enumerate([1, 80, 16, 17, 33])]
+    written = Heard()
+    engine.submit(Request("beside", PROMPT, Sampling(max_tokens=24, temperature=0, ignore_eos=True)), written)
+    vectors, done = {}, threading.Semaphore(0)
+    for number, text in enumerate(texts):
+
+        def hear(answer, number=number):
+            vectors[number] = answer.vector
+            done.release()
+
+        engine.submit(EncodeRequest(f"text-{number}", text), hear)
+    for _ in texts:
+        assert done.acquire(timeout=120)
+    assert written.done.wait(60)
+    assert written.tokens() == references(there, [PROMPT])[0]
+    model = there.description.bind(there.params)
+    for number, text in enumerate(texts):
+        x_TD = np.asarray(model(np.asarray([text], np.int32))[0][0])
+        pooled = {"mean": x_TD.mean(0), "last": x_TD[-1], "first": x_TD[0], "max": x_TD.max(0)}[how]
+        np.testing.assert_allclose(vectors[number], pooled / np.linalg.norm(pooled), rtol=0, atol=2e-6)
+    state = settled(engine)
+    assert (state.compiles, state.blocks_used) == (0, 0)
+    assert engine.stop(10)
+
+
 def test_ends(engine):
     (text,) = references(opened("grouped"), [PROMPT])
     stopped = ask(engine, "token", PROMPT, max_tokens=24, stop_ids=(text[5],))
@@ -109,7 +139,7 @@ def test_what_cannot_be_answered_is_told_at_once(engine):
     with pytest.raises(ValueError, match="n=5 must be 1 to 4"):
         submit(Request("a", (1,), n=5))
     with pytest.raises(ValueError, match="does not encode"):
-        submit(EncodeRequest("a", (1,)))
+        Engine(opened("grouped"), EngineOptions(pooling="none")).submit(EncodeRequest("a", (1,)), Heard())
     with pytest.raises(ValueError, match=r"cache_tokens=40 hold no sequence of 80 tokens"):
         Engine(opened("grouped"), EngineOptions(cache_tokens=40))
 
@@ -145,6 +175,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(engine, monkeypatch):
     assert (other.finish(), other.tokens()) == ("length", text) or other.finish() == "error"
     assert ask(engine, "after", PROMPT, max_tokens=24).tokens() == text
     assert engine.state().ready
+    assert engine.state().compiles == 0, "the cache that is made anew after a fault was compiled before"
     assert settled(engine).blocks_used == 0
 
 
