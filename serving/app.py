@@ -9,7 +9,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.access.gate import Gate
-from serving.api import chat, completions, embeddings, health, models, requests, tokens
+from serving.api import (
+    batches,
+    chat,
+    classify,
+    completions,
+    embeddings,
+    files,
+    health,
+    models,
+    requests,
+    tokens,
+)
 from serving.body import Gone
 from serving.errors import ApiError
 from serving.schema import schema
@@ -17,7 +28,8 @@ from serving.service import Service
 from serving.watch import GONE, Watch
 
 ROUTERS = (
-    *(room.router for room in (chat, completions, embeddings, models, tokens, requests, health)),
+    *(room.router for room in (chat, completions, embeddings, classify, files, batches)),
+    *(room.router for room in (models, tokens, requests, health)),
     schema,
 )
 TITLE = "isomesh"

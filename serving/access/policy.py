@@ -26,7 +26,10 @@ ADMIN = ("keys", "drain")  # permissions that change the server: what they are u
 ROLES = {
     "admin": (ALL,),
     "operator": ("models", "page", "state", "metrics", "drain", "schema"),
-    "user": ("chat", "completions", "embeddings", "models", "tokens", "requests", "page", "state", "schema"),
+    "user": (
+        *("chat", "completions", "embeddings", "classify", "files", "batches"),
+        *("models", "tokens", "requests", "page", "state", "schema"),
+    ),
     "reader": ("models", "page", "state", "metrics", "schema"),
 }
 MODEL = """

@@ -17,6 +17,7 @@ from serving.watch import GONE, Record
 
 logger = logging.getLogger("isomesh.serving")
 
+LOW_PRIORITY = "isomesh.low_priority"  # in the scope of a request that gives way to others; no client can set it
 ENDED = "this request was ended by its owner through DELETE"
 
 
@@ -49,12 +50,15 @@ class Encode:
     """Texts to be encoded."""
 
     prompts: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...] = ()  # of each prompt's tokens; (): all 0
     n: int = 1
     new_tokens: int = 0
 
     def parts(self, id: str) -> list[EncodeRequest]:
         """Requests to the engine."""
-        return [EncodeRequest(f"{id}-{number}", tokens) for number, tokens in enumerate(self.prompts)]
+        types = self.types or ((),) * len(self.prompts)
+        each = enumerate(zip(self.prompts, types, strict=True))
+        return [EncodeRequest(f"{id}-{number}", tokens, own) for number, (tokens, own) in each]
 
 
 class Exchange:
@@ -79,6 +83,8 @@ class Exchange:
         service.lifecycle.require_open()
         self._admission = await caller.admit(service.name, self.prompt_tokens, self._work.new_tokens)
         parts = self._work.parts(record.id)
+        if caller.request.scope.get(LOW_PRIORITY):
+            parts = [replace(part, low=True) for part in parts]
         self._entry = Entry(
             record.id, caller.identity.tenant, service.name, self.prompt_tokens,
             record.client_id, parts=tuple(part.id for part in parts),

@@ -54,6 +54,7 @@ def serve(options: argparse.Namespace) -> int:
     from serving.access import guard
     from serving.access import routes as keys
     from serving.app import create_app
+    from serving.batches.opening import FOLDER, add_batches
     from serving.lifecycle import Server, bound, bound_to, configured
     from serving.page import router as page
     from serving.seen import Seen
@@ -67,10 +68,12 @@ def serve(options: argparse.Namespace) -> int:
     seen = Seen(options.metrics_host, options.metrics_port, options.traces)
     opened, door = guard.open_guard(options)
     service = open_service(options)
+    batches = add_batches(opened.folder / FOLDER, service, door)
     routers = [keys.router, page.router, seen.over(service)]
     config = configured(create_app(service, door, routers), behind=behind, **secure)
 
     def told() -> None:
+        batches.runner.wake()  # with what was left
         if not behind:  # else the balancer's address counts
             address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
             print(guard.first_key(options, opened, door.chain, address, example(service)), flush=True)
@@ -86,6 +89,8 @@ def serve(options: argparse.Namespace) -> int:
 
 def example(service) -> tuple[str, dict]:
     """A request that the model answers: its path and body."""
+    if service.labels is not None:
+        return "/v1/classify", {"model": service.name, "input": "Hello"}
     if service.engine.encoder:
         return "/v1/embeddings", {"model": service.name, "input": "Hello"}
     if service.chat is None:
