@@ -32,13 +32,9 @@ FORM = {
         },
     }
 }
+JSON_LINES = "application/jsonl"
+LINES = {200: {"content": {JSON_LINES: {"schema": {"type": "string"}}}}}
 PURPOSE = {"name": "purpose", "in": "query", "required": False, "schema": {"type": "string", "maxLength": 64}}
-
-
-class JsonLines(Response):
-    """JSON, a line each."""
-
-    media_type = "application/jsonl"
 
 
 def store_of(request: Request) -> Store:
@@ -92,11 +88,11 @@ async def file(request: Request, id: str, caller: Caller = Depends(needs("files"
     return answer(File(**await asyncio.to_thread(store_of(request).file, caller.identity.tenant, id)))
 
 
-@router.get("/v1/files/{id}/content", response_class=JsonLines, responses=ends(*READS, 404))
+@router.get("/v1/files/{id}/content", response_class=Response, responses=ends(*READS, 404) | LINES)
 async def content(request: Request, id: str, caller: Caller = Depends(needs("files"))):  # noqa: B008
     """What is in it."""
     path = await asyncio.to_thread(store_of(request).content, caller.identity.tenant, id)
-    return FileResponse(path, media_type=JsonLines.media_type, headers={"Cache-Control": "no-store"})
+    return FileResponse(path, media_type=JSON_LINES, headers={"Cache-Control": "no-store"})
 
 
 @router.delete("/v1/files/{id}", response_model=DeletedFile, responses=ends(*READS, 404, 409))

@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from engines import REACH, Heard, ask, assert_as_generated, mix, opened, references, run_mix, started
+from engines import NEW, REACH, Heard, ask, assert_as_generated, mix, opened, references, run_mix, started
 
 from inference.engine import Engine
 from inference.engine_options import EngineOptions
@@ -117,6 +117,33 @@ def test_vectors_of_a_decoder_are_those_of_the_whole_forward_pass(how):
     state = settled(engine)
     assert (state.compiles, state.blocks_used) == (0, 0)
     assert engine.stop(10)
+
+
+def test_low_priority_gives_way_and_its_text_does_not_change(engine):
+    """Four texts of low priority hold all slots; one that comes later begins at once and ends before any of them."""
+    ended, live = [], Heard()
+
+    def came(piece):
+        if piece.finish is not None:
+            ended.append("low")
+        elif len(low[0].tokens()) == 3 and not asked:
+            asked.append(True)
+            engine.submit(Request("live", PROMPT, Sampling(max_tokens=6, temperature=0, ignore_eos=True)), live)
+
+    asked, prompts = [], [(*PROMPT, number) for number in range(4)]
+    live._then = lambda piece: ended.append("live") if piece.finish is not None else None
+    low = [Heard(then=came) for _ in prompts]
+    before = engine.state().preemptions
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling(max_tokens=NEW, temperature=0, ignore_eos=True)
+        engine.submit(Request(f"low-{number}", prompt, sampling, low=True), low[number])
+    assert all(heard.done.wait(60) for heard in (*low, live))
+    assert ended[0] == "live"
+    assert engine.state().preemptions > before
+    texts = references(opened("grouped"), [PROMPT, *prompts])
+    for heard, text in zip((live, *low), texts, strict=True):
+        assert heard.tokens()[: len(text)] == text[: len(heard.tokens())]
+        assert heard.finish() == "length"
 
 
 def test_ends(engine):
