@@ -13,11 +13,10 @@ from serving.api.answers import Usage
 from serving.errors import ApiError
 from serving.running import Answers, Entry
 from serving.service import Service
-from serving.watch import GONE, Record
+from serving.watch import GONE, LOW_PRIORITY, Record
 
 logger = logging.getLogger("isomesh.serving")
 
-LOW_PRIORITY = "isomesh.low_priority"  # in the scope of a request that gives way to others; no client can set it
 ENDED = "this request was ended by its owner through DELETE"
 
 

@@ -25,11 +25,11 @@ from starlette.types import ASGIApp
 from runtime import locks
 from runtime.files import replace_text
 from serving.access.gate import Gate, Identity
-from serving.api.exchange import LOW_PRIORITY
 from serving.batch import Output, call, lines_of, parsed, run
 from serving.batches.store import MOST_LINES, Store
 from serving.errors import ApiError
 from serving.service import Service
+from serving.watch import LOW_PRIORITY
 
 logger = logging.getLogger("isomesh.serving")
 

@@ -39,7 +39,7 @@ def saved(model, folder):
 
 
 def engine_of(folder, *words, **options):
-    mesh = words or ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1")
+    mesh = words or ("mesh.data=8", "mesh.fsdp=1")
     found = find_model(folder, [f"runtime.cpu_devices={len(jax.devices())}", *mesh])
     engine = Engine(found.open(), EngineOptions(**{"max_running": 4, "chunk": 16, "block": 4} | options))
     engine.start()

@@ -10,9 +10,11 @@ import httpx
 import openai
 import pytest
 from doubles import EngineDouble, OpenGate, keeping, listening, until
-from engines import started
+from engines import opened
 from guarded import guarded
 
+from inference.engine import Engine
+from inference.engine_options import EngineOptions
 from serving.batches import store as kept
 from serving.batches.multipart import plain_name
 
@@ -58,7 +60,8 @@ def lines_of(client, id):
 
 def test_a_batch_of_a_model_through_the_openai_package(tmp_path):
     """Each answer is that of the same live request; a request that cannot be is among the errors."""
-    engine = started("grouped", pooling="none")
+    cut = EngineOptions(max_running=4, block=4, chunk=16, cache_tokens=160, pooling="none")
+    engine = Engine(opened("grouped"), cut)
     with server(tmp_path, engine) as (client, _):
         client = client()
         asked = {name: {"prompt": name * 5, "temperature": 0} for name in ("a", "b", "c")}
