@@ -1,9 +1,11 @@
 """A server under requests that come when they come: python bench/serving_rates.py MODEL --rates 0.25,0.5,1 --out FILE.
 
 Open loop: arrivals are Poisson, whatever the server manages (so that slowness is not hidden by clients that wait). For
-each rate: time to the first token, time per further token, p50 and p99, and goodput, the requests a second that met
-both limits. Starts `python -m serving MODEL` with keys of its own; one JSON line a rate, and with --plot a picture.
-With --overhead it measures what HTTP and access add to a request, over an engine that answers at once.
+each rate: time to the first token, time per further token, p50 and p99, and goodput: the share of all requests that
+met both limits, and how many a second that were. Each request is drawn from the sizes of MIXED (bench/serving.py),
+greedy, streamed. Starts `python -m serving MODEL` with keys of its own; one JSON line a rate with what load stood
+beside it, and with --plot a picture; --table FILE prints the lines of a file as a table. With --overhead it measures
+what HTTP and access add to a request, over an engine that answers at once.
 """
 
 import argparse
@@ -89,7 +91,8 @@ def told_of(rate: float, seconds: float, found: list[dict], ttft: float, tpot: f
     good = [answer for answer in served if answer["ttft"] <= ttft and answer["tpot"] <= tpot]
     last = max([seconds, *(answer["end"] for answer in served)])
     line = {"kind": "serving rate", "rate": rate, "requests": len(found), "refused": len(found) - len(served)}
-    line |= {"goodput": len(good) / seconds, "tokens_per_s": sum(answer["tokens"] for answer in served) / last}
+    line |= {"goodput": len(good) / seconds, "goodput_share": len(good) / max(1, len(found))}
+    line |= {"tokens_per_s": sum(answer["tokens"] for answer in served) / last, "mix": MIXED}
     for name in ("ttft", "tpot"):
         values = [answer[name] for answer in served] or [float("nan")]
         line |= {f"{name}_p50": float(np.percentile(values, 50)), f"{name}_p99": float(np.percentile(values, 99))}
@@ -116,6 +119,23 @@ def overhead() -> list[dict]:
             about = {"kind": "serving overhead", "stream": stream, "requests": OVERHEAD_REQUESTS}
             lines.append(about | {"p50_s": float(p50), "p99_s": float(p99)})
     return lines
+
+
+def table(lines: list[dict]) -> str:
+    """The lines of rates as Markdown."""
+    head = "| rate, requests/s | requests | TTFT p50 / p99, s | TPOT p50 / p99, s | within both limits |"
+    rows = [head + " goodput, requests/s | new tokens/s | load |", "|---|---|---|---|---|---|---|---|"]
+    for line in lines:
+        times = (f"{line[f'{name}_p50']:.2f} / {line[f'{name}_p99']:.2f}" for name in ("ttft", "tpot"))
+        cells = [
+            f"{line['rate']:g}",
+            line["requests"],
+            *times,
+            f"{line['goodput_share']:.0%}",
+            f"{line['goodput']:.3f}",
+        ]
+        rows.append("| " + " | ".join(map(str, [*cells, f"{line['tokens_per_s']:.1f}", line["load"]])) + " |")
+    return "\n".join(rows)
 
 
 def plot(lines: list[dict], path: str) -> None:
@@ -148,6 +168,13 @@ def main(given: argparse.Namespace) -> None:
             with open(given.out, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
+    if given.table:
+        with open(given.table, encoding="utf-8") as file:
+            lines = [line for line in map(json.loads, file) if line["kind"] == "serving rate"]
+        print(table(lines))
+        if given.plot:
+            plot(lines, given.plot)
+        return
     if given.overhead:
         for line in overhead():
             tell(line)
@@ -163,8 +190,10 @@ def main(given: argparse.Namespace) -> None:
             for number, rate in enumerate(rates):
                 found = asyncio.run(sweep(address, key, rate, given.seconds, ids, number + 1))
                 about = {"model": Path(given.model).name, "server": given.server}
+                about["load"] = round(os.getloadavg()[0], 1)  # of the last minute, this server's own included
                 lines.append(told_of(rate, given.seconds, found, given.ttft, given.tpot) | about)
                 tell(lines[-1])
+    print(table(lines))
     if given.plot:
         plot(lines, given.plot)
 
@@ -178,6 +207,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tpot", type=float, default=0.1, help="limit of the time per further token, s")
     parser.add_argument("--server", default="--max-length 1024", help="options of python -m serving, as one word")
     parser.add_argument("--overhead", action="store_true", help="what HTTP and access add to a request")
+    parser.add_argument("--table", metavar="FILE", help="print the lines of a file as a table, and measure nothing")
     parser.add_argument("--out", help="file that the lines are appended to")
     parser.add_argument("--plot", help="picture of the rates")
     return parser.parse_args(arguments)

@@ -8,6 +8,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from inference.drawing import Drawn, Slots, slot_values
 from inference.grammar import Matcher
+from inference.priority import put_behind
 from inference.requests import Listener, Piece, Request, TokenLogprob
 from inference.scheduler import Row, Sequence
 from inference.speculation import NgramProposer, may_speculate
@@ -126,3 +127,25 @@ class Choice:
 
 def _top(ids: Tokens[int], logprobs: Tokens[float], count: int) -> tuple[tuple[int, float], ...]:
     return tuple((int(i), float(p)) for i, p in zip(ids[:count], logprobs[:count], strict=True))
+
+
+def choices_of(
+    request: Request, listener: Listener, tokenizer: Tokenizer, matcher: Matcher | None, reach: int, *, waits: bool
+) -> list[Choice]:
+    """The n choices of a request, of at most `reach` tokens each; the others begin when the first has its prompt.
+
+    `waits`: each token has to be known before the next is drawn.
+    """
+    tokens, scored = len(request.prompt), request.sampling.prompt_logprobs is not None
+    most = min(tokens + max(1, request.sampling.max_tokens), reach)
+    choices: list[Choice] = []
+    for index in range(request.n):
+        first = index == 0
+        sequence = Sequence(
+            list(request.prompt), most, shares=not (scored and first), scored=scored and first and tokens > 1,
+            after=None if first else choices[0].sequence, waits=waits,
+        )  # fmt: skip
+        if request.low:
+            put_behind(sequence)
+        choices.append(Choice(request, index, listener, sequence, tokenizer, matcher and matcher.copy()))
+    return choices

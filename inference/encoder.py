@@ -1,7 +1,9 @@
-"""Vectors of sequences: an encoder's embeddings, in batches of a few shapes that are compiled ahead."""
+"""What a model that writes no text says of whole sequences: a vector, or the logits of its labels.
+
+Sequences go in batches of a few shapes that are compiled ahead.
+"""
 
 import json
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +15,13 @@ import numpy as np
 
 from inference.generate import exact_matmuls
 from inference.opening import Opened
-from inference.requests import Encoded, EncodeRequest, Listener
+from inference.requests import EncodeRequest
+from model.config import LABELLED, ModelConfig
 from model.transformer import Transformer
 from parallel.sharding import replicated, shard, splits
 
 SHORTEST = 16  # tokens that a sequence is padded to at least
+CLASSES = "classes"  # model.head of labels for whole sequences
 WAYS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "first",
@@ -32,6 +36,13 @@ class Pooling:
 
     how: str = "mean"
     unit: bool = True
+
+
+def asked_pooling(how: str, folder: Path) -> Pooling:
+    """The pooling that is asked for, "" for that of the model's folder. Raises ValueError as `pooling_of`."""
+    if how == "none":
+        raise ValueError(f"pooling=none: {folder} writes no text, and so would do nothing")
+    return Pooling(how) if how else pooling_of(folder)
 
 
 def pooling_of(folder: Path) -> Pooling:
@@ -60,12 +71,19 @@ def pooling_of(folder: Path) -> Pooling:
 
 
 class Encoder:
-    """The compiled programs that turn rows of tokens into vectors. For the one thread that owns the devices."""
+    """The compiled programs that turn rows of tokens into vectors, or into logits where the model's head has classes.
 
-    def __init__(self, opened: Opened, rows: int, length: int):
-        """rows: sequences of one step at most, length: tokens of the longest. Raises ValueError as `pooling_of`."""
-        _refuse_classes(opened.path)
-        self.opened, self.pooling = opened, pooling_of(opened.path)
+    For the one thread that owns the devices.
+    """
+
+    def __init__(self, opened: Opened, rows: int, length: int, pooling: str = ""):
+        """rows: sequences of one step at most, length: tokens of the longest; pooling: as `asked_pooling` has it.
+
+        Raises ValueError as that, and for a head that was not read with the weights.
+        """
+        _refuse_unread_classes(opened.path, opened.config.model)
+        self.opened, self.pooling = opened, asked_pooling(pooling, opened.path)
+        self.typed = opened.config.model.token_types > 0
         with jax.set_mesh(opened.mesh):
             self.rows, even = [splits("batch")], splits("residual")
         while self.rows[-1] < rows:
@@ -84,7 +102,8 @@ class Encoder:
             model = opened.description.bind(opened.params)
             for rows in self.rows:
                 for length in self.lengths:
-                    batch = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+                    tokens_BT = np.zeros((rows, length), np.int32)
+                    batch = tokens_BT, np.zeros(rows, np.int32), tokens_BT if self.typed else None
                     self.compiled[rows, length] = encode.lower(model, *batch).compile()
         self._model = model
 
@@ -92,72 +111,45 @@ class Encoder:
         """The length that a sequence is padded to."""
         return next(length for length in self.lengths if length >= tokens)
 
-    def run(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-        """Float32 vectors (sequences, D) of at most as many sequences as a step takes."""
-        rows = next(rows for rows in self.rows if rows >= len(sequences))
-        T = self.bucket(max(map(len, sequences)))
+    def run(self, requests: Sequence[EncodeRequest]) -> np.ndarray:
+        """Float32 (requests, D), or logits of classes (requests, C), of at most as many as a step takes."""
+        rows = next(rows for rows in self.rows if rows >= len(requests))
+        T = self.bucket(max(len(request.tokens) for request in requests))
         tokens_BT, lengths_B = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
-        for row, tokens in enumerate(sequences):
-            tokens_BT[row, : len(tokens)] = tokens
-            lengths_B[row] = len(tokens)
-        return np.asarray(self.compiled[rows, T](self._model, tokens_BT, lengths_B))[: len(sequences)]
+        types_BT = np.zeros((rows, T), np.int32) if self.typed else None
+        for row, request in enumerate(requests):
+            tokens_BT[row, : len(request.tokens)] = request.tokens
+            lengths_B[row] = len(request.tokens)
+            if self.typed and request.types:
+                types_BT[row, : len(request.types)] = request.types
+        return np.asarray(self.compiled[rows, T](self._model, tokens_BT, lengths_B, types_BT))[: len(requests)]
 
 
-def _refuse_classes(folder: Path) -> None:
-    """A head of classes is not read with the weights: such a model's answers would not be what it was made for."""
+def _refuse_unread_classes(folder: Path, config: ModelConfig) -> None:
+    """Where a head of classes was not read with the weights, answers would not be what the model was made for."""
     path = folder / "config.json"
     architecture = (json.loads(path.read_text()).get("architectures") or [""])[0] if path.is_file() else ""
-    if "Classification" in architecture:
-        raise ValueError(f"{path} says {architecture}: heads of classes are not served, only embeddings are")
+    if "Classification" in architecture and config.head not in LABELLED:
+        raise ValueError(f"{path} says {architecture}, and its tensors have no such head of classes")
 
 
-class EncodeQueue:
-    """Requests for vectors, in the order in which they came."""
-
-    def __init__(self):
-        self._waiting: deque[tuple[EncodeRequest, Listener]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, request: EncodeRequest, listener: Listener) -> None:
-        """To its end."""
-        self._waiting.append((request, listener))
-
-    def take(self, encoder: Encoder) -> list[tuple[EncodeRequest, Listener]]:
-        """The first one, and those behind it that are padded to the same length, as many as a step takes."""
-        length = encoder.bucket(len(self._waiting[0][0].tokens))
-        fits = [one for one in self._waiting if encoder.bucket(len(one[0].tokens)) == length][: encoder.rows[-1]]
-        for one in fits:
-            self._waiting.remove(one)
-        return fits
-
-    def remove(self, id: str) -> Listener | None:
-        """Takes a request out; the listener of it, if it was there."""
-        one = next((one for one in self._waiting if one[0].id == id), None)
-        if one is None:
-            return None
-        self._waiting.remove(one)
-        return one[1]
-
-
-def encoded(vector: np.ndarray) -> Encoded:
-    """The answer with a vector."""
-    return Encoded(tuple(vector.tolist()))
-
-
-def _vectors(model: Transformer, tokens_BT, lengths_B, *, dtype, pooling: Pooling) -> jax.Array:
-    """Float32 (B, D): of each row's first tokens, as many as its length."""
+def _vectors(model: Transformer, tokens_BT, lengths_B, types_BT, *, dtype, pooling: Pooling) -> jax.Array:
+    """Float32 (B, D), or logits (B, C): of each row's first tokens, as many as its length."""
     tokens_BT = shard(tokens_BT, "batch", None)
+    types_BT = None if types_BT is None else shard(types_BT, "batch", None)
     real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
-    x_BTD, _, _ = model(tokens_BT, segments_BT=real_BT.astype(jnp.int32), dtype=dtype)
+    x_BTD, _, _ = model(tokens_BT, segments_BT=real_BT.astype(jnp.int32), types_BT=types_BT, dtype=dtype)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    if model.config.head == CLASSES:  # read where they were trained: finetune/tasks/classification.py
+        at_B = last_B if model.config.causal else jnp.zeros_like(last_B)
+        return model.label_logits(jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1))[:, 0]
     x_BTD, real_BT1 = x_BTD.astype(jnp.float32), real_BT[..., None]
     if pooling.how == "mean":
         x_BD = jnp.where(real_BT1, x_BTD, 0).sum(1) / jnp.maximum(lengths_B, 1)[:, None]
     elif pooling.how == "max":
         x_BD = jnp.where(real_BT1, x_BTD, -jnp.inf).max(1)
     else:
-        at_B = jnp.maximum(lengths_B - 1, 0) if pooling.how == "last" else jnp.zeros_like(lengths_B)
+        at_B = last_B if pooling.how == "last" else jnp.zeros_like(last_B)
         x_BD = jnp.take_along_axis(x_BTD, at_B[:, None, None], axis=1)[:, 0]
     if pooling.unit:
         x_BD /= jnp.maximum(jnp.linalg.norm(x_BD, axis=-1, keepdims=True), 1e-12)

@@ -4,6 +4,7 @@ One thread owns the devices. `submit`, `abort` and `state` are called from any t
 leave word in an inbox, which the thread empties between steps. What a step brought is told to the request's listener.
 
     submit -> inbox -> Scheduler.plan (who) -> Programs.run (tokens) -> Choice.take (text, ends) -> listener
+                    -> Encodes.step (a vector of each text) -> listener
 """
 
 import itertools
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -20,34 +21,28 @@ import numpy as np
 from inference.adapter_books import Adapter, AdapterBooks
 from inference.adapters import places_for
 from inference.cache import Blocks
-from inference.choice import Choice, Observer
+from inference.choice import Choice, Observer, choices_of
 from inference.compilations import Compilations
-from inference.encoder import EncodeQueue, Encoder, encoded
+from inference.encoder import CLASSES, Encoder, asked_pooling
+from inference.encodes import Encodes, Whole, check_tokens
 from inference.engine_options import EngineOptions
 from inference.generate import check, reach_of
 from inference.grammar import Grammars, Matcher
 from inference.opening import Opened
+from inference.priority import make_way
 from inference.proposals import Proposals
+from inference.reader import Reader
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
 from inference.room import cache_tokens
-from inference.scheduler import Batch, Row, Scheduler, Sequence
+from inference.scheduler import Batch, Row, Scheduler
 from inference.speculation import accepted
-from inference.step import Programs
+from inference.step import InFlight, Programs
 from model.rotary import alike_up_to
 
 log = logging.getLogger("isomesh.inference")
 
 IDLE_SECONDS = 0.25  # between two beats of a loop that has nothing to do
 FAULTS = 3  # steps that fail one after the other until the engine counts as broken
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A step that has begun."""
-
-    batch: Batch
-    result: object  # inference.drawing.Drawn or inference.step.Scores
-    began: float
 
 
 class Engine:
@@ -59,8 +54,10 @@ class Engine:
     ):  # fmt: skip
         """Compiles nothing yet. Raises ValueError for options, and for first adapters, that do not fit the model."""
         config, options = opened.config.model, options or EngineOptions()
-        self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.causal
-        self.vocabulary = config.vocab_size
+        self.options, self.tokenizer, self.encoder = options, opened.tokenizer, not config.generates
+        self.vocabulary, self.width = config.vocab_size, config.width
+        self.classifies = config.head == CLASSES
+        self.embeds = not self.classifies and (self.encoder or options.pooling != "none")
         trained = reach_of(config, opened.config.train.seq_len)
         self.reach = min(options.max_length or trained, trained)  # tokens of the longest sequence
         models = [opened] if draft is None else [opened, draft]
@@ -77,8 +74,11 @@ class Engine:
         self._starts_with = [self.adapters.take(adapter) for adapter in adapters]
         self.observer = Observer()
         self._opened, self._programs, self._scheduler = opened, None, None
-        self._encoder = Encoder(opened, options.max_running, self.reach) if self.encoder else None
-        self._encodes = EncodeQueue()
+        rows, how = options.max_running, options.pooling
+        self._encoder = Encoder(opened, rows, self.reach, how) if self.encoder else None
+        self._pooling = asked_pooling(how, opened.path) if self.embeds and not self.encoder else None
+        self._encodes: Encodes = Whole(self._encoder)
+        self._encoded_last = False
         self._proposals = Proposals(options, opened, self.reach, draft)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -121,7 +121,9 @@ class Engine:
         """Takes a request. Raises ValueError for what cannot be answered, Busy where the queue is full or closed."""
         choices = self._choices(request, listener) if isinstance(request, Request) else []
         if not choices:
-            self._check_encode(request)
+            if not (self.embeds or self.classifies):
+                raise ValueError("this model generates text; it does not encode")
+            check_tokens(request.tokens, self.reach, self.vocabulary)
         with self._changed:
             if request.id in self._ids:
                 raise ValueError(f"request {request.id} is there already")
@@ -183,7 +185,7 @@ class Engine:
         if self._encoder is not None:
             self._scheduler = Scheduler(Blocks(0, options.block, False), 0, options.chunk)
             self._encoder.compile()
-            self._encoder.run([[0]])
+            self._encoder.run([EncodeRequest("", (0,))])
             self._compilations.begin()
             self._publish(ready=True)
             return
@@ -200,6 +202,9 @@ class Engine:
         self._programs.compile()
         for place in self._starts_with:
             self.adapters.fill(place, self._programs.fill)
+        if self._pooling is not None:
+            self._encodes = Reader(self._programs, self._scheduler.blocks, self._pooling)
+            self._encodes.compile()
         self._compilations.begin()
         self._publish(ready=True)
 
@@ -220,9 +225,8 @@ class Engine:
             log.exception("the engine's thread ended")
             for choice in [c for choices in list(self._ids.values()) for c in choices]:
                 self._finish(choice, "error", error="the engine has failed")
-            while self._encodes:
-                for request, listener in self._encodes.take(self._encoder):
-                    self._answer(request.id, listener, "error", Encoded(error="the engine has failed"))
+            for request, listener in self._encodes.all():
+                self._answer(request.id, listener, "error", Encoded(error="the engine has failed"))
             raise
         finally:
             self._publish(ready=False)
@@ -260,14 +264,16 @@ class Engine:
             self._answer(id, listener, "aborted", Encoded(error="aborted"))
 
     def _begin_step(self) -> bool:
-        """Starts the next step, if there is one; True if it did."""
-        if self._encodes:
-            self._encode()
+        """Starts the next step, if there is one; True if it did. Those for vectors take turns with the others."""
+        if not self._encoded_last and self._encode():
+            self._encoded_last = True
             return True
+        self._totals["preemptions"] += make_way(self._scheduler, self.options.max_running)
         self._proposals.propose(self._scheduler)
         batch = self._scheduler.plan()
         if batch is None:
-            return False
+            return self._encoded_last and self._encode()
+        self._encoded_last = False
         self._totals["preemptions"] += len(batch.preempted)
         if batch.begun or batch.preempted:
             self._publish(ready=self._state.ready)  # who runs waits no more: else others were refused for it
@@ -289,25 +295,25 @@ class Engine:
         self._in_flight.append(InFlight(batch, result, began))
         return True
 
-    def _encode(self) -> None:
-        """A step of an encoder, from its queue to the answers."""
-        taken, began = self._encodes.take(self._encoder), time.monotonic()
-        for request, _ in taken:
+    def _encode(self) -> bool:
+        """A step for vectors, from its texts to their answers; False where there is none, or no room for it yet."""
+        began = time.monotonic()
+        step = self._encodes.step()
+        if step is None:
+            return False
+        for request in step.begun:
             self._observe("began", request.id, 0)
-        try:
-            vectors = self._encoder.run([request.tokens for request, _ in taken])
-        except Exception as error:
-            log.error("a step of %d sequences failed", len(taken), exc_info=error)
+        if step.error is None:
+            self._faults = 0
+            self._totals["steps"] += 1
+            self._observe("stepped", "encode", time.monotonic() - began, step.tokens)
+        else:
+            log.error("a step of %d sequences failed", len(step.answered), exc_info=step.error)
             self._faults += 1
-            for request, listener in taken:
-                self._answer(request.id, listener, "error", Encoded(error=f"the step failed: {type(error).__name__}"))
-            return
-        self._faults = 0
-        tokens = sum(len(request.tokens) for request, _ in taken)
-        self._totals["steps"] += 1
-        self._observe("stepped", "encode", time.monotonic() - began, tokens)
-        for (request, listener), vector in zip(taken, vectors, strict=True):
-            self._answer(request.id, listener, "stop", encoded(vector))
+            self._lose_cache()
+        for one in step.answered:
+            self._answer(one.request.id, one.listener, one.finish, one.answer)
+        return True
 
     def _answer(self, id: str, listener: Listener, finish: str, answer: Encoded) -> None:
         """The end of a request for a vector."""
@@ -412,14 +418,22 @@ class Engine:
         """A step failed: the requests in it end, those beside it compute again what the cache has lost."""
         log.error("a step of %d rows failed", len(batch.rows), exc_info=error)
         self._faults += 1
-        self._in_flight.clear()
         for owner in [row.sequence.owner for row in batch.rows] or [s.owner for s in batch.begun]:
             self._finish(owner, "error", error=f"a step of the model failed: {type(error).__name__}")
+        self._lose_cache()
+
+    def _lose_cache(self) -> None:
+        """The arrays of the cache may be gone: they are made anew, and all that still runs computes again."""
+        if self._programs is None:
+            return
+        self._in_flight.clear()
         for sequence in list(self._scheduler.running):
             self._scheduler.preempt(sequence)
         self._scheduler.blocks.forget()
         self._programs.empty()
         self._proposals.empty()
+        if isinstance(self._encodes, Reader):
+            self._encodes.restart()
 
     def _hear(self, choice: Choice, piece) -> None:
         """Tells a listener; one that raises loses its request and nothing else."""
@@ -439,15 +453,6 @@ class Engine:
 
     # ---- requests ----
 
-    def _check_encode(self, request: EncodeRequest) -> None:
-        """Raises ValueError for what has no vector."""
-        if self._encoder is None:
-            raise ValueError("this model generates text; it does not encode")
-        if not 1 <= (tokens := len(request.tokens)) <= self.reach:
-            raise ValueError(f"a sequence of {tokens} tokens: the model takes 1 to {self.reach}")
-        if strange := [token for token in request.tokens if not 0 <= token < self.vocabulary]:
-            raise ValueError(f"token {strange[0]} is outside of the vocabulary, 0 to {self.vocabulary - 1}")
-
     def _choices(self, request: Request, listener: Listener) -> list[Choice]:
         """The choices of a request. Raises ValueError for what cannot be answered."""
         check(self._opened.config.model, [list(request.prompt)], 0)
@@ -457,19 +462,9 @@ class Engine:
             raise ValueError(f"a prompt of {tokens} tokens leaves no room in the {self.reach} that the model reaches")
         seed = next(self._seeds) if request.sampling.seed is None else request.sampling.seed
         request = replace(request, sampling=replace(request.sampling, seed=seed))
-        most = min(tokens + max(1, request.sampling.max_tokens), self.reach)
         matcher = self._matcher(request)
-        choices: list[Choice] = []
-        for index in range(request.n):
-            sequence = Sequence(
-                list(request.prompt), most, shares=request.sampling.prompt_logprobs is None or index > 0,
-                scored=request.sampling.prompt_logprobs is not None and index == 0 and tokens > 1,
-                after=choices[0].sequence if choices else None,
-                waits=matcher is not None or self.options.speculation != "none",
-            )  # fmt: skip
-            own = matcher and matcher.copy()
-            choices.append(Choice(request, index, listener, sequence, self.tokenizer, own))
-        return choices
+        waits = matcher is not None or self.options.speculation != "none"
+        return choices_of(request, listener, self.tokenizer, matcher, self.reach, waits=waits)
 
     def _matcher(self, request: Request) -> Matcher | None:
         """Follows the grammar of a request, if it has one."""
@@ -486,13 +481,13 @@ class Engine:
 
     def _publish(self, ready: bool, taken: int = 0) -> None:
         """A new snapshot; `taken` choices have come from the inbox into the queue."""
-        scheduler, totals = self._scheduler, self._totals
+        scheduler, totals, encodes = self._scheduler, self._totals, self._encodes
         blocks = scheduler.blocks
         with self._changed:
             self._waiting -= taken
             self._state = EngineState(
                 ready=ready, beat=time.monotonic(),
-                waiting=len(scheduler.waiting) + len(self._encodes), running=len(scheduler.running),
+                waiting=len(scheduler.waiting) + len(encodes), running=len(scheduler.running) + encodes.running,
                 blocks=blocks.count, blocks_used=blocks.count - blocks.available, blocks_cached=blocks.cached,
                 compiles=self._compilations.count, finished=dict(self._finished), **totals,
                 adapters=self.adapters.states(scheduler.waiting, scheduler.running),

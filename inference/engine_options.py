@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 CACHE_DTYPES = ("", "int8")
 SPECULATIONS = ("none", "ngram", "draft")
+POOLINGS = ("", "mean", "last", "first", "max", "none")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class EngineOptions:
     drafted: int = 4  # tokens that are proposed at a time
     max_adapters: int = 0  # places of adapters beside the model; 0: one for each that it starts with
     max_adapter_rank: int = 0  # of the largest that fits; 0: that of those that it starts with
+    # how a text's vectors become one; "": as the model's folder says, else the mean | none: a decoder gives no vectors
+    pooling: str = ""
 
     def __post_init__(self):
         for name in ("max_running", "block", "chunk", "max_waiting", "drafted"):
@@ -33,7 +36,7 @@ class EngineOptions:
         for name in ("cache_tokens", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be 2 or more")
-        for name, choices in (("cache_dtype", CACHE_DTYPES), ("speculation", SPECULATIONS)):
+        for name, choices in (("cache_dtype", CACHE_DTYPES), ("speculation", SPECULATIONS), ("pooling", POOLINGS)):
             if getattr(self, name) not in choices:
                 valid = ", ".join(map(repr, choices))
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {valid}")

@@ -68,6 +68,7 @@ class Found:
     config: Config  # its mesh and runtime are those of this program, not of the training
     tokenizer: Tokenizer
     begin: tuple[int, ...] = ()  # tokens that the model wants before every text
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # those around a text that it reads whole
     forms: Forms = field(default_factory=dict)  # of its parameters, where it is compressed or has adapters
 
     @property
@@ -112,9 +113,12 @@ def find_model(path: str | Path, overrides: Sequence[str] = (), groups: tuple[st
     tokenizer = load_tokenizer(config.tokenizer, saved=directory.tokenizer)
     trained_here = directory.config.exists() and not directory.imported.exists()  # runs are trained without
     begin = () if trained_here else tuple(tokenizer.begin_ids)
+    before, behind = tuple(tokenizer.begin_ids), tuple(tokenizer.end_ids)
+    if trained_here and config.task is None:  # a task's texts have them in training, too
+        before, behind = (), () if config.model.causal else behind
     adapts = adaptation(config.adapter, config.model, config.train.steps)
     forms = read_forms(directory.path) if adapts is None else adapts.forms
-    return Found(directory.path, config, tokenizer, begin, forms)
+    return Found(directory.path, config, tokenizer, begin, (before, behind), forms)
 
 
 def open_model(path: str | Path, overrides: Sequence[str] = (), step: str | int = NEWEST) -> Opened:
@@ -272,6 +276,21 @@ def keep_pretrained(path: str | None, run: RunDirectory) -> None:
         tokenizer.save(kept / "tokenizer.json")
         with contextlib.suppress(ValueError):  # it has no chat template
             open_chat(source, tokenizer).save(kept)
+
+
+def classes_of(found: Found) -> tuple[tuple[str, ...], str] | None:
+    """The names of a model's classes, and what they are: one | several | regression. None without a head of classes."""
+    task, model = found.config.task, found.config.model
+    if model.head != "classes":
+        return None
+    if task is not None:
+        return task.labels, task.options.get("kind", "one")
+    written = open_pretrained(found.path).json
+    names = {int(number): str(name) for number, name in (written.get("id2label") or {}).items()}
+    names = tuple(names.get(number, f"LABEL_{number}") for number in range(model.labels))
+    problem = written.get("problem_type") or ("regression" if model.labels == 1 else "")
+    kinds = {"multi_label_classification": "several", "regression": "regression"}
+    return names, kinds.get(problem, "one")
 
 
 def chat_of(path: Path) -> ChatTemplate:

@@ -63,14 +63,17 @@ class Request:
     sampling: Sampling = Sampling()
     n: int = 1
     adapter: str = ""  # its name, of those beside the model; "": none
+    low: bool = False  # it gives way to those that are not: they begin first, and take its place where there is none
 
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """A sequence of an encoder: its embedding, or the logits of its classes."""
+    """A sequence that is read whole: its embedding, or the logits of its labels."""
 
     id: str
     tokens: tuple[int, ...]
+    types: tuple[int, ...] = ()  # of each token, where the model has types; () all 0
+    low: bool = False  # as in Request
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The answer to an EncodeRequest: a vector, or an error."""
+    """The answer to an EncodeRequest: a vector, or logits of labels; or an error."""
 
     vector: tuple[float, ...] = ()
     error: str | None = None

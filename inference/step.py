@@ -20,7 +20,7 @@ from inference.drawing import EVERY_TOKEN, Drawn, Slots, draw, empty_slots, logp
 from inference.generate import exact_matmuls
 from inference.opening import Opened
 from inference.requests import Sampling
-from inference.scheduler import Row
+from inference.scheduler import Batch, Row
 from model.block_cache import BlockCache, make_pool
 from model.unstacked import run, unstack
 from parallel.sharding import replicated, shard, splits
@@ -65,6 +65,15 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class InFlight:
+    """A step that has begun."""
+
+    batch: Batch
+    result: Drawn | Scores  # on its way
+    began: float  # time.monotonic()
+
+
+@dataclass(frozen=True)
 class Shape:
     """Of a program: rows, tokens of each; whether the tokens' log-probabilities are wanted instead of a draw, or a
     draw after each token, of which all but the first are proposals.
@@ -106,24 +115,24 @@ class Programs:
         if "head" in opened.description.shapes:
             self.width = opened.description.shapes["head"]["weight"].shape[0]
         self.words = -(-self.width // 32)
+        self._make = jax.jit(self._emptied)  # one function, compiled once: nothing compiles after a fault
         self.empty()
 
     # ---- the arrays ----
 
     def empty(self) -> None:
         """An empty cache and slots that nobody holds."""
-        config, entries = self.opened.config.model, self.blocks * self.block
-
-        def make():
-            dtype = self.cache_dtype or self.opened.dtype
-            pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
-            last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
-            return Kept(pools, last_R, empty_slots(self.slots, self.width))
-
         self.kept = None
         with jax.set_mesh(self.opened.mesh):
-            self.kept = jax.jit(make)()
+            self.kept = self._make()
         self.placed = jax.tree.map(lambda x: x.sharding, self.kept)
+
+    def _emptied(self) -> Kept:
+        config, entries = self.opened.config.model, self.blocks * self.block
+        dtype = self.cache_dtype or self.opened.dtype
+        pools = tuple(tuple(make_pool(config, entries, dtype) for _ in "kv") for _ in range(config.layers))
+        last_R = shard(jnp.zeros(self.slots, jnp.int32), None)
+        return Kept(pools, last_R, empty_slots(self.slots, self.width))
 
     def occupy(self, slot: int, values: Slots) -> None:
         """Says how a slot draws from now on; `values` are those of inference.drawing.slot_values."""
@@ -136,6 +145,10 @@ class Programs:
             own = of_layer(self.places, self.opened.config.model, values, index)
             self.layers[index] = put(layer, self.compiled["fill"](layer, np.int32(place), own))
 
+    def with_adapters(self, layers: list[dict], place_B: jax.Array) -> list[dict]:
+        """The layers as `run` takes them, where row b has the adapter of place `place_B[b]`, int32 (B,); 0: none."""
+        return [with_rows(self.places, layer, place_B) for layer in layers] if self.places is not None else layers
+
     # ---- the programs ----
 
     def shapes(self) -> list[Shape]:
@@ -143,7 +156,7 @@ class Programs:
         rows = [self.batch_rows]
         while rows[-1] < self.slots:
             rows.append(rows[-1] * 2)
-        tokens = sorted({self._even(size) for size in part_sizes(self.chunk)})
+        tokens = sorted({self.even_tokens(size) for size in part_sizes(self.chunk)})
         decode = [Shape(r, 1) for r in rows]
         if self.drafted:
             decode += [Shape(r, 1 + self.drafted, drafts=True) for r in rows]
@@ -185,8 +198,7 @@ class Programs:
         places_BT = jnp.where(there_BT, positions_BT, start_B[:, None])
         # as when a prompt is read at once and each token after it by itself, however the steps are cut
         lengths_BT = jnp.maximum(prompt_B[:, None], places_BT + 1)
-        if self.places is not None:
-            layers = [with_rows(self.places, layer, place_B) for layer in layers]
+        layers = self.with_adapters(layers, place_B)
         caches = [BlockCache(*pool, table_BM, self.block) for pool in kept.pools]
         model = description.bind(outside)
         x_BTD, caches = run(
@@ -228,8 +240,14 @@ class Programs:
         slots = note(kept.slots, flat(slot_BT), drawn.tokens_B, flat(live_BT))
         return replace(kept, last_R=last_R, slots=slots), drawn
 
-    def _even(self, tokens: int) -> int:
+    def even_tokens(self, tokens: int) -> int:
+        """So many tokens, or the next number that the mesh divides."""
         return -(-tokens // self.even) * self.even
+
+    @property
+    def longest_read(self) -> int:
+        """Tokens of a prompt that one step reads at most."""
+        return self.even_tokens(self.chunk)
 
     # ---- a step ----
 

@@ -9,7 +9,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.access.gate import Gate
-from serving.api import adapters, chat, completions, embeddings, health, models, requests, tokens
+from serving.api import (
+    adapters,
+    batches,
+    chat,
+    classify,
+    completions,
+    embeddings,
+    files,
+    health,
+    models,
+    requests,
+    tokens,
+)
 from serving.body import Gone
 from serving.errors import ApiError
 from serving.schema import schema
@@ -17,7 +29,8 @@ from serving.service import Service
 from serving.watch import GONE, Watch
 
 ROUTERS = (
-    *(room.router for room in (chat, completions, embeddings, models, adapters, tokens, requests, health)),
+    *(room.router for room in (chat, completions, embeddings, classify, files, batches)),
+    *(room.router for room in (models, adapters, tokens, requests, health)),
     schema,
 )
 TITLE = "isomesh"

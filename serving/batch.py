@@ -11,7 +11,7 @@ import asyncio
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message
 from serving.access.gate import Identity
 from serving.body import MOST_BYTES
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify")
 LONGEST_ID = 512  # characters of a custom_id
 RETRIES = 5  # of a request for which there was no room
 
@@ -124,50 +124,75 @@ def parsed(line: bytes | None, known: set[str]) -> tuple[Any, str, bytes]:
     return name, asked["url"], json.dumps(body).encode()
 
 
+Ask = Callable[[str, bytes], Awaitable[dict | None]]  # a path and a body -> `response` of a line; None: not now
+
+
 async def run(
-    app: ASGIApp, source: Path, output: Output, width: int, progress: Callable[[int], None] = lambda done: None
+    app: ASGIApp,
+    source: Path,
+    output: Output,
+    width: int,
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    ask: Ask | None = None,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> int:
     """Answers all lines of a file that are not done yet, `width` at a time; returns how many were added.
 
-    progress: called with that number after each. Raises ValueError where the output is that of another input.
+    progress: called with that number after each. ask: how a line is answered, by default by the application at once;
+    goes_on: asked before each line, and where it says no the rest is left. Raises ValueError where the output is that
+    of another input.
     """
-    known: set[str] = set()
-    added, room, tasks = 0, asyncio.Semaphore(width), set()
+    added, room, tasks, writing = 0, asyncio.Semaphore(width), set(), asyncio.Lock()
+    ask = ask or (lambda path, body: _answered(app, path, body))
+
+    async def write(line: dict) -> None:
+        nonlocal added
+        async with writing:
+            await asyncio.to_thread(output.write, line)  # it waits for the disk
+        added += 1
+        progress(added)
 
     async def one(number: int, name: str, path: str, body: bytes) -> None:
-        nonlocal added
         try:
-            response = await _answered(app, path, body)
-            output.write({**_heads(number, name), "response": response, "error": None})
-            added += 1
-            progress(added)
+            if (response := await ask(path, body)) is not None:
+                await write({**_heads(number, name), "response": response, "error": None})
         finally:
             room.release()
 
     with open(source, "rb") as file:
-        for number, line in lines_of(file):
-            try:
-                name, path, body = parsed(line, known)
-                reason = None
-            except ValueError as error:
-                reason, name = error.args
-            if name is not None:
-                known.add(name)
-            if number in output.done:
-                if output.done[number] != name:
-                    raise ValueError(f"{output.path} is not of {source}: line {number} has another custom_id there")
-                continue
-            if reason is not None:
-                told = {"code": "invalid_line", "message": reason}
-                output.write({**_heads(number, name), "response": None, "error": told})
-                added += 1
-                progress(added)
-                continue
-            await room.acquire()
-            tasks = {task for task in tasks if not task.done() or task.result()}  # raises what one of them did
-            tasks.add(asyncio.create_task(one(number, name, path, body)))
-        await asyncio.gather(*tasks)
+        lines = _requests(file, source, output)
+        try:
+            while goes_on() and (line := await asyncio.to_thread(next, lines, None)) is not None:
+                number, name, path, body, reason = line
+                if reason is not None:
+                    told = {"code": "invalid_line", "message": reason}
+                    await write({**_heads(number, name), "response": None, "error": told})
+                    continue
+                await room.acquire()
+                tasks = {task for task in tasks if not task.done() or task.result()}  # raises what one of them did
+                tasks.add(asyncio.create_task(one(number, name, path, body)))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # where one of them, or who runs this, has ended
     return added
+
+
+def _requests(file: BinaryIO, source: Path, output: Output) -> Iterator[tuple[int, Any, str, bytes, str | None]]:
+    """The lines that are not done: number, custom_id, path and body, and why it is no request."""
+    known: set[str] = set()
+    for number, line in lines_of(file):
+        try:
+            (name, path, body), reason = parsed(line, known), None
+        except ValueError as error:
+            (reason, name), path, body = error.args, "", b""
+        if name is not None:
+            known.add(name)
+        if number not in output.done:
+            yield number, name, path, body, reason
+        elif output.done[number] != name:
+            raise ValueError(f"{output.path} is not of {source}: line {number} has another custom_id there")
 
 
 def _heads(number: int, name: str | None) -> dict:
@@ -184,12 +209,13 @@ async def _answered(app: ASGIApp, path: str, body: bytes) -> dict:
     return {"status_code": status, "request_id": headers.get("x-request-id"), "body": json.loads(answer)}
 
 
-async def call(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of what an application answers to a POST of JSON."""
+async def call(app: ASGIApp, path: str, body: bytes, **more: Any) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of what an application answers to a POST of JSON; more: in the scope of the request."""
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
         "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
         "headers": [(b"content-type", b"application/json")], "client": ("batch", 0), "server": ("batch", 0),
+        **more,
     }  # fmt: skip
     given, status, headers, parts = [body], 0, {}, []
 

@@ -16,7 +16,7 @@ from prometheus_client.utils import floatToGoString
 from inference.requests import EngineState
 from serving.service import Service
 from serving.timings import Timing
-from serving.watch import Record
+from serving.watch import LINE, Record
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)  # s
 GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20)
@@ -27,7 +27,7 @@ TOKENS = tuple(2**power for power in range(18))
 REASONS = {"stop": "stop", "length": "length", "aborted": "abort", "error": "error"}  # ours -> vLLM's
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 UNKNOWN = "none"  # the label of all paths that no route has
-KINDS = ("read", "score", "decode")
+KINDS = ("read", "score", "decode", "encode")
 
 
 class Histogram:
@@ -114,7 +114,7 @@ class Metrics:
         key = (method, handler, str(record.status))
         self._requests[key] = self._requests.get(key, 0) + 1
         self._http.observe(record.seconds, (method, handler))
-        for one in timings:
+        for one in () if record.id.startswith(LINE) else timings:  # lines of batches wait by intent
             ended = time.monotonic() if one.ended is None else one.ended
             if one.began is not None:
                 self._queue.observe(one.began - one.queued)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from serving.service import Service
 
 
+POOLINGS = ("mean", "last", "first", "max", "none")
+
+
 def add_model(parser: Parser) -> None:
     """What is served, and how its engine is cut."""
     parser.add_argument("model", metavar="MODEL", type=model, help="run directory, Hugging Face folder or .gguf file")
@@ -25,6 +28,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("--max-waiting", type=count, metavar="N", help="requests that wait before others are refused")
     parser.add_argument("--max-length", type=count, metavar="N", help="tokens of the longest sequence")
     parser.add_argument("--cache-dtype", choices=("int8",), help="the cache in 8 bits instead of the model's own type")
+    parser.add_argument("--pooling", choices=POOLINGS, help="of a text's vectors (mean, or as the model's folder says)")
     parser.add_argument("--draft", metavar="MODEL", type=model, help="a small model that proposes tokens")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=FOLDER", type=adapter,
@@ -37,7 +41,7 @@ def add_model(parser: Parser) -> None:
 
 # options that are settings of the engine
 ENGINE = ("max_running", "cache_tokens", "chunk", "max_waiting", "max_length", "cache_dtype", "speculation")
-ENGINE += ("max_adapters", "max_adapter_rank")
+ENGINE += ("pooling", "max_adapters", "max_adapter_rank")
 
 
 def count(text: str) -> int:
@@ -63,8 +67,8 @@ def open_service(options: argparse.Namespace) -> "Service":
     from inference.adapters import AdapterReader
     from inference.engine import Engine
     from inference.engine_options import EngineOptions
-    from inference.opening import chat_of, find_model
-    from serving.service import Service
+    from inference.opening import chat_of, classes_of, find_model
+    from serving.service import Labels, Service
 
     if strange := next((word for word in options.settings if not SETTING.match(word)), None):
         raise ValueError(f"{strange} is no setting: they are mesh.* and runtime.*, as in mesh.tensor=2")
@@ -91,7 +95,9 @@ def open_service(options: argparse.Namespace) -> "Service":
     engine = Engine(opened, cut, draft, adapters)
     engine.start()
     end = found.tokenizer.end_ids if engine.encoder else ()  # an encoder reads whole texts
-    service = Service(engine, name, opened.digest, chat, found.begin, end)
+    classes = classes_of(found)
+    labels = None if classes is None else Labels(*classes)
+    service = Service(engine, name, opened.digest, chat, found.begin, end, found.frame, labels)
     if cut.max_adapters:
         service.load = lambda name, folder: engine.load_adapter(reader.read(name, folder))
     return service

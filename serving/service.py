@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from data.chat import ChatTemplate
 from data.tokenizer import Tokenizer
@@ -23,6 +23,9 @@ from serving.running import Running
 from serving.spelling import Spelling
 from serving.watch import Told
 
+if TYPE_CHECKING:
+    from serving.batches.opening import Batches
+
 INLINE_CHARACTERS = 4096  # texts up to this are tokenized where they are: a thread would cost more
 BEAT_SECONDS = 10.0  # a step loop that has been still for longer is not ready
 
@@ -34,7 +37,9 @@ class Engine(Protocol):
 
     tokenizer: Tokenizer
     reach: int  # tokens of the longest sequence
-    encoder: bool
+    encoder: bool  # it writes no text
+    embeds: bool  # it gives vectors
+    width: int  # entries of a vector
     vocabulary: int
     options: EngineOptions  # how it is cut
     adapters: AdapterBooks  # those beside its model
@@ -55,6 +60,14 @@ class Engine(Protocol):
         """Ends what runs, after so many seconds."""
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a model: kind is one (of them), several (any number of them) or regression (numbers)."""
+
+    names: tuple[str, ...]
+    kind: str = "one"
+
+
 @dataclass
 class Service:
     """A model behind an address. To be made before the event loop runs or in it."""
@@ -65,6 +78,9 @@ class Service:
     chat: ChatTemplate | None = None
     begin: Sequence[int] = ()  # tokens that the model wants before every text
     end: Sequence[int] = ()  # an encoder's, behind every text
+    frame: tuple[Sequence[int], Sequence[int]] | None = None  # around a text that is read whole; None: begin and end
+    labels: Labels | None = None  # of a head of classes
+    batches: "Batches | None" = None  # files and batches, where they are kept
     created: int = field(default_factory=lambda: int(time.time()))
     beat_seconds: float = BEAT_SECONDS
     told: list[Told] = field(default_factory=list)  # called with the record of every request when it is over
@@ -84,6 +100,11 @@ class Service:
     def tokenizer(self) -> Tokenizer:
         """Of the model."""
         return self.engine.tokenizer
+
+    @property
+    def around(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Tokens before and behind a text that is read whole."""
+        return (self.begin, self.end) if self.frame is None else self.frame
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +135,8 @@ class Service:
     def require_decoder(self) -> None:
         """Raises ApiError where the model writes no text."""
         if self.engine.encoder:
-            raise ApiError(400, f"{self.name} is an encoder: it answers /v1/embeddings", param="model")
+            there = "/v1/embeddings" if self.labels is None else "/v1/classify"
+            raise ApiError(400, f"{self.name} writes no text, as an encoder: it answers {there}", param="model")
 
     def sees(self, identity: Identity) -> bool:
         """Whether somebody may know of the model."""

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from serving.watch import LINE
+
 First = Callable[[float], None]  # seconds from the queue to a request's first token
 Gap = Callable[[float, int], None]  # seconds between two tokens of a text, and how many tokens came so
 Step = Callable[[str, float, int], None]  # read | score | decode, seconds, tokens
@@ -56,7 +58,8 @@ class Timings:
             now = self._clock()
             if timing.first is None:
                 timing.first = now
-                self._first(now - timing.queued)
+                if not id.startswith(LINE):  # lines of batches wait by intent
+                    self._first(now - timing.queued)
             timing.decoding += 1
             self._rows += 1
             self._fresh.append(now)

@@ -19,6 +19,8 @@ logger = logging.getLogger("isomesh.serving")
 
 LONGEST_FIELD = 200  # characters that a client's own words take in a line
 LOOKS = ("/livez", "/readyz")  # several a second, by who supervises: a line only where they find something
+LOW_PRIORITY = "isomesh.low_priority"  # in the scope of a request that gives way to others; no client can set it
+LIVE, LINE = "req-", "batch-"  # what the ids of requests begin with: of clients, of lines of batches
 GONE = 499  # in the log: the client went away before its answer was complete
 FAULT = ApiError(500, "the server failed on this request; its id is in the header x-request-id", code="internal_error")
 
@@ -81,7 +83,7 @@ class Watch:
             return await self._app(scope, receive, send)
         own = header(scope, b"x-request-id")
         record = Record(
-            id=f"req-{secrets.token_hex(12)}",
+            id=f"{LINE if scope.get(LOW_PRIORITY) else LIVE}{secrets.token_hex(12)}",
             method=cleaned(scope["method"], 20),
             path=cleaned(scope["path"]),
             address=(scope.get("client") or ("",))[0],

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 30.0  # seconds that a request waits for a database that is away
 THREADS = 8
-COUNTED = ("chat", "completions", "embeddings")  # recorded when they end, with what they used
+COUNTED = ("chat", "completions", "embeddings", "classify")  # recorded when they end, with what they used
 BRIEF = ("tokens",)  # no admission of their own, but work all the same: each counts as a request
 UNSEEN = ("page", "state", "metrics", "models", "schema")  # recorded only where refused: they come every second
 REFUSALS = parse("20/second")  # of strangers that are recorded one by one
@@ -142,6 +142,24 @@ class Door:
         # a subject cannot be taken for a key, nor can its tenant: both bear a mark that no key has
         name = f"jwt:{subject}"
         return Known(name, claims.get("role", ""), f"jwt:{claims.get('tenant', subject)}", holder=name)
+
+    def keep(self, identity: Known) -> dict:
+        """Nothing that lets anybody in: of a key its holder, of a token whose it was."""
+        fields = {name: getattr(identity, name) for name in ("name", "role", "tenant", "holder")}
+        return {**fields, "models": list(identity.models), "limits": dict(identity.limits), "since": time.time()}
+
+    async def again(self, kept: Mapping) -> Known:
+        """A key's holder has the role, models and limits of the newest key; a token's those that it had."""
+        if not kept["holder"].startswith("jwt:"):
+            key = await self._look_up(lambda: self.keys.usable_of(kept["holder"]))
+            if key is None:
+                raise ApiError(401, "the key was revoked, or has expired", code="invalid_api_key")
+            return Known(key.id, key.role, key.tenant, key.models, key.holder, key.limits)
+        since = await self._look_up(lambda: self.keys.barred_since(kept["holder"].removeprefix("jwt:")))
+        if since is not None and kept["since"] <= since:
+            raise ApiError(401, "the token was revoked", code="invalid_api_key")
+        models, limits = tuple(kept["models"]), kept["limits"]
+        return Known(kept["name"], kept["role"], kept["tenant"], models, kept["holder"], limits)
 
     # ---- may they --------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 A route names a permission with `needs`; a route that names none is refused when the application is put together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,6 +36,12 @@ class Gate(Protocol):
 
     async def identify(self, request: Request) -> Identity:
         """401 where the credentials are missing, wrong, expired or revoked."""
+
+    def keep(self, identity: Identity) -> dict:
+        """What `again` wants to know of somebody later, as JSON has it; nothing secret."""
+
+    async def again(self, kept: Mapping) -> Identity:
+        """Somebody as they are now. 401 where all that they could show was revoked meanwhile, or has expired."""
 
     async def allow(self, identity: Identity, permission: str, request: Request) -> None:
         """403 where the role may not."""

@@ -74,6 +74,16 @@ class Keys:
         found = _key(fields) if row and right else None
         return found if found and found.usable(now) else None
 
+    def usable_of(self, holder: str) -> Key | None:
+        """The newest key of a holder that opens anything now: after a rotation that is another than before."""
+
+        def look_up(connection: Connection) -> Key | None:
+            found = connection.execute(select(KEYS).where(KEYS.c.holder == holder).order_by(KEYS.c.made.desc())).all()
+            now = self._store.now(connection)
+            return next((key for row in found if (key := _key(row._mapping)).usable(now)), None)
+
+        return self._store.read(look_up)
+
     def create(
         self,
         role: str,

@@ -30,7 +30,10 @@ ADMIN = (
 ROLES = {
     "admin": (ALL,),
     "operator": ("models", "page", "state", "metrics", "drain", "schema"),
-    "user": ("chat", "completions", "embeddings", "models", "tokens", "requests", "page", "state", "schema"),
+    "user": (
+        *("chat", "completions", "embeddings", "classify", "files", "batches"),
+        *("models", "tokens", "requests", "page", "state", "schema"),
+    ),
     "reader": ("models", "page", "state", "metrics", "schema"),
 }
 MODEL = """

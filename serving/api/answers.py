@@ -186,6 +186,120 @@ class Embeddings(BaseModel):
     usage: EmbeddingUsage
 
 
+class Classification(BaseModel):
+    """What one input is: its likeliest label and the probabilities of all, or numbers where the model tells numbers."""
+
+    index: int
+    label: str | None = None
+    labels: list[str] | None = Field(None, description="where a text may have several: those of at least 0.5")
+    probs: list[float] = Field([], description="in the order of the model's labels")
+    probabilities: dict[str, float] = Field({}, description="the same by label")
+    num_classes: int
+    values: dict[str, float] | None = Field(None, description="of a regression")
+
+
+class Classifications(BaseModel):
+    """Answer of /v1/classify."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: EmbeddingUsage
+
+
+class File(BaseModel):
+    """A file that is kept for its owner."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+
+
+class Files(BaseModel):
+    """Answer of GET /v1/files."""
+
+    object: Literal["list"] = "list"
+    data: list[File]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class DeletedFile(BaseModel):
+    """Answer of DELETE /v1/files/{id}."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class BatchError(BaseModel):
+    """Why a batch was not run, or not to its end."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+class BatchErrors(BaseModel):
+    """The first of them."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class BatchCounts(BaseModel):
+    """Lines of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class Batch(BaseModel):
+    """A batch, as its owner sees it; times are seconds since 1970."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    errors: BatchErrors | None = None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+    ]
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    in_progress_at: int | None = None
+    expires_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    request_counts: BatchCounts
+    metadata: dict[str, str] | None = None
+
+
+class ManyBatches(BaseModel):
+    """Answer of GET /v1/batches."""
+
+    object: Literal["list"] = "list"
+    data: list[Batch]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
 class Model(BaseModel):
     """A model that is served."""
 

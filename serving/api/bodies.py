@@ -187,8 +187,44 @@ class EmbeddingBody(Body):
         ]
     ) = Field(description=f"a string, a list of token ids, or a list of 1 to {MOST_INPUTS} of either")
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: int | None = Field(None, ge=1, le=1 << 20)
     user: str | None = Field(None, max_length=256)
+
+
+class TextPair(Body):
+    """Two texts that are judged together, as a model that was trained on pairs reads them."""
+
+    text: str
+    pair: str
+
+
+class ClassifyBody(Body):
+    """POST /v1/classify."""
+
+    model: Name | None = None
+    input: (
+        str
+        | TextPair
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
+        | Annotated[list[TextPair], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)]
+        | Annotated[Ids, Field(min_length=1)]
+        | Annotated[
+            list[Annotated[Ids, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)
+        ]
+    ) = Field(
+        description=f"a string, a pair like {{text: ..., pair: ...}}, a list of token ids, "
+        f"or a list of 1 to {MOST_INPUTS} of one kind"
+    )
+    user: str | None = Field(None, max_length=256)
+
+
+class BatchBody(Body):
+    """POST /v1/batches."""
+
+    input_file_id: str = Field(max_length=64)
+    endpoint: str = Field(max_length=64)
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
 
 
 class TokenizeBody(Body):

@@ -13,7 +13,7 @@ from serving.api.answers import Usage
 from serving.errors import ApiError
 from serving.running import Answers, Entry
 from serving.service import Service
-from serving.watch import GONE, Record
+from serving.watch import GONE, LOW_PRIORITY, Record
 
 logger = logging.getLogger("isomesh.serving")
 
@@ -50,12 +50,15 @@ class Encode:
     """Texts to be encoded."""
 
     prompts: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...] = ()  # of each prompt's tokens; (): all 0
     n: int = 1
     new_tokens: int = 0
 
     def parts(self, id: str) -> list[EncodeRequest]:
         """Requests to the engine."""
-        return [EncodeRequest(f"{id}-{number}", tokens) for number, tokens in enumerate(self.prompts)]
+        types = self.types or ((),) * len(self.prompts)
+        each = enumerate(zip(self.prompts, types, strict=True))
+        return [EncodeRequest(f"{id}-{number}", tokens, own) for number, (tokens, own) in each]
 
 
 class Exchange:
@@ -80,6 +83,8 @@ class Exchange:
         service.lifecycle.require_open()
         self._admission = await caller.admit(service.name, self.prompt_tokens, self._work.new_tokens)
         parts = self._work.parts(record.id)
+        if caller.request.scope.get(LOW_PRIORITY):
+            parts = [replace(part, low=True) for part in parts]
         self._entry = Entry(
             record.id, caller.identity.tenant, service.name, self.prompt_tokens,
             record.client_id, parts=tuple(part.id for part in parts),

@@ -50,6 +50,7 @@ class Balancer:
     port: int = 8000
     routing: str = "least"
     body_bytes: int = 4 << 20  # of the largest body that a replica takes
+    upload_bytes: int = 101 << 20  # of the largest upload to /v1/files
     kept_bytes: int = 256 << 10  # of the largest body that can be sent again; two such buffers a request that waits
     connections: int = 512  # of clients at a time; more wait to be accepted
     silence: float = 600.0  # seconds until the first byte of an answer, and between two pieces of it
@@ -129,7 +130,8 @@ defaults
         return f"""\
 frontend clients
   bind {bind}
-  http-request deny deny_status 413 if {{ req.body_size gt {self.body_bytes} }}
+  http-request deny deny_status 413 if {{ req.body_size gt {self.body_bytes} }} !{{ path /v1/files }}
+  http-request deny deny_status 413 if {{ req.body_size gt {self.upload_bytes} }}
   http-request set-header X-Forwarded-For %[src]
   http-request set-header X-Forwarded-Proto {self.scheme}
 {one_by_one}  default_backend replicas

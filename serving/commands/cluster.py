@@ -16,6 +16,8 @@ from runtime.exit_codes import MISTAKE
 from runtime.launch import free_port
 from serving.access import guard, secrets
 from serving.access.opening import FOLDER
+from serving.batches.multipart import MOST_AROUND
+from serving.batches.store import MOST_FILE_BYTES
 from serving.body import MOST_BYTES
 from serving.cluster import control
 from serving.cluster.balancer import ROUTINGS, Balancer
@@ -128,6 +130,7 @@ def balancer_of(options: argparse.Namespace, place: Path) -> Balancer:
         "routing": options.routing,
         "connections": options.connections,
         "body_bytes": MOST_BYTES,
+        "upload_bytes": MOST_FILE_BYTES + MOST_AROUND,
         "kept_bytes": options.kept_body,
     }
     tls = {name: getattr(options, name) for name in ("tls_cert", "tls_key", "tls_client_ca")}

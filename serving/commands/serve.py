@@ -54,6 +54,7 @@ def serve(options: argparse.Namespace) -> int:
     from serving.access import guard
     from serving.access import routes as keys
     from serving.app import create_app
+    from serving.batches.opening import FOLDER, add_batches
     from serving.lifecycle import Server, bound, bound_to, configured
     from serving.page import router as page
     from serving.seen import Seen
@@ -69,10 +70,12 @@ def serve(options: argparse.Namespace) -> int:
     service = open_service(options)
     if behind:  # one replica alone would have it
         service.load = None
+    batches = add_batches(opened.folder / FOLDER, service, door)
     routers = [keys.router, page.router, seen.over(service)]
     config = configured(create_app(service, door, routers), behind=behind, **secure)
 
     def told() -> None:
+        batches.runner.wake()  # with what was left
         if not behind:  # else the balancer's address counts
             address = f"http{'s' if secure else ''}://{shown(options.host)}:{listener.getsockname()[1]}"
             print(guard.first_key(options, opened, door.chain, address, example(service)), flush=True)
@@ -88,6 +91,8 @@ def serve(options: argparse.Namespace) -> int:
 
 def example(service) -> tuple[str, dict]:
     """A request that the model answers: its path and body."""
+    if service.labels is not None:
+        return "/v1/classify", {"model": service.name, "input": "Hello"}
     if service.engine.encoder:
         return "/v1/embeddings", {"model": service.name, "input": "Hello"}
     if service.chat is None:

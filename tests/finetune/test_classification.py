@@ -1,7 +1,9 @@
 """Classification: the same on every mesh, metrics as scikit-learn has them, and a run from weights to a page."""
 
+import asyncio
 import contextlib
 import functools
+import json
 import random
 import re
 import shutil
@@ -18,6 +20,11 @@ from evaluation.__main__ import main as evaluation
 from evaluation.options import parse
 from evaluation.results import read_result
 from finetune.metrics import confusion_of, labels_report, matthews, multilabel_report, pearson
+from finetune.table import is_heldout, read_rows
+from runtime.arguments import Parser
+from serving.app import create_app
+from serving.batch import Owner, call
+from serving.opening import add_model, open_service
 
 DONE = 0
 GOOD, BAD = ("fine", "great", "lovely"), ("dull", "awful", "weak")
@@ -170,6 +177,29 @@ def test_evaluation_knows_the_task_and_writes_a_page(tuned, capsys):
         assert part in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_what_a_run_has_learned_is_served(tuned):
+    """/v1/classify answers the held-out rows with the accuracy that the run measured; probabilities sum to 1."""
+    parser = Parser()
+    add_model(parser)
+    service = open_service(
+        parser.parse_args([str(tuned), "runtime.cpu_devices=8", "mesh.data=2", "--max-running", "4"])
+    )
+    rows = read_rows(str(table("one")), {"text": "text", "label": "label"}, (), "task.path")
+    rows = [row for row in rows if is_heldout(row, 0.2)]
+    try:
+        body = json.dumps({"input": [row.text("text") for row in rows]}).encode()
+        status, _, told = asyncio.run(call(create_app(service, Owner()), "/v1/classify", body))
+        assert status == 200, told
+        assert service.engine.state().compiles == 0
+    finally:
+        service.engine.stop(0)
+    data = json.loads(told)["data"]
+    assert all(sum(one["probs"]) == pytest.approx(1) and one["num_classes"] == 2 for one in data)
+    assert all(max(one["probabilities"], key=one["probabilities"].get) == one["label"] for one in data)
+    right = [one["label"] == row.text("label") for one, row in zip(data, rows, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(accuracies(tuned)[runs.STEPS])
 
 
 def test_a_head_is_new_where_the_weights_have_another(tuned, tmp_path):

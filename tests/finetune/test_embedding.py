@@ -14,7 +14,11 @@ from config import compose
 from finetune.opening import open_subject, open_task
 from finetune.table import Row
 from finetune.task import Example
+from inference.encoder import Encoder
+from inference.opening import Opened
+from inference.requests import EncodeRequest
 from parallel.mesh import make_mesh
+from training.job import make_job
 from training.parity import ONE_DEVICE
 from training.step import hidden
 
@@ -47,8 +51,6 @@ def test_the_loss_is_that_of_choosing_the_partner_among_all():
     config = compose.load(arguments(NEGATIVES))
     with jax.set_mesh(mesh := make_mesh(ONE_DEVICE, jax.devices()[:1])):
         subject = open_subject(config, mesh)
-        from training.job import make_job
-
         job = make_job(subject.config, mesh, loss=subject.loss)
         batch, params = subject.feed.batch(0), job.init(0).params
         model, x_BTD, _ = hidden(job.description, config.train, params, batch)
@@ -60,6 +62,26 @@ def test_the_loss_is_that_of_choosing_the_partner_among_all():
     forth = -np.diag(log_softmax(text @ np.concatenate([partner, wrong]).T / 0.05))
     back = -np.diag(log_softmax(partner @ text.T / 0.05))
     assert float(found.nll) == pytest.approx(float((forth + back).sum() / 2), rel=1e-5)
+
+
+def test_vectors_are_served_as_they_are_trained(tmp_path):
+    """The server's encoder gives each text by itself the vector that it has in training, beside its partner."""
+    config = compose.load(arguments())
+    with jax.set_mesh(mesh := make_mesh(ONE_DEVICE, jax.devices()[:1])):
+        subject = open_subject(config, mesh)
+        job = make_job(subject.config, mesh, loss=subject.loss)
+        batch, params = subject.feed.batch(0), job.init(0).params
+        model, x_BTD, _ = hidden(job.description, config.train, params, batch)
+        trained_BKD = np.asarray(open_task(config).answers(model, x_BTD, batch, config.train)["vectors_BX"])
+    about = subject.config, subject.tokenizer, mesh, job.description, params, np.dtype("float32")
+    encoder = Encoder(Opened(tmp_path, *about, None, "digest"), 1, 16)
+    encoder.compile()
+    tokens_BT, segments_BT = np.asarray(batch["tokens_BT"]), np.asarray(batch["segments_BT"])
+    for row in range(len(tokens_BT)):
+        for part in (1, 2):
+            tokens = tuple(tokens_BT[row, segments_BT[row] == part].tolist())
+            (served,) = encoder.run([EncodeRequest("", tokens)])
+            np.testing.assert_allclose(served, trained_BKD[row, part - 1], rtol=0, atol=2e-6)
 
 
 def test_a_cut_batch_is_refused():

@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from engines import REACH, Heard, ask, assert_as_generated, mix, opened, references, run_mix, started
+from engines import NEW, REACH, Heard, ask, assert_as_generated, mix, opened, references, run_mix, started
 
 from inference.engine import Engine
 from inference.engine_options import EngineOptions
@@ -89,6 +89,63 @@ def test_choices_of_a_request_share_its_prompt(engine):
     assert engine.state().prompt_tokens - before == 20
 
 
+@pytest.mark.parametrize("how", ["mean", "last", "first", "max"])
+def test_vectors_of_a_decoder_are_those_of_the_whole_forward_pass(how):
+    """Texts of one part and of several, beside one that is written, through a cache with room for one of them."""
+    there = opened("grouped")
+    engine = started("grouped", max_running=2, cache_tokens=REACH, pooling=how)
+    texts = [tuple(np.random.default_rng(i).integers(0, 256, n).tolist()) for i, n in enumerate([1, 80, 16, 17, 33])]
+    written = Heard()
+    engine.submit(Request("beside", PROMPT, Sampling(max_tokens=24, temperature=0, ignore_eos=True)), written)
+    vectors, done = {}, threading.Semaphore(0)
+    for number, text in enumerate(texts):
+
+        def hear(answer, number=number):
+            vectors[number] = answer.vector
+            done.release()
+
+        engine.submit(EncodeRequest(f"text-{number}", text), hear)
+    for _ in texts:
+        assert done.acquire(timeout=120)
+    assert written.done.wait(60)
+    assert written.tokens() == references(there, [PROMPT])[0]
+    model = there.description.bind(there.params)
+    for number, text in enumerate(texts):
+        x_TD = np.asarray(model(np.asarray([text], np.int32))[0][0])
+        pooled = {"mean": x_TD.mean(0), "last": x_TD[-1], "first": x_TD[0], "max": x_TD.max(0)}[how]
+        np.testing.assert_allclose(vectors[number], pooled / np.linalg.norm(pooled), rtol=0, atol=2e-6)
+    state = settled(engine)
+    assert (state.compiles, state.blocks_used) == (0, 0)
+    assert engine.stop(10)
+
+
+def test_low_priority_gives_way_and_its_text_does_not_change(engine):
+    """Four texts of low priority hold all slots; one that comes later begins at once and ends before any of them."""
+    ended, live = [], Heard()
+
+    def came(piece):
+        if piece.finish is not None:
+            ended.append("low")
+        elif len(low[0].tokens()) == 3 and not asked:
+            asked.append(True)
+            engine.submit(Request("live", PROMPT, Sampling(max_tokens=6, temperature=0, ignore_eos=True)), live)
+
+    asked, prompts = [], [(*PROMPT, number) for number in range(4)]
+    live._then = lambda piece: ended.append("live") if piece.finish is not None else None
+    low = [Heard(then=came) for _ in prompts]
+    before = engine.state().preemptions
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling(max_tokens=NEW, temperature=0, ignore_eos=True)
+        engine.submit(Request(f"low-{number}", prompt, sampling, low=True), low[number])
+    assert all(heard.done.wait(60) for heard in (*low, live))
+    assert ended[0] == "live"
+    assert engine.state().preemptions > before
+    texts = references(opened("grouped"), [PROMPT, *prompts])
+    for heard, text in zip((live, *low), texts, strict=True):
+        assert heard.tokens()[: len(text)] == text[: len(heard.tokens())]
+        assert heard.finish() == "length"
+
+
 def test_ends(engine):
     (text,) = references(opened("grouped"), [PROMPT])
     stopped = ask(engine, "token", PROMPT, max_tokens=24, stop_ids=(text[5],))
@@ -109,7 +166,7 @@ def test_what_cannot_be_answered_is_told_at_once(engine):
     with pytest.raises(ValueError, match="n=5 must be 1 to 4"):
         submit(Request("a", (1,), n=5))
     with pytest.raises(ValueError, match="does not encode"):
-        submit(EncodeRequest("a", (1,)))
+        Engine(opened("grouped"), EngineOptions(pooling="none")).submit(EncodeRequest("a", (1,)), Heard())
     with pytest.raises(ValueError, match=r"cache_tokens=40 hold no sequence of 80 tokens"):
         Engine(opened("grouped"), EngineOptions(cache_tokens=40))
 
@@ -145,6 +202,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(engine, monkeypatch):
     assert (other.finish(), other.tokens()) == ("length", text) or other.finish() == "error"
     assert ask(engine, "after", PROMPT, max_tokens=24).tokens() == text
     assert engine.state().ready
+    assert engine.state().compiles == 0, "the cache that is made anew after a fault was compiled before"
     assert settled(engine).blocks_used == 0
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data.chat import ChatTemplate
 from data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
@@ -15,9 +16,12 @@ from inference.engine_options import EngineOptions
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Piece, Request, TokenLogprob
 from serving.access.gate import Identity
 from serving.app import create_app
+from serving.batches.opening import add_batches
+from serving.errors import ApiError
 from serving.lifecycle import Server, bound, configured
 from serving.service import Service
 
+WIDTH = 8  # entries of a vector
 Script = Callable[[Request, int], Sequence[Piece]]
 
 
@@ -71,12 +75,14 @@ class EngineDouble:
 
     def __init__(
         self, script: Script | None = None, *, tokenizer: Tokenizer | None = None, seconds: float = 0.0,
-        reach: int = 512, encoder: bool = False, max_running: int = 8, max_waiting: int = 256,
+        reach: int = 512, encoder: bool = False, embeds: bool | None = None,
+        max_running: int = 8, max_waiting: int = 256,
     ):  # fmt: skip
         self.tokenizer = tokenizer or ByteTokenizer()
         self.counting = Counting(self.tokenizer)
         self.script, self.seconds = script or self.counting, seconds  # of a step; 0: as fast as can be
         self.reach, self.encoder, self.vocabulary = reach, encoder, self.tokenizer.vocab_size
+        self.embeds, self.width = encoder if embeds is None else embeds, WIDTH
         self.options = EngineOptions()
         self.adapters = AdapterBooks()
         self.max_running, self.max_waiting = max_running, max_waiting
@@ -213,7 +219,7 @@ class EngineDouble:
     def _step(self, one: _Running) -> None:
         if isinstance(one.request, EncodeRequest):
             tokens = one.request.tokens
-            one.listener(Encoded(tuple(float(token) / 256 for token in (tokens * 8)[:8])))
+            one.listener(Encoded(tuple(float(token) / 256 for token in (tokens * WIDTH)[:WIDTH])))
         for left in one.left:
             if left:
                 piece = left.pop(0)
@@ -247,11 +253,22 @@ class OpenGate:
     def __init__(self):
         self.admissions: list[OpenAdmission] = []
         self.allowed: list[str] = []
+        self.gone: set[str] = set()  # whose credentials do not work any more
 
     async def identify(self, request) -> Identity:
         """Anybody."""
         tenant = request.headers.get("x-tenant", "everyone")
         return Identity(name=tenant, role="admin", tenant=tenant)
+
+    def keep(self, identity: Identity) -> dict:
+        """Their name."""
+        return {"name": identity.name}
+
+    async def again(self, kept) -> Identity:
+        """Anybody, unless they are gone."""
+        if kept["name"] in self.gone:
+            raise ApiError(401, "gone")
+        return Identity(name=kept["name"], role="admin", tenant=kept["name"])
 
     async def allow(self, identity: Identity, permission: str, request) -> None:
         """Anything."""
@@ -270,6 +287,13 @@ def served(engine: EngineDouble, gate: OpenGate | None = None, chat: ChatTemplat
     """The application over a double, which is started. `app.state.service` and `app.state.gate` lead to the rest."""
     engine.start()
     return create_app(Service(engine, "double", "d0" * 32, chat, **more), gate or OpenGate())
+
+
+def keeping(folder: Path, engine: EngineDouble, gate: OpenGate | None = None, **more):
+    """The same with files and batches."""
+    app = served(engine, gate, **more)
+    add_batches(folder, app.state.service, app.state.gate)
+    return app
 
 
 @contextlib.contextmanager

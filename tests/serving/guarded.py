@@ -17,6 +17,7 @@ from serving.access.door import Door, open_door
 from serving.access.opening import Opened, open_state
 from serving.access.tokens import Provider
 from serving.app import create_app
+from serving.batches.opening import add_batches
 from serving.page.router import router
 from serving.service import Service
 
@@ -91,7 +92,9 @@ def guarded(state: Path, provider: Provider | None = None, policy: str = "", **h
     chat = chat_template()
     engine = EngineDouble(tokenizer=chat.tokenizer)
     engine.start()
-    app = create_app(Service(engine, "double", "d0" * 32, chat), door, [routes.router, router])
+    service = Service(engine, "double", "d0" * 32, chat)
+    add_batches(state / "batches", service, door)
+    app = create_app(service, door, [routes.router, router])
     door.start()
     try:
         with listening(app) as address:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import numpy as np
 import openai
 import pytest
 from doubles import EngineDouble, OpenGate, chat_template, listening, saying, served
@@ -177,13 +178,19 @@ def test_embeddings_of_an_encoder_come_as_floats_and_as_base64():
     ):
         plain = client.embeddings.create(model="double", input=["ab", "c"], encoding_format="float")
         packed = client.embeddings.create(model="double", input=[[97, 98], [99]])  # base64 is the package's own
-        with pytest.raises(openai.BadRequestError, match="dimensions"):
-            client.embeddings.create(model="double", input="a", dimensions=3)
+        short = client.embeddings.create(model="double", input="ab", dimensions=3, encoding_format="float")
+        with pytest.raises(openai.BadRequestError, match="dimensions=9 are more than the 8"):
+            client.embeddings.create(model="double", input="a", dimensions=9)
+        with pytest.raises(openai.BadRequestError, match="no head of classes: it answers /v1/embeddings"):
+            client.post("/classify", body={"input": "a"}, cast_to=object)
         with pytest.raises(openai.BadRequestError, match="encoder"):
             client.completions.create(model="double", prompt="a")
     assert [one.embedding for one in plain.data] == [one.embedding for one in packed.data]
     assert plain.data[0].embedding[:2] == [97 / 256, 98 / 256]
     assert plain.usage.prompt_tokens == 3
+    cut, full = np.array(short.data[0].embedding), np.array(plain.data[0].embedding)
+    np.testing.assert_allclose(cut / cut[0], full[:3] / full[0])
+    assert np.linalg.norm(cut) == pytest.approx(np.linalg.norm(full))
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
