@@ -41,8 +41,8 @@ test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
 # What takes long or needs more than Python: a browser and what surrounds a server (Debian: apt-get install -y chromium
-# haproxy postgresql prometheus), PyTorch and published weights to compare with; and rows of bench/finetune_real.py. pip and not uv: where a directory of
-# wheels is configured, it takes PyTorch for CPUs from there.
+# haproxy postgresql prometheus), PyTorch and published weights to compare with, the rows of bench/finetune_real.py. pip
+# and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
 #
 # NOT_YET have not passed as a whole on a quiet machine: 200 mixes of requests through the engine, the compression of a
 # published model, and exports in llama.cpp. Run by hand, then to be taken from this list: make test-long NOT_YET=

@@ -20,16 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+SMOOTHING = 0.01  # of a token more than were seen, so that none is impossible
 SHARED = ["train.compute_dtype=float32", "wandb.mode=disabled", "checkpoint.every=0", "train.log_every=10"]
 TASKS = {
     "translation": [
         *("task=seq2seq", "adapter=lora", "adapter.rank=16", "optimizer.lr=1e-3", "train.steps=60"),
-        *("train.batch_size=4", "train.seq_len=128", "task.options.write=48"),
+        *("train.batch_size=4", "train.seq_len=96", "task.options.write=32"),
         *("task.options.prompt='Spanish: {source}\\nEnglish: '", "task.metric=chrf"),
     ],
     "dialogues": [
         *("task=chat", "adapter=lora", "adapter.rank=16", "optimizer.lr=5e-4", "train.steps=60"),
-        *("train.batch_size=2", "train.seq_len=256"),
+        *("train.batch_size=2", "train.seq_len=192"),
     ],
 }
 
@@ -69,7 +70,7 @@ def messages_of(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def translation(language: str = "es", longest: int = 160) -> list[dict]:
+def translation(language: str = "es", longest: int = 100) -> list[dict]:
     """Django's messages in a language and in English, each once, without long ones."""
     files = sorted(folder_of("django").glob(f"**/locale/{language}/LC_MESSAGES/*.po"))
     one_line = lambda text: " ".join(text.split())
@@ -78,7 +79,7 @@ def translation(language: str = "es", longest: int = 160) -> list[dict]:
     return [{"source": target, "target": source} for source, target in short.items() if source != target]
 
 
-def dialogues(count: int = 500, turns: int = 8) -> list[dict]:
+def dialogues(count: int = 500, turns: int = 6) -> list[dict]:
     """The first turns of the first dialogues; what one says before the other answers is one message."""
     kept = json.loads((folder_of("chitchat_dataset") / "dataset.json").read_text())
     rows = []
@@ -127,8 +128,8 @@ def without_a_model(name: str, table: Path) -> dict[str, float]:
         for ids in tokenizer.encode_batch(said):
             counts[is_heldout(row, 0.1)].update([*ids.tolist(), tokenizer.eos_id])
     seen, vocabulary = counts[False], tokenizer.vocab_size
-    total = sum(seen.values()) + vocabulary  # each token once more, so that none is impossible
-    loss = -sum(n * math.log((seen[token] + 1) / total) for token, n in counts[True].items())
+    total = sum(seen.values()) + SMOOTHING * vocabulary
+    loss = -sum(n * math.log((seen[token] + SMOOTHING) / total) for token, n in counts[True].items())
     return {"by_frequency_loss": loss / sum(counts[True].values())}
 
 

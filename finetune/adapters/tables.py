@@ -32,8 +32,8 @@ class FrozenTable(Embedding):
     """An Embedding that exchanges tokens and not rows.
 
     Its rows are split over fsdp by their width, its tokens by sequence. A device looks up its part of the width for the
-    sequences of all of fsdp, and these parts are exchanged: as many numbers as x_BTD has here, where gathering the table
-    would take vocabulary x width of them. Trained tables are gathered: their gradient is summed where the tokens are.
+    sequences of all of fsdp, and these parts are exchanged: as many numbers as x_BTD has here, where gathering the
+    table takes vocabulary x width of them. Trained tables are gathered: their gradient is summed where the tokens are.
     """
 
     def __init__(self, part: Embedding, specs: Specs):
