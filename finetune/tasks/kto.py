@@ -30,8 +30,10 @@ class Options:
     """Settings task.options.* of this task."""
 
     beta: float = 0.1  # how fast a gain or a loss counts less, the larger it is
-    desirable: float = 1.0  # weight of good answers; with the next one by the paper (section 4.2) so that good answers'
-    undesirable: float = 1.0  # weight times their number is 1 to 4/3 of bad answers'
+    desirable: float = (
+        1.0  # weight of good answers: times their number 1 to 4/3 of that of bad ones (section 4.2)
+    )
+    undesirable: float = 1.0  # weight of bad answers
     template: str = ""  # of rows with messages: a folder or file with a chat template; "": that of the tokenizer
 
     def __post_init__(self):
