@@ -30,9 +30,7 @@ class Options:
     """Settings task.options.* of this task."""
 
     beta: float = 0.1  # how fast a gain or a loss counts less, the larger it is
-    desirable: float = (
-        1.0  # weight of good answers: times their number 1 to 4/3 of that of bad ones (section 4.2)
-    )
+    desirable: float = 1.0  # weight of good answers: times their number 1 to 4/3 of that of bad ones (section 4.2)
     undesirable: float = 1.0  # weight of bad answers
     template: str = ""  # of rows with messages: a folder or file with a chat template; "": that of the tokenizer
 
