@@ -26,7 +26,7 @@ TASKS = {
     "translation": [
         *("task=seq2seq", "adapter=lora", "adapter.rank=16", "optimizer.lr=1e-3", "train.steps=60"),
         *("train.batch_size=4", "train.seq_len=96", "task.options.write=32"),
-        *("task.options.prompt='Spanish: {source}\\nEnglish: '", "task.metric=chrf"),
+        *("task.options.prompt='Spanish: {source} English: '", "task.metric=chrf"),
     ],
     "dialogues": [
         *("task=chat", "adapter=lora", "adapter.rank=16", "optimizer.lr=5e-4", "train.steps=60"),

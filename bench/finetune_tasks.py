@@ -184,14 +184,18 @@ def preference(folder: Path, draw: random.Random) -> Made:
 
 
 def kto(folder: Path, draw: random.Random) -> Made:
-    """The same answers, each by itself: good where it names the one who asked, else bad."""
+    """Such answers, each by itself: good where it names the one who asked, else bad.
+
+    Prompts differ, too: of a few rows that are there often, all of a kind would be held out together.
+    """
     rows = []
     for _ in range(1200):
         asks, other = draw.sample(PEOPLE, 2)
         good = draw.random() < 0.5
         name = asks if good else other
-        rows.append({"prompt": f"{asks} asks. ", "completion": f"Hello {name}!", "label": good})
-    arguments = [f"task.path={lines(folder, rows)}", "train.seq_len=64", "train.steps=200"]
+        prompt = f"In {draw.choice(CITIES)} in {draw.choice(MONTHS)} {asks} asks. "
+        rows.append({"prompt": prompt, "completion": f"Hello {name}!", "label": good})
+    arguments = [f"task.path={lines(folder, rows)}", "train.seq_len=128", "train.steps=200"]
     return Made(arguments, "eval/accuracy", 0.5, "either label")
 
 
