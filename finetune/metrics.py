@@ -127,3 +127,12 @@ def bleu(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
     except ImportError:
         raise ValueError("BLEU needs the package sacrebleu: make setup EXTRAS=evaluation") from None
     return {"bleu": float(BLEU().corpus_score(list(said), [list(truth)]).score)}
+
+
+def chrf(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """chrF of all texts together, 0 to 100: shared pieces of 1 to 6 characters (Popović 2015; package sacrebleu)."""
+    try:
+        from sacrebleu.metrics import CHRF
+    except ImportError:
+        raise ValueError("chrF needs the package sacrebleu: make setup EXTRAS=evaluation") from None
+    return {"chrf": float(CHRF().corpus_score(list(said), [list(truth)]).score)}

@@ -21,6 +21,7 @@ PARAMETER_AXES = {
     "features": (),  # the outputs of a head's own matrix, which a norm or a token's vector needs whole
     "norm": (),  # vectors: too small to be worth a gather
     "rank": (),  # between the two thin matrices of an adapter
+    "thin": ("fsdp",),  # the same dim of the one of them that has no width dim to split
     "width_groups": ("fsdp",),  # of a quantised matrix: groups of inputs, or codes that share a byte, as the inputs
     "ffn_groups": ("tensor",),
     "layers": ("pipe",),  # the stacking dim: rows in the order of parallel.pipeline.run.slots
@@ -32,11 +33,14 @@ ACTIVATION_AXES = {
     "tokens": ("context",),  # inside a block: whole sequences, or context shards of them
     "residual": ("context", "tensor"),  # between blocks: sequence parallelism, so no token is stored twice
     "width": (),
+    "sequences": ("data", "expert"),  # of rows that are looked up where they lie, with the next one:
+    "stored_width": ("fsdp",),  # each device its part of the width, for the sequences of all of fsdp
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "ffn": ("tensor",),
     "rank": (),
+    "thin": (),
     "width_groups": (),
     "ffn_groups": ("tensor",),
     "experts": ("expert",),  # of the matrices that a dispatch is handed
@@ -44,4 +48,4 @@ ACTIVATION_AXES = {
 }
 
 # Dims that stay whole, instead of being refused, when the mesh does not divide them.
-REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads", "layers", "width_groups", "ffn_groups"})
+REPLICATED_IF_UNDIVIDED = frozenset({"kv_heads", "layers", "thin", "width_groups", "ffn_groups"})

@@ -19,10 +19,13 @@ from finetune.adapter_config import (
 from finetune.adapters.adalora import AdaLoraRule
 from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
 from finetune.adapters.parts import Bottleneck, Prefix
+from finetune.adapters.tables import Frozen
 from model.config import MASKED_LM, ModelConfig
 from model.forms import Form, Forms, Path, branch
 from model.specs import HEAD, LAYERS, leaves, parameter_specs
 from training.trainable import Rule, Trainable, matching
+
+TOKENS = ("tokens",)  # the path of the token table
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
     # the head of a task is new, and has nothing to stand on
     new = () if model.head in ("vocabulary", *MASKED_LM) else HEAD
     trained = lambda name: is_adapter(name) or also(name) or name.partition("/")[0] in new
+    if not trained("tokens/weight"):
+        forms = {**forms, TOKENS: Frozen(base.get(TOKENS))}
     return Adaptation(forms, base, trained, rule)
 
 

@@ -58,6 +58,15 @@ def numbers(kept: dict, weight: ParameterSpec) -> jax.Array:
     return codes["weight"].astype(jnp.float32) if len(codes) == 1 else numbers_of(codes, weight, jnp.float32)
 
 
+def with_rank(axes: tuple[str, ...], place: int) -> tuple[str, ...]:
+    """The names of a thin matrix's dims, with that of its small dim at this place.
+
+    A matrix has one width dim, so that one of the two thin ones has it, and is split over fsdp there; the other is
+    split in its small dim, where the mesh divides that.
+    """
+    return (*axes[:place], "rank" if "width" in axes else "thin", *axes[place:])
+
+
 @dataclass(frozen=True)
 class Narrow:
     """A matrix or a table that is kept in bfloat16: where it is computed with in bfloat16, nothing is lost."""
@@ -101,11 +110,11 @@ class Lora:
         batch, inputs = len(weight.batch), len(weight.contracted)
         dim = batch + inputs
         fan_in = math.prod(weight.shape[d] for d in weight.contracted)
-        a = replace(weight, shape=(*weight.shape[:dim], self.rank), axes=(*weight.axes[:dim], "rank"))
+        a = replace(weight, shape=(*weight.shape[:dim], self.rank), axes=with_rank(weight.axes[:dim], dim))
         b = replace(
             weight,
             shape=(*weight.shape[:batch], self.rank, *weight.shape[dim:]),
-            axes=(*weight.axes[:batch], "rank", *weight.axes[dim:]),
+            axes=with_rank((*weight.axes[:batch], *weight.axes[dim:]), batch),
             contracted=(batch,),
         )
         # as peft: a is uniform up to 1 / sqrt(inputs); with singular values both matter from the start

@@ -21,6 +21,7 @@ from finetune.adapters.matrices import (
     thin_product,
 )
 from finetune.adapters.parts import Bottleneck, Prefix
+from finetune.adapters.tables import Frozen
 from model.forms import Form, Path, branch, replaced
 from model.specs import ParameterSpec
 from model.transformer import Description, describe
@@ -65,7 +66,7 @@ def unmerge(merged: Merged, description: Description, adapters: dict) -> dict:
     params = merged.params
     with jax.default_matmul_precision("float32"):
         for path, form in description.forms.items():
-            if isinstance(form, Narrow):
+            if isinstance(form, Narrow | Frozen):
                 continue
             if not isinstance(form, Lora | Scaled) or is_coded(form.base):
                 raise ValueError(f"{'/'.join(path)} was kept in codes, which are gone: read the base again")

@@ -19,6 +19,7 @@ from checkpoint.huggingface.safetensors import Safetensors, write_header
 from finetune.adapter_config import Ia3Config, LoraConfig
 from finetune.adapters.adaptation import matrices
 from finetune.adapters.matrices import ADAPTER, Lora, Scaled, dims_of
+from finetune.adapters.parts import Bottleneck, Prefix
 from model.config import ModelConfig
 from model.forms import Forms, branch, replaced
 from model.forms import Path as Names
@@ -65,8 +66,7 @@ def export(folder: Path, family: Family, model: ModelConfig, forms: Forms, param
     Raises ValueError for adapters that peft has no format for.
     """
     paths = [path for path, form in forms.items() if isinstance(form, Lora | Scaled)]
-    others = [form for path, form in forms.items() if "adapter" in branch(params, path) and path not in paths]
-    if others:
+    if others := [form for form in forms.values() if isinstance(form, Bottleneck | Prefix)]:
         raise ValueError(f"peft has no format for {type(others[0]).__name__.lower()} adapters; it has lora and ia3")
     tensors, config = {}, {}
     for matrix in found_in(family, model, paths):

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune.chats import chat_template, marked
 from finetune.table import LeftOut, Row
 from finetune.task import Example, Judged, Judgement, Setup
-from finetune.task import Task as Base
+from finetune.two_answers import TwoAnswers
 from model.transformer import Transformer
 from training.config import TrainConfig
-from training.loss import LossSums, token_losses
+from training.loss import LossSums
 from training.step import Batch
 
 LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "orpo")
@@ -44,7 +43,7 @@ class Options:
             raise ValueError("task.options: beta must be above 0, smoothing at least 0 and below 0.5, margin 0 or more")
 
 
-class Task(Base):
+class Task(TwoAnswers):
     """Preference tuning."""
 
     Options = Options
@@ -54,10 +53,7 @@ class Task(Base):
 
     def __init__(self, setup: Setup, options: Options):
         super().__init__(setup, options)
-        if not setup.model.causal:
-            raise ValueError("preference needs a decoder, model.causal=true")
         self.wants_reference = options.loss not in ALONE
-        self._template = None
 
     def encode(self, rows: Sequence[Row], left_out: LeftOut) -> list[list[Example]]:
         """One example of each row with two answers that differ."""
@@ -65,54 +61,20 @@ class Task(Base):
 
     def _example(self, number: int, row: Row, left_out: LeftOut) -> list[Example]:
         try:
-            sides = [self._side(row, role) for role in SIDES]
+            sides = [self.answer(row, role, row.values.get("prompt")) for role in SIDES]
         except ValueError as error:
             left_out.add(f"refused ({error}): left out", row.name)
             return []
-        room = self.setup.seq_len // 2
-        if max(len(ids) for ids, _ in sides) > room + 1:
-            left_out.add(f"longer than half of train.seq_len={self.setup.seq_len} tokens: cut", row.name)
-        sides = [(ids[: room + 1], counts[: room + 1]) for ids, counts in sides]
-        if np.array_equal(sides[0][0], sides[1][0]) or not all(counts[1:].any() for _, counts in sides):
+        sides = self.cut(sides, row.name, left_out)
+        if np.array_equal(sides[0].ids, sides[1].ids) or not all(side.said[1:].any() for side in sides):
             left_out.add("whose answers do not differ: left out", row.name)
             return []
-        sizes = [len(ids) - 1 for ids, _ in sides]
-        joined = lambda parts, dtype: np.concatenate(parts).astype(dtype)
-        mask = np.zeros(sum(sizes), np.float32)
-        mask[0] = 1  # the mean of the loss is over pairs
-        arrays = {
-            "tokens_T": joined([ids[:-1] for ids, _ in sides], np.int32),
-            "targets_T": joined([ids[1:] for ids, _ in sides], np.int32),
-            "said_T": joined([counts[1:] for _, counts in sides], np.int32),
-            "segments_T": np.repeat(np.array([1, 2], np.int32), sizes),
-            "places_T": joined([np.arange(size) for size in sizes], np.int32),
-        }
-        return [Example(number, {**arrays, "mask_T": mask})]
-
-    def _side(self, row: Row, role: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the prompt with an answer, and bool of each whether it is of the answer. Raises ValueError."""
-        answer, prompt, t = row.values.get(role), row.values.get("prompt"), self.setup.tokenizer
-        if isinstance(answer, list):
-            self._template = self._template or chat_template(self.setup, self.options.template)
-            before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
-            return marked(self._template, [*before, *answer], ("assistant",), last=True)
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"no {role} answer")
-        before = [*t.begin_ids, *t.encode(str(prompt or "")).tolist()] or [t.eos_id]
-        ids = np.array([*before, *t.encode(answer).tolist(), t.eos_id], np.int32)
-        return ids, np.arange(len(ids)) >= len(before)
-
-    def _log_probabilities(self, model: Transformer, x_BTD: jax.Array, batch: Batch, config: TrainConfig) -> jax.Array:
-        """Of the chosen and the rejected answer: float32 (B, 2), a sum over tokens or their mean."""
-        nll_BT = token_losses(model, x_BTD, batch["targets_BT"], config.loss_chunk).nll_BT
-        own = lambda k: (batch["segments_BT"] == k) & (batch["said_BT"] > 0)
-        total = lambda k: -jnp.where(own(k), nll_BT, 0).sum(1)
-        count = lambda k: jnp.maximum(own(k).sum(1), 1) if self.options.loss in BY_TOKEN else 1
-        return jnp.stack([total(k) / count(k) for k in (1, 2)], -1)
+        return [self.example(number, sides)]
 
     def _losses(self, model: Transformer, x_BTD: jax.Array, batch: Batch, config: TrainConfig):
         """The loss of each pair, by how much the chosen answer is preferred, and the log-probabilities."""
-        o, said_B2 = self.options, self._log_probabilities(model, x_BTD, batch, config)
+        o = self.options
+        said_B2 = self.log_probabilities(model, x_BTD, batch, config, mean=o.loss in BY_TOKEN)
         moved_B2 = said_B2 - batch["reference_BX"] if "reference_BX" in batch else said_B2
         ahead_B = moved_B2[:, 0] - moved_B2[:, 1]
         return pair_losses(o, said_B2, ahead_B), o.beta * ahead_B, said_B2

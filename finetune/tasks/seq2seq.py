@@ -1,6 +1,6 @@
 """One text from another, as a summary or a translation, by a decoder: the next token of the target behind a prompt.
 
-Judged by the loss, and by ROUGE and BLEU of what the model writes (packages rouge-score and sacrebleu).
+Judged by the loss, and by ROUGE, BLEU and chrF of what the model writes (packages rouge-score and sacrebleu).
 """
 
 import math
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.metrics import bleu, rouge
+from finetune.metrics import bleu, chrf, rouge
 from finetune.table import LeftOut, Row
 from finetune.task import Example, Judged, Judgement, Setup, Writer
 from finetune.task import Task as Base
 from finetune.texts import next_tokens
 
-NAMES = {"rouge": ("rouge1", "rouge2", "rougeL"), "bleu": ("bleu",)}  # task.options.by -> its metrics
+NAMES = {"rouge": ("rouge1", "rouge2", "rougeL"), "bleu": ("bleu",), "chrf": ("chrf",)}  # task.options.by -> metrics
+MEASURES = {"rouge": rouge, "bleu": bleu, "chrf": chrf}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Options:
     prompt: str = "{source}\n"  # what stands before the target
     write: int = 0  # tokens that the model writes of each held-out row, to be judged; 0: none, the loss alone
     judged: int = 100  # held-out rows at most for which it writes
-    by: tuple[str, ...] = ("rouge", "bleu")  # what the texts are judged by
+    by: tuple[str, ...] = ("rouge", "bleu", "chrf")  # what the texts are judged by
 
     def __post_init__(self):
         if "{source}" not in self.prompt:
@@ -70,7 +71,7 @@ class Task(Base):
         return self.options.prompt.replace("{source}", row.text("source"))
 
     def judge_texts(self, rows: Sequence[Row], examples: Sequence[Example], write: Writer) -> Judgement | None:
-        """ROUGE and BLEU of what the model writes behind the first prompts."""
+        """ROUGE, BLEU and chrF of what the model writes behind the first prompts."""
         if not self.options.write:
             return None
         chosen = examples[: self.options.judged]
@@ -78,8 +79,8 @@ class Task(Base):
         said = [self.setup.tokenizer.decode(ids).strip() for ids in written]
         truth = [rows[example.row].text("target") for example in chosen]
         found, judged = {}, []
-        for name, measure in (("rouge", rouge), ("bleu", bleu)):
-            found |= measure(said, truth) if name in self.options.by else {}
+        for name in self.options.by:
+            found |= MEASURES[name](said, truth)
         for example, text, right in zip(chosen, said, truth, strict=True):
             judged.append(Judged(rows[example.row].name, rows[example.row].text("source"), right, text, 0.0))
         return Judgement(found, judged)

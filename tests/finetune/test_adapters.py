@@ -169,3 +169,17 @@ def test_what_does_not_fit_is_one_clear_line():
         AdaLoraConfig(initial_rank=4)
     with pytest.raises(ValueError, match=r"has no groups of 64"):
         adaptation(LoraConfig(base="nf4"), replace(DENSE, head_dim=6), 10)
+
+
+@pytest.mark.parametrize(("rank", "share"), [(4, 4), (3, 1)], ids=["divides", "does not divide"])
+@pytest.mark.parametrize("model", [DENSE, EXPERTS], ids=["dense", "experts"])
+def test_both_thin_matrices_are_split_over_fsdp(model, rank, share):
+    """That with a width dim is split there, the other one in its rank, where the mesh divides that."""
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"fsdp": 4}, jax.devices()[:4])
+    description = describe(model, forms=adaptation(LoraConfig(rank=rank), model, 10).forms)
+    shapes, places = (chosen(tree, is_adapter) for tree in (description.shapes, description.shardings(mesh)))
+    specs = dict(leaves(chosen(description.specs, is_adapter)))
+    parts = jax.tree.map(
+        lambda shape, place: np.prod(shape.shape) // np.prod(place.shard_shape(shape.shape)), shapes, places
+    )
+    assert {path: 4 if "width" in spec.axes else share for path, spec in specs.items()} == dict(leaves(parts))

@@ -9,7 +9,7 @@ import pytest
 from tuning import SMALL, assert_same, trace
 
 from config import compose
-from finetune.metrics import bleu, rouge
+from finetune.metrics import bleu, chrf, rouge
 from finetune.opening import open_task
 from finetune.table import LeftOut, Row
 
@@ -51,15 +51,18 @@ def test_what_is_written_is_judged_beside_the_target():
     examples = [example for made in task.encode(rows, LeftOut()) for example in made]
     write = lambda prompts, tokens: [list(b"the cat sat on the mat")] * len(prompts)
     judgement = task.judge_texts(rows, examples, write)
-    assert judgement.metrics == pytest.approx({"rouge1": 1, "rouge2": 1, "rougeL": 1, "bleu": 100})
+    assert judgement.metrics == pytest.approx({"rouge1": 1, "rouge2": 1, "rougeL": 1, "bleu": 100, "chrf": 100})
     assert len(judgement.judged) == 2
     assert open_task(compose.load(arguments())).judge_texts(rows, examples, None) is None
 
 
-def test_rouge_and_bleu_are_those_of_their_papers():
+def test_measures_are_those_of_their_papers():
     assert rouge(["the cat"], ["the dog"]) == pytest.approx({"rouge1": 0.5, "rouge2": 0, "rougeL": 0.5})
     assert bleu(["a b c d e"], ["a b c d e"])["bleu"] == pytest.approx(100)
     assert bleu(["a b c d"], ["a b c d e"])["bleu"] == pytest.approx(100 * np.exp(1 - 5 / 4))  # brevity
+    # chrF: of 1 to 2 characters ab and ac share 1 of 2 and 0 of 1: precision and recall are 1/4 on average
+    assert chrf(["ab"], ["ac"])["chrf"] == pytest.approx(25)
+    assert chrf(["ab"], ["ab"])["chrf"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
