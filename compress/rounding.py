@@ -9,18 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from compress.fitting import fitted_grid, pick, refitted_grid
 from compress.forms import Fp8, Int4, Int8, Nf4
-from compress.grids import Floats, Grid, Levels, fp8_floats, int4_grid, int8_grid, nearest, nf4_levels
+from compress.grids import Floats, Grid, Levels, fp8_floats, int4_grid, int8_grid, nearest, nf4_levels, output_error
 
 DAMPING = 0.01  # of the mean of the gram's diagonal, added to it: calibration tokens are fewer than inputs may need
 BLOCK = 128  # inputs after which the codes chosen are subtracted from all that are left
+TURNS = 3  # of GPTQ and of a grid that fits its codes
 POWERS = 20  # of the inputs' sizes that AWQ tries
 SHRINKS = tuple(1 - 0.05 * step for step in range(1, 9))  # of groups' ranges that AWQ tries beside the whole
-
-
-def output_error(change_nm: jax.Array, gram_nn: jax.Array) -> jax.Array:
-    """The squared change of each output, summed over the tokens of the gram: (m,)."""
-    return jnp.sum(change_nm * (gram_nn @ change_nm), axis=0)
 
 
 def rounded(form: Int8 | Int4, w_nm: jax.Array, group: int) -> tuple[Grid | Levels | Floats, jax.Array]:
@@ -95,6 +92,28 @@ def _better(w_nm, gram_nn, grid: Grid, ours_nm: jax.Array, theirs_nm: jax.Array)
     return jnp.where(error(ours_nm) <= error(theirs_nm), ours_nm, theirs_nm)
 
 
+def fitted_gptq(w_nm: jax.Array, gram_nn: jax.Array, group: int) -> tuple[Grid, jax.Array]:
+    """A grid and codes by turns: codes by GPTQ, then the grid that fits them. For no output worse than plain rounding
+    to the grid from its smallest weight to its largest.
+    """
+    plain = int4_grid(w_nm, group)
+    error = lambda grid, q_nm: output_error(grid.decode(q_nm) - w_nm, gram_nn)
+
+    def better(ours: tuple, theirs: tuple) -> tuple:
+        ours_m = error(*ours) < error(*theirs)
+        return pick(ours_m, ours[0], theirs[0]), jnp.where(ours_m, ours[1], theirs[1])
+
+    def one_turn(_, carry):
+        grid, best = carry
+        q_nm = gptq(w_nm, gram_nn, grid)
+        best = better((grid, q_nm), best)
+        grid = refitted_grid(w_nm, gram_nn, grid, q_nm)
+        return grid, better((grid, q_nm), best)
+
+    begin = fitted_grid(w_nm, gram_nn, group), (plain, plain.encode(w_nm))
+    return jax.lax.fori_loop(0, TURNS, one_turn, begin)[1]
+
+
 # ----------------------------------------------------------------------------------------------------------------- AWQ
 
 
@@ -152,5 +171,7 @@ def chosen(form: Int8 | Int4, method: str, w_nm, gram_nn, group: int) -> tuple[G
     """The grid, the codes int32 (n, m), and the factor of each input that they want (n,), if any."""
     if method == "awq" and isinstance(form, Int4):
         return awq(w_nm, gram_nn, group)
+    if method == "gptq" and type(form) is Int4:
+        return *fitted_gptq(w_nm, gram_nn, group), None
     grid, q_nm = rounded(form, w_nm, group)
     return grid, gptq(w_nm, gram_nn, grid) if method == "gptq" else q_nm, None

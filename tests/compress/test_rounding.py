@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compress.fitting import fitted_grid, refitted_grid
 from compress.forms import Int4, Int8
-from compress.grids import int4_grid
-from compress.rounding import DAMPING, awq, chosen, gptq, output_error
+from compress.grids import int4_grid, output_error
+from compress.rounding import DAMPING, awq, chosen, fitted_gptq, gptq
 
 N, M, GROUP = 48, 10, 16
 
@@ -62,6 +63,46 @@ def test_gptq_is_that_of_its_definition():
     assert same.mean() > 0.97  # a rounding that ties in float32 moves those behind it
 
 
+@pytest.mark.parametrize("tokens", [256, 20])
+def test_a_fitted_grid_is_never_worse(tokens):
+    """For no output than rounding, in all better than GPTQ on the grid of smallest and largest weights."""
+    w_nm, x_tn = drawn(7, tokens)
+    plain = int4_grid(jnp.asarray(w_nm), GROUP)
+    theirs = error(w_nm, plain.decode(plain.encode(w_nm)), x_tn)
+    grid, codes = jax.jit(lambda w, gram: fitted_gptq(w, gram, GROUP))(w_nm, x_tn.T @ x_tn)
+    ours = error(w_nm, grid.decode(codes), x_tn)
+    assert np.all(ours <= theirs * 1.001)
+    assert ours.sum() < 0.9 * error(w_nm, run_gptq(w_nm, x_tn.T @ x_tn), x_tn).sum()
+
+
+def test_a_fitted_grid_makes_the_nearest_codes_nearer():
+    """Counted by the inputs' squares; the grid of whole ranges is among those that were tried."""
+    w_nm, x_tn = drawn(8)
+    size_n1 = np.square(x_tn).sum(0)[:, None]
+    sums = []
+    for grid in (int4_grid(jnp.asarray(w_nm), GROUP), fitted_grid(jnp.asarray(w_nm), x_tn.T @ x_tn, GROUP)):
+        sums.append((size_n1 * np.square(grid.decode(grid.encode(w_nm)) - w_nm)).reshape(-1, GROUP, M).sum(1))
+    assert np.all(sums[1] <= sums[0] * 1.001)
+    assert sums[1].sum() < 0.9 * sums[0].sum()
+
+
+def test_a_refitted_grid_is_that_of_least_squares():
+    """Of given codes, by an independent solver, up to what keeping steps and zeros in few bits costs."""
+    w_nm, x_tn = drawn(11)
+    grid = int4_grid(jnp.asarray(w_nm), GROUP)
+    codes = np.asarray(grid.encode(w_nm))
+    found = refitted_grid(jnp.asarray(w_nm), jnp.asarray(x_tn.T @ x_tn), grid, jnp.asarray(codes))
+    ours = error(w_nm, found.decode(codes), x_tn)
+    groups = np.arange(N) // GROUP == np.arange(N // GROUP)[:, None]
+    for m in range(M):
+        columns = np.concatenate([groups * codes[:, m], -1.0 * groups]).T
+        best = np.linalg.lstsq(x_tn.astype(np.float64) @ columns, x_tn.astype(np.float64) @ w_nm[:, m], rcond=None)[0]
+        least = error(w_nm[:, m : m + 1], (columns @ best)[:, None], x_tn)[0]
+        before = error(w_nm[:, m : m + 1], grid.decode(codes)[:, m : m + 1], x_tn)[0]
+        assert least <= ours[m] * 1.0001
+        assert ours[m] - least < 0.2 * (before - least)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_awq_is_better_than_rounding(seed):
     w_nm, x_tn = drawn(seed)
@@ -80,7 +121,7 @@ def test_inputs_that_never_come_do_no_harm():
         grid, codes, factor_n = chosen(Int4(GROUP), method, jnp.asarray(w_nm), jnp.asarray(x_tn.T @ x_tn), GROUP)
         assert np.all(np.isfinite(grid.decode(codes)))
     grid, codes, _ = chosen(Int4(GROUP), "gptq", jnp.asarray(w_nm), jnp.zeros((N, N)), GROUP)
-    np.testing.assert_array_equal(codes, grid.encode(w_nm))
+    np.testing.assert_array_equal(codes, grid.encode(w_nm))  # no tokens: the nearest codes
 
 
 def test_the_error_is_that_of_the_outputs():

@@ -186,7 +186,7 @@ def test_a_folder_for_transformers_is_reached_from_here(golden, tmp_path):
         ("llama", ["--to", "tflite"], "tflite"),
         ("llama", ["--to", "onnx", "--type", "f16"], "--type is an option of --to gguf, not of onnx"),
         ("llama", ["--to", "jax", "train.steps=3"], "train.steps=3 is no setting of an export"),
-        ("llama", ["--to", "onnx", "--length", "0"], "0 is no number of tokens"),
+        ("llama", ["--to", "onnx", "--length", "0"], "0 is less than 1"),
         ("gpt2", ["--to", "onnx", "--length", "999"], "--length 999 is more than the model's 48 learned positions"),
         ("nothing", ["--to", "jax"], "nothing"),
     ],
