@@ -12,6 +12,8 @@ import pytest
 
 from checkpoint.huggingface.opened import open_pretrained
 from checkpoint.huggingface.safetensors import Safetensors
+from compress.__main__ import main as compress
+from compress.options import parse as parse_compress
 from data.tokenizer import JsonTokenizer, TokenizerConfig, load_tokenizer
 from export.__main__ import main
 from export.options import parse
@@ -23,7 +25,7 @@ from tests.export.conftest import assert_agree, expected, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = ["runtime.platform=cpu", "runtime.cpu_devices=8", "runtime.compile_cache=null"]
-GRAPHS = ("llama", "gpt2", "gpt_neox")
+GRAPHS = ("llama", "gpt2", "gpt_neox", "qwen3")
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}  # the golden ones have scalings by length
 OTHERS = {
     "gemma2": {"rope_parameters": LINEAR},
@@ -152,6 +154,29 @@ def test_a_gguf_file_is_read_back(changed, tmp_path):
         own = JsonTokenizer(tokenizer(), "own")
         assert read.encode(text).tolist() == own.encode(text).tolist()
         assert read.eos_id == own.eos_id
+
+
+# ------------------------------------------------------------------------------------------------------------ narrowed
+
+
+def test_a_narrowed_published_model_is_exported(changed, tmp_path):
+    """Without a layer, a head and a third of ffn, in four formats: each says what the narrow model does."""
+    text, narrow = tmp_path / "text.txt", tmp_path / "narrow"
+    text.write_text("the cat is in it, and on the mat. " * 60)
+    few = ["--samples", "8", "--length", "16", "--generate", "0", "--heldout", "8", "--data", text, "mesh.data=8"]
+    words = [changed("llama", hidden_act="silu"), narrow, "--recipe", "narrow", *few, *DEVICES]
+    assert compress(parse_compress([*map(str, words), "--layers", "1", "--kv-heads", "2", "--ffn", "24"])) == 0
+    assert find_model(narrow, DEVICES).config.model.ffn == 24
+    for target, out in (("jax", "program"), ("onnx", "graph"), ("gguf", "file.gguf"), ("safetensors", "folder")):
+        more = {"onnx": ["--length", "40"], "gguf": ["--length", "40", "--type", "f32"]}.get(target, [])
+        assert export(narrow, tmp_path / out, "--to", target, *more) == 0
+    for read_back, out in (("file.gguf", "from_gguf"), ("folder", "from_folder")):
+        assert export(tmp_path / read_back, tmp_path / out, "--to", "jax") == 0
+    tokens_BT, _ = expected("llama")
+    own, *others = (np.asarray(load(tmp_path / out)(tokens_BT)) for out in ("program", "from_gguf", "from_folder"))
+    for logits_BTV in others:
+        assert_agree(logits_BTV, own)
+    # the graph was compared with the model as it was written
 
 
 # --------------------------------------------------------------------------------------------------------- safetensors
