@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress.fitting import fitted_grid, refitted_grid
+from compress.fitting import fitted_grid
 from compress.forms import Int4, Int8
 from compress.grids import int4_grid, output_error
-from compress.rounding import DAMPING, awq, chosen, fitted_gptq, gptq
+from compress.rounding import DAMPING, awq, chosen, fitted_gptq, gptq, shrunk_gram
 
 N, M, GROUP = 48, 10, 16
 
@@ -86,21 +86,16 @@ def test_a_fitted_grid_makes_the_nearest_codes_nearer():
     assert sums[1].sum() < 0.9 * sums[0].sum()
 
 
-def test_a_refitted_grid_is_that_of_least_squares():
-    """Of given codes, by an independent solver, up to what keeping steps and zeros in few bits costs."""
-    w_nm, x_tn = drawn(11)
-    grid = int4_grid(jnp.asarray(w_nm), GROUP)
-    codes = np.asarray(grid.encode(w_nm))
-    found = refitted_grid(jnp.asarray(w_nm), jnp.asarray(x_tn.T @ x_tn), grid, jnp.asarray(codes))
-    ours = error(w_nm, found.decode(codes), x_tn)
-    groups = np.arange(N) // GROUP == np.arange(N // GROUP)[:, None]
-    for m in range(M):
-        columns = np.concatenate([groups * codes[:, m], -1.0 * groups]).T
-        best = np.linalg.lstsq(x_tn.astype(np.float64) @ columns, x_tn.astype(np.float64) @ w_nm[:, m], rcond=None)[0]
-        least = error(w_nm[:, m : m + 1], (columns @ best)[:, None], x_tn)[0]
-        before = error(w_nm[:, m : m + 1], grid.decode(codes)[:, m : m + 1], x_tn)[0]
-        assert least <= ours[m] * 1.0001
-        assert ours[m] - least < 0.2 * (before - least)
+def test_a_gram_of_few_tokens_is_shrunk():
+    """Codes chosen with it are better for other tokens than those that were fitted to what the few have in common."""
+    draw = np.random.default_rng(13)
+    mixed, w_nm = draw.standard_normal((N, N)), draw.standard_normal((N, M)).astype(np.float32)
+    few, many = (draw.standard_normal((tokens, N)).astype(np.float32) @ mixed for tokens in (N, 4000))
+    gram = jnp.asarray(few.T @ few, jnp.float32)
+    sums = [error(w_nm, run_gptq(w_nm, each), many).sum() for each in (gram, shrunk_gram(gram, len(few)))]
+    assert sums[1] < 0.95 * sums[0]
+    np.testing.assert_allclose(jnp.diagonal(shrunk_gram(gram, 7)), jnp.diagonal(gram), rtol=1e-6)
+    np.testing.assert_allclose(shrunk_gram(gram, 1e9), gram, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
