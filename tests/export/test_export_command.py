@@ -22,6 +22,7 @@ from inference.config import SampleConfig
 from inference.generate import generate
 from inference.opening import find_model
 from tests.export.conftest import assert_agree, expected, tokenizer
+from tests.export.llama_numbers import Numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = ["runtime.platform=cpu", "runtime.cpu_devices=8", "runtime.compile_cache=null"]
@@ -140,7 +141,9 @@ def test_the_small_program_writes_the_same_text(graph, golden):
 
 
 def test_a_gguf_file_is_read_back(changed, tmp_path):
-    """The same logits from float32, nearly the same from 16 bits and blocks; the same tokenizer."""
+    """The same logits from float32, nearly the same from 16 bits and blocks; the same tokenizer. What is read back says
+    what NumPy computes of the file.
+    """
     text, (tokens_BT, _), model = "The cat is in it", expected("llama"), changed("llama", hidden_act="silu")
     assert export(model, tmp_path / "program", "--to", "jax") == 0
     logits_BTV = np.asarray(load(tmp_path / "program")(tokens_BT))
@@ -150,6 +153,7 @@ def test_a_gguf_file_is_read_back(changed, tmp_path):
         assert export(file, tmp_path / kind, "--to", "jax") == 0
         ours = np.asarray(load(tmp_path / kind)(tokens_BT))
         np.testing.assert_allclose(ours, logits_BTV, rtol=0, atol=error * np.abs(logits_BTV).max())
+        assert_agree(np.stack([Numbers(file, exact=True).logits(tokens_T) for tokens_T in tokens_BT]), ours)
         read = load_tokenizer(TokenizerConfig("file", path=str(file)))
         own = JsonTokenizer(tokenizer(), "own")
         assert read.encode(text).tolist() == own.encode(text).tolist()

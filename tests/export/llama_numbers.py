@@ -42,11 +42,12 @@ class Numbers:
         return self.times(self.norm(x_TD, "output_norm"), head)
 
     def times(self, x_TN: np.ndarray, name: str) -> np.ndarray:
-        """x times the transposed matrix of this name, x rounded as its kind wants it."""
+        """x times the transposed matrix of this name, x rounded as its kind wants it, and its bias if there is one."""
         kind, w_MN = self.kinds[f"{name}.weight"], self.weights[f"{name}.weight"].astype(np.float32)
         if kind == KINDS.Q8_0 and not self.exact:
             x_TN = blocks_of_int8(x_TN)
-        return (self.half(x_TN) if kind == KINDS.F16 else x_TN) @ w_MN.T
+        y_TM = (self.half(x_TN) if kind == KINDS.F16 else x_TN) @ w_MN.T
+        return y_TM + self.weights.get(f"{name}.bias", np.float32(0))
 
     def attend(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Causal attention of one sequence, heads side by side."""
