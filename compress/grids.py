@@ -115,9 +115,19 @@ def int4_grid(w_nm: jax.Array, group: int, shrink_Gm: jax.Array | float = 1.0) -
     w_Ggm = w_nm.reshape(-1, group, w_nm.shape[1])
     low_Gm = jnp.minimum(jnp.min(w_Ggm, axis=1), 0) * shrink_Gm
     high_Gm = jnp.maximum(jnp.max(w_Ggm, axis=1), 0) * shrink_Gm
-    step_Gm = _step((high_Gm - low_Gm) / LARGEST_INT4)
-    zero_Gm = jnp.round(-low_Gm / step_Gm.astype(jnp.float32) * ZERO_PARTS)
-    return Grid(step_Gm, jnp.clip(zero_Gm, 0, LARGEST_INT4 * ZERO_PARTS).astype(jnp.uint8))
+    return grid_of((high_Gm - low_Gm) / LARGEST_INT4, -low_Gm)
+
+
+def grid_of(step_Gm: jax.Array, offset_Gm: jax.Array) -> Grid:
+    """The grid of int4 nearest to these steps and offsets (the zero times the step), as it is kept."""
+    kept_Gm = _step(step_Gm)
+    zero_Gm = jnp.round(offset_Gm / kept_Gm.astype(jnp.float32) * ZERO_PARTS)
+    return Grid(kept_Gm, jnp.clip(zero_Gm, 0, LARGEST_INT4 * ZERO_PARTS).astype(jnp.uint8))
+
+
+def output_error(change_nm: jax.Array, gram_nn: jax.Array) -> jax.Array:
+    """The squared change of each output, summed over the tokens of the gram: (m,)."""
+    return jnp.sum(change_nm * (gram_nn @ change_nm), axis=0)
 
 
 def nf4_levels(w_nm: jax.Array, group: int) -> Levels:

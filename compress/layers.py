@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from compress.forms import Int4, dense, numbers_of, quantised_rows
 from compress.pruning import Sparse
-from compress.rounding import chosen
+from compress.rounding import chosen, shrunk_gram
 from compress.watching import noted, watching
 from model.forms import Form, Forms, Path, branch, of_block, replaced
 from model.specs import LAYERS, ParameterSpec, RandomKey, map_specs
@@ -58,7 +58,8 @@ def quantise(
             outside = {name: value for name, value in found.items() if name != LAYERS}
             begun = jax.jit(partial(dense, around))(outside)
             walk = Walk(description, mesh, list(of_block(forms)), begun, samples_NT)
-        matrices = _matrices(description, target, mesh, method, of_block(forms))
+        tokens = 0 if samples_NT is None else samples_NT.size
+        matrices = _matrices(description, target, mesh, method, of_block(forms), tokens)
         cut = jax.jit(
             lambda stacked, row: jax.tree.map(lambda p: p[row], stacked),
             out_shardings=layer_shardings(description, mesh),
@@ -113,9 +114,13 @@ class Matrix:
 class Programs:
     """What is compiled for all matrices of one shape, layout and form."""
 
-    def __init__(self, spec: ParameterSpec, form: Form, method: str, kept: dict[str, ParameterSpec], mesh: Mesh):
-        """`spec` is that of the float weight in one layer, `kept` those of what is kept of all layers."""
-        self.spec, self.form, self.method = spec, form, method
+    def __init__(
+        self, spec: ParameterSpec, form: Form, method: str, kept: dict[str, ParameterSpec], mesh: Mesh, tokens: float
+    ):
+        """`spec` is that of the float weight in one layer, `kept` those of what is kept of all layers; `tokens` is how
+        many a gram is of.
+        """
+        self.spec, self.form, self.method, self.tokens = spec, form, method, tokens
         place = lambda spec: parameter_sharding(mesh, spec.shape, spec.axes)
         one, all_ = map_specs(lambda spec: place(spec.of_one_layer()), kept), map_specs(place, kept)
         self.quantise = jax.jit(self._kept, out_shardings=one)
@@ -137,13 +142,15 @@ class Programs:
             w_nm = weight.astype(jnp.float32).reshape(inputs, -1)
             if isinstance(self.form, Sparse):
                 return self.form.kept(spec, w_nm, gram)
+            if gram is not None:
+                gram = shrunk_gram(gram, self.tokens)
             return self.form.kept(spec, *chosen(self.form, self.method, w_nm, gram, group))
 
         return (jax.vmap(one) if self.spec.batch else one)(weight, gram)
 
 
 def _matrices(
-    description: Description, target: Description, mesh: Mesh, method: str, paths: Iterable[Path]
+    description: Description, target: Description, mesh: Mesh, method: str, paths: Iterable[Path], tokens: int
 ) -> dict[Path, Matrix]:
     """The matrices at these paths of a block; those alike share what is compiled."""
     found, programs = {}, {}
@@ -154,7 +161,9 @@ def _matrices(
         kept = {name: plain(one) for name, one in branch(target.specs, place).items() if name != "bias"}
         key = spec, form, tuple(kept.items())
         if key not in programs:
-            programs[key] = Programs(spec, form, method, kept, mesh)
+            c = description.config
+            its = tokens * c.experts_per_token / c.experts if spec.batch else tokens  # of an expert, on the average
+            programs[key] = Programs(spec, form, method, kept, mesh, its)
         found[path] = Matrix(programs[key], programs[key].empty())
     return found
 

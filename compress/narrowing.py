@@ -49,8 +49,7 @@ class Sizes:
             raise ValueError(f"--layers: model.window_pattern={c.window_pattern} would then fall on other layers")
         if self.kv_heads not in (None, c.kv_heads) and c.qk_norm and c.qk_norm_dims == "all":
             raise ValueError("--kv-heads: the model norms all heads together (model.qk_norm_dims=all)")
-        made = replace(c, **asked)
-        return replace(made, heads=made.kv_heads * (c.heads // c.kv_heads)) if self.kv_heads else replace(made)
+        return replace(c, **asked, heads=asked.get("kv_heads", c.kv_heads) * (c.heads // c.kv_heads))
 
 
 def narrowed(

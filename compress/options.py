@@ -1,17 +1,15 @@
 """The command line of `python -m compress`. No JAX here: a mistake is told before anything slow is imported."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint.config import NEWEST, step
+from checkpoint.arguments import check_settings, count, model_parser, whole
 from compress.recipes import GROUP, RECIPES, TABLES
 from runtime.arguments import Parser
 
 SETTINGS = ("mesh", "runtime", "data")  # groups of a model's settings in which some may be set anew
-ALLOWED = re.compile(r"(mesh|runtime)\.\w+=|data\.cache=")
-MAY_BE_SET = "mesh.*, runtime.*, data.cache"
+MAY_BE_SET = ("mesh.*", "runtime.*", "data.cache")
 SIZES = ("layers", "kv_heads", "ffn")
 COMPARE = "compare"  # in the place of MODEL
 CORPORA = ("stdlib", "movie_reviews")  # values of --data that are no path
@@ -22,20 +20,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if arguments[:1] == [COMPARE]:
         return _parse_comparison(arguments[1:])
     recipes = "\n".join(f"  {name:14} {recipe.words}" for name, recipe in RECIPES.items())
-    parser = Parser(
+    parser = model_parser(
         "python -m compress",
-        description="Quantises, prunes or narrows a trained model; writes a folder that loads wherever a run does.",
-        usage="%(prog)s MODEL OUT --recipe RECIPE [options] [key=value ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"recipes:\n{recipes}\n\nsettings, as for train.py: {MAY_BE_SET}, as in mesh.tensor=2\n"
+        "Quantises, prunes or narrows a trained model; writes a folder that loads wherever a run does.",
+        out="folder",
+        required="--recipe RECIPE",
+        epilog=f"recipes:\n{recipes}\n\nsettings, as for train.py: {', '.join(MAY_BE_SET)}, as in mesh.tensor=2\n"
         "What it cost is printed, and written to OUT/cost.md and OUT/cost.json.\n"
         f"python -m compress {COMPARE} OUT ... puts several beside each other.",
     )
-    parser.add_argument("model", metavar="MODEL", type=_model, help="run directory, Hugging Face folder or .gguf file")
-    parser.add_argument("out", metavar="OUT", type=_free, help="folder to make")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings")
     parser.add_argument("--recipe", choices=RECIPES, required=True, help="see below")
-    parser.add_argument("--group", type=_count, default=GROUP, metavar="N", help=f"inputs of a step in int4 ({GROUP})")
+    parser.add_argument("--group", type=count, default=GROUP, metavar="N", help=f"inputs of a step in int4 ({GROUP})")
     parser.add_argument(
         "--tables", choices=TABLES, default="int8", help="the token tables: int8 by row, or as they are"
     )
@@ -45,10 +40,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"text to calibrate and to measure with: files, a prepared corpus, {' or '.join(CORPORA)} "
         "(of a run its own data; else stdlib)",
     )
-    parser.add_argument("--samples", type=_count, default=32, metavar="N", help="rows of calibration text (32)")
-    parser.add_argument("--length", type=_count, default=256, metavar="N", help="tokens of a row (256)")
-    parser.add_argument("--heldout", type=_count, default=32, metavar="N", help="rows of held-out text to measure (32)")
-    parser.add_argument("--generate", type=_number, default=32, metavar="N", help="tokens to time; 0: no speed (32)")
+    parser.add_argument("--samples", type=count, default=32, metavar="N", help="rows of calibration text (32)")
+    parser.add_argument("--length", type=count, default=256, metavar="N", help="tokens of a row (256)")
+    parser.add_argument("--heldout", type=count, default=32, metavar="N", help="rows of held-out text to measure (32)")
+    parser.add_argument("--generate", type=whole, default=32, metavar="N", help="tokens to time; 0: no speed (32)")
     parser.add_argument(
         "--wide",
         type=_patterns,
@@ -59,16 +54,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--share", type=_share, default=0.5, metavar="X", help="of the weights that become zero (0.5)")
     words = {"layers": "layers", "kv-heads": "heads of keys and values, with their queries", "ffn": "entries of ffn"}
     for name, what in words.items():
-        parser.add_argument(f"--{name}", type=_count, metavar="N", help=f"narrow: {what} that stay (all)")
-    parser.add_argument("--step", type=step, default=NEWEST, metavar="best|last|N", help="checkpoint of a run (last)")
+        parser.add_argument(f"--{name}", type=count, metavar="N", help=f"narrow: {what} that stay (all)")
     options = parser.parse_intermixed_args(list(arguments))
     options.sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
     if bool(options.sizes) != (options.recipe == "narrow"):
         parser.error(
             f"--recipe {options.recipe}: --layers, --kv-heads and --ffn say what stays, of --recipe narrow alone"
         )
-    if strange := next((word for word in options.overrides if not ALLOWED.match(word)), None):
-        parser.error(f"{strange} is no setting of compression ({MAY_BE_SET})")
+    check_settings(parser, options.overrides, MAY_BE_SET, "compression")
+    if (options.model / "compressed").exists():
+        parser.error(f"{options.model} is compressed already: give what it was made of")
     return options
 
 
@@ -87,27 +82,6 @@ def _picture(text: str) -> Path:
     return Path(text)
 
 
-def _model(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() and not any((path / name).is_file() for name in ("config.yaml", "config.json")):
-        raise argparse.ArgumentTypeError(f"{text} is no run and no Hugging Face folder: no config.yaml, no config.json")
-    if (path / "compressed").exists():
-        raise argparse.ArgumentTypeError(f"{text} is compressed already: give what it was made of")
-    return path
-
-
-def _free(text: str) -> Path:
-    if Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text} is there already: choose another folder")
-    return Path(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no whole number")
-    return int(text)
-
-
 def _patterns(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
@@ -119,10 +93,4 @@ def _share(text: str) -> float:
         number = 0.0
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
-    return number
-
-
-def _count(text: str) -> int:
-    if (number := _number(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number

@@ -5,22 +5,20 @@ multiplied with. The error that GPTQ and AWQ make small is that of the outputs o
 of: |x (w' - w)|^2 summed over tokens is the diagonal of (w' - w)^T gram (w' - w), an entry for each output.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from compress.fitting import fitted_grid, pick
 from compress.forms import Fp8, Int4, Int8, Nf4
-from compress.grids import Floats, Grid, Levels, fp8_floats, int4_grid, int8_grid, nearest, nf4_levels
+from compress.grids import Floats, Grid, Levels, fp8_floats, int4_grid, int8_grid, nearest, nf4_levels, output_error
 
 DAMPING = 0.01  # of the mean of the gram's diagonal, added to it: calibration tokens are fewer than inputs may need
-BLOCK = 128  # inputs after which the codes chosen are subtracted from all that are left
+BLOCK = 32  # inputs after which the codes chosen are subtracted from all that are left
 POWERS = 20  # of the inputs' sizes that AWQ tries
 SHRINKS = tuple(1 - 0.05 * step for step in range(1, 9))  # of groups' ranges that AWQ tries beside the whole
-
-
-def output_error(change_nm: jax.Array, gram_nn: jax.Array) -> jax.Array:
-    """The squared change of each output, summed over the tokens of the gram: (m,)."""
-    return jnp.sum(change_nm * (gram_nn @ change_nm), axis=0)
 
 
 def rounded(form: Int8 | Int4, w_nm: jax.Array, group: int) -> tuple[Grid | Levels | Floats, jax.Array]:
@@ -32,6 +30,16 @@ def rounded(form: Int8 | Int4, w_nm: jax.Array, group: int) -> tuple[Grid | Leve
     else:
         grid = nf4_levels(w_nm, group) if isinstance(form, Nf4) else int4_grid(w_nm, group)
     return grid, grid.encode(w_nm)
+
+
+def shrunk_gram(gram_nn: jax.Array, tokens: float) -> jax.Array:
+    """A gram of so many tokens as it is believed: what two inputs have in common is taken n / (n + tokens) smaller.
+
+    The fewer tokens there are for n inputs, the more of it is chance, which a method would otherwise fit the codes to
+    (a shrinkage as of Ledoit and Wolf 2004, with a share that is a rule of thumb here).
+    """
+    share = len(gram_nn) / (len(gram_nn) + tokens)
+    return (1 - share) * gram_nn + share * jnp.diag(jnp.diagonal(gram_nn))
 
 
 # ---------------------------------------------------------------------------------------------------------------- GPTQ
@@ -52,24 +60,23 @@ def gptq(w_nm: jax.Array, gram_nn: jax.Array, grid: Grid) -> jax.Array:
     step_nm, zero_nm = pad(step_nm[order_n], 1.0), pad(zero_nm[order_n])
     factor_nn = jnp.pad(factor_nn, ((0, padding), (0, padding))) + jnp.diag(jnp.arange(len(step_nm)) >= len(w_nm))
 
-    def one_input(start, i, carry):
-        rest_bm, change_bm, codes_nm = carry
-        at, diagonal = start + i, factor_nn[start + i, start + i]
-        step_m, zero_m = step_nm[at], zero_nm[at]
-        code_m = nearest(rest_bm[i], step_m, zero_m, low, high)
-        change_m = (rest_bm[i] - (code_m - zero_m) * step_m) / diagonal
-        after_b = jax.lax.dynamic_slice(factor_nn, (at, start), (1, BLOCK))[0] * (jnp.arange(BLOCK) > i)
-        rest_bm = rest_bm - after_b[:, None] * change_m
-        return rest_bm, change_bm.at[i].set(change_m), codes_nm.at[at].set(code_m)
+    def one_input(block, i, carry):
+        rest_bm, change_bm, codes_bm = carry
+        step_bm, zero_bm, inside_bb = block
+        code_m = nearest(rest_bm[i], step_bm[i], zero_bm[i], low, high)
+        change_m = (rest_bm[i] - (code_m - zero_bm[i]) * step_bm[i]) / inside_bb[i, i]
+        after_b = inside_bb[i] * (jnp.arange(BLOCK) > i)
+        return rest_bm - after_b[:, None] * change_m, change_bm.at[i].set(change_m), codes_bm.at[i].set(code_m)
 
-    def one_block(block, carry):
+    def one_block(number, carry):
         rest_nm, codes_nm = carry
-        start = block * BLOCK
-        rest_bm = jax.lax.dynamic_slice_in_dim(rest_nm, start, BLOCK)
-        inside = rest_bm, jnp.zeros_like(rest_bm), codes_nm
-        step = lambda i, carry: one_input(start, i, carry)
-        _, change_bm, codes_nm = jax.lax.fori_loop(0, BLOCK, step, inside)
-        rows_bn = jax.lax.dynamic_slice_in_dim(factor_nn, start, BLOCK)
+        start = number * BLOCK
+        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, start, BLOCK)
+        rows_bn = rows(factor_nn)
+        block = rows(step_nm), rows(zero_nm), jax.lax.dynamic_slice_in_dim(rows_bn, start, BLOCK, axis=1)
+        begin = rows(rest_nm), jnp.zeros_like(block[0]), jnp.zeros_like(block[0])
+        _, change_bm, codes_bm = jax.lax.fori_loop(0, BLOCK, partial(one_input, block), begin)
+        codes_nm = jax.lax.dynamic_update_slice_in_dim(codes_nm, codes_bm, start, axis=0)
         return rest_nm - rows_bn.T @ change_bm, codes_nm  # what stands before is wrong now, and not read again
 
     begin = pad(w_nm[order_n]), jnp.zeros_like(step_nm)
@@ -93,6 +100,15 @@ def _better(w_nm, gram_nn, grid: Grid, ours_nm: jax.Array, theirs_nm: jax.Array)
     """For each output the codes with the smaller error; theirs where ours are no numbers."""
     error = lambda q_nm: output_error(grid.decode(q_nm) - w_nm, gram_nn)
     return jnp.where(error(ours_nm) <= error(theirs_nm), ours_nm, theirs_nm)
+
+
+def fitted_gptq(w_nm: jax.Array, gram_nn: jax.Array, group: int) -> tuple[Grid, jax.Array]:
+    """A fitted grid and codes by GPTQ. An output for which rounding to its whole range is better has that."""
+    grid, plain = fitted_grid(w_nm, gram_nn, group), int4_grid(w_nm, group)
+    ours_nm, theirs_nm = gptq(w_nm, gram_nn, grid), plain.encode(w_nm)
+    error = lambda grid, q_nm: output_error(grid.decode(q_nm) - w_nm, gram_nn)
+    ours_m = error(grid, ours_nm) <= error(plain, theirs_nm)
+    return pick(ours_m, grid, plain), jnp.where(ours_m, ours_nm, theirs_nm)
 
 
 # ----------------------------------------------------------------------------------------------------------------- AWQ
@@ -152,5 +168,7 @@ def chosen(form: Int8 | Int4, method: str, w_nm, gram_nn, group: int) -> tuple[G
     """The grid, the codes int32 (n, m), and the factor of each input that they want (n,), if any."""
     if method == "awq" and isinstance(form, Int4):
         return awq(w_nm, gram_nn, group)
+    if method == "gptq" and type(form) is Int4:
+        return *fitted_gptq(w_nm, gram_nn, group), None
     grid, q_nm = rounded(form, w_nm, group)
     return grid, gptq(w_nm, gram_nn, grid) if method == "gptq" else q_nm, None

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compress.fitting import fitted_grid
 from compress.forms import Int4, Int8
-from compress.grids import int4_grid
-from compress.rounding import DAMPING, awq, chosen, gptq, output_error
+from compress.grids import int4_grid, output_error
+from compress.rounding import DAMPING, awq, chosen, fitted_gptq, gptq, shrunk_gram
 
 N, M, GROUP = 48, 10, 16
 
@@ -62,6 +63,41 @@ def test_gptq_is_that_of_its_definition():
     assert same.mean() > 0.97  # a rounding that ties in float32 moves those behind it
 
 
+@pytest.mark.parametrize("tokens", [256, 20])
+def test_a_fitted_grid_is_never_worse(tokens):
+    """For no output than rounding, in all better than GPTQ on the grid of smallest and largest weights."""
+    w_nm, x_tn = drawn(7, tokens)
+    plain = int4_grid(jnp.asarray(w_nm), GROUP)
+    theirs = error(w_nm, plain.decode(plain.encode(w_nm)), x_tn)
+    grid, codes = jax.jit(lambda w, gram: fitted_gptq(w, gram, GROUP))(w_nm, x_tn.T @ x_tn)
+    ours = error(w_nm, grid.decode(codes), x_tn)
+    assert np.all(ours <= theirs * 1.001)
+    assert ours.sum() < 0.9 * error(w_nm, run_gptq(w_nm, x_tn.T @ x_tn), x_tn).sum()
+
+
+def test_a_fitted_grid_makes_the_nearest_codes_nearer():
+    """Counted by the inputs' squares; the grid of whole ranges is among those that were tried."""
+    w_nm, x_tn = drawn(8)
+    size_n1 = np.square(x_tn).sum(0)[:, None]
+    sums = []
+    for grid in (int4_grid(jnp.asarray(w_nm), GROUP), fitted_grid(jnp.asarray(w_nm), x_tn.T @ x_tn, GROUP)):
+        sums.append((size_n1 * np.square(grid.decode(grid.encode(w_nm)) - w_nm)).reshape(-1, GROUP, M).sum(1))
+    assert np.all(sums[1] <= sums[0] * 1.001)
+    assert sums[1].sum() < 0.9 * sums[0].sum()
+
+
+def test_a_gram_of_few_tokens_is_shrunk():
+    """Codes chosen with it are better for other tokens than those that were fitted to what the few have in common."""
+    draw = np.random.default_rng(13)
+    mixed, w_nm = draw.standard_normal((N, N)), draw.standard_normal((N, M)).astype(np.float32)
+    few, many = (draw.standard_normal((tokens, N)).astype(np.float32) @ mixed for tokens in (N, 4000))
+    gram = jnp.asarray(few.T @ few, jnp.float32)
+    sums = [error(w_nm, run_gptq(w_nm, each), many).sum() for each in (gram, shrunk_gram(gram, len(few)))]
+    assert sums[1] < 0.95 * sums[0]
+    np.testing.assert_allclose(jnp.diagonal(shrunk_gram(gram, 7)), jnp.diagonal(gram), rtol=1e-6)
+    np.testing.assert_allclose(shrunk_gram(gram, 1e9), gram, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_awq_is_better_than_rounding(seed):
     w_nm, x_tn = drawn(seed)
@@ -80,7 +116,7 @@ def test_inputs_that_never_come_do_no_harm():
         grid, codes, factor_n = chosen(Int4(GROUP), method, jnp.asarray(w_nm), jnp.asarray(x_tn.T @ x_tn), GROUP)
         assert np.all(np.isfinite(grid.decode(codes)))
     grid, codes, _ = chosen(Int4(GROUP), "gptq", jnp.asarray(w_nm), jnp.zeros((N, N)), GROUP)
-    np.testing.assert_array_equal(codes, grid.encode(w_nm))
+    np.testing.assert_array_equal(codes, grid.encode(w_nm))  # no tokens: the nearest codes
 
 
 def test_the_error_is_that_of_the_outputs():

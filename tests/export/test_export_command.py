@@ -12,6 +12,8 @@ import pytest
 
 from checkpoint.huggingface.opened import open_pretrained
 from checkpoint.huggingface.safetensors import Safetensors
+from compress.__main__ import main as compress
+from compress.options import parse as parse_compress
 from data.tokenizer import JsonTokenizer, TokenizerConfig, load_tokenizer
 from export.__main__ import main
 from export.options import parse
@@ -20,10 +22,11 @@ from inference.config import SampleConfig
 from inference.generate import generate
 from inference.opening import find_model
 from tests.export.conftest import assert_agree, expected, tokenizer
+from tests.export.llama_numbers import Numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = ["runtime.platform=cpu", "runtime.cpu_devices=8", "runtime.compile_cache=null"]
-GRAPHS = ("llama", "gpt2", "gpt_neox")
+GRAPHS = ("llama", "gpt2", "gpt_neox", "qwen3")
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}  # the golden ones have scalings by length
 OTHERS = {
     "gemma2": {"rope_parameters": LINEAR},
@@ -138,7 +141,9 @@ def test_the_small_program_writes_the_same_text(graph, golden):
 
 
 def test_a_gguf_file_is_read_back(changed, tmp_path):
-    """The same logits from float32, nearly the same from 16 bits and blocks; the same tokenizer."""
+    """The same logits from float32, nearly the same from 16 bits and blocks; the same tokenizer. What is read back says
+    what NumPy computes of the file.
+    """
     text, (tokens_BT, _), model = "The cat is in it", expected("llama"), changed("llama", hidden_act="silu")
     assert export(model, tmp_path / "program", "--to", "jax") == 0
     logits_BTV = np.asarray(load(tmp_path / "program")(tokens_BT))
@@ -148,10 +153,34 @@ def test_a_gguf_file_is_read_back(changed, tmp_path):
         assert export(file, tmp_path / kind, "--to", "jax") == 0
         ours = np.asarray(load(tmp_path / kind)(tokens_BT))
         np.testing.assert_allclose(ours, logits_BTV, rtol=0, atol=error * np.abs(logits_BTV).max())
+        assert_agree(np.stack([Numbers(file, exact=True).logits(tokens_T) for tokens_T in tokens_BT]), ours)
         read = load_tokenizer(TokenizerConfig("file", path=str(file)))
         own = JsonTokenizer(tokenizer(), "own")
         assert read.encode(text).tolist() == own.encode(text).tolist()
         assert read.eos_id == own.eos_id
+
+
+# ------------------------------------------------------------------------------------------------------------ narrowed
+
+
+def test_a_narrowed_published_model_is_exported(changed, tmp_path):
+    """Without a layer, a head and a third of ffn, in four formats: each says what the narrow model does."""
+    text, narrow = tmp_path / "text.txt", tmp_path / "narrow"
+    text.write_text("the cat is in it, and on the mat. " * 60)
+    few = ["--samples", "8", "--length", "16", "--generate", "0", "--heldout", "8", "--data", text, "mesh.data=8"]
+    words = [changed("llama", hidden_act="silu"), narrow, "--recipe", "narrow", *few, *DEVICES]
+    assert compress(parse_compress([*map(str, words), "--layers", "1", "--kv-heads", "2", "--ffn", "24"])) == 0
+    assert find_model(narrow, DEVICES).config.model.ffn == 24
+    for target, out in (("jax", "program"), ("onnx", "graph"), ("gguf", "file.gguf"), ("safetensors", "folder")):
+        more = {"onnx": ["--length", "40"], "gguf": ["--length", "40", "--type", "f32"]}.get(target, [])
+        assert export(narrow, tmp_path / out, "--to", target, *more) == 0
+    for read_back, out in (("file.gguf", "from_gguf"), ("folder", "from_folder")):
+        assert export(tmp_path / read_back, tmp_path / out, "--to", "jax") == 0
+    tokens_BT, _ = expected("llama")
+    own, *others = (np.asarray(load(tmp_path / out)(tokens_BT)) for out in ("program", "from_gguf", "from_folder"))
+    for logits_BTV in others:
+        assert_agree(logits_BTV, own)
+    # the graph was compared with the model as it was written
 
 
 # --------------------------------------------------------------------------------------------------------- safetensors
@@ -186,7 +215,7 @@ def test_a_folder_for_transformers_is_reached_from_here(golden, tmp_path):
         ("llama", ["--to", "tflite"], "tflite"),
         ("llama", ["--to", "onnx", "--type", "f16"], "--type is an option of --to gguf, not of onnx"),
         ("llama", ["--to", "jax", "train.steps=3"], "train.steps=3 is no setting of an export"),
-        ("llama", ["--to", "onnx", "--length", "0"], "0 is no number of tokens"),
+        ("llama", ["--to", "onnx", "--length", "0"], "0 is less than 1"),
         ("gpt2", ["--to", "onnx", "--length", "999"], "--length 999 is more than the model's 48 learned positions"),
         ("nothing", ["--to", "jax"], "nothing"),
     ],

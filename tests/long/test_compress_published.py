@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from compress.__main__ import losses_of
@@ -19,6 +20,8 @@ from compress.text import open_text, rows_of_text
 from data.corpus import DataConfig, documents
 from evaluation.scoring import Scorer
 from inference.opening import find_model
+from model.transformer import describe
+from parallel.mesh import AXES, make_mesh
 
 REVIEWS, ROWS, LENGTH, GROUP = 600, 8, 256, 64
 
@@ -33,19 +36,20 @@ def measured(tmp_path_factory):
     found = find_model(path, ["mesh.data=1", "mesh.tensor=8"] if jax.device_count() == 8 else [])
     data = DataConfig(source="text", path=str(place / "reviews.jsonl"), cache=str(place / "cache"))
     text = open_text(data, found.config.tokenizer, found.tokenizer, place / "none")
+    calibration = rows_of_text(text, "train", ROWS, LENGTH)[:, :-1]
+    heldout = rows_of_text(text, "heldout", ROWS, LENGTH)
+    mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])  # simulated devices would share these cores
     model = found.open()
-    with jax.set_mesh(model.mesh):
-        calibration = rows_of_text(text, "train", ROWS, LENGTH)[:, :-1]
-        heldout = rows_of_text(text, "heldout", ROWS, LENGTH)
-        scorer = lambda description, params: Scorer(description, params, model.mesh, model.dtype)
-        loss = lambda description, params: losses_of(scorer(description, params), heldout).mean()
-        whole, changes = loss(model.description, model.params), {}
+    with jax.set_mesh(mesh):
+        description = describe(found.config.model)
+        params = jax.device_put(jax.tree.map(np.asarray, model.params), description.shardings(mesh))
+        loss = lambda description, params: losses_of(Scorer(description, params, mesh, model.dtype), heldout).mean()
+        whole, changes = loss(description, params), {}
         for name in ("int8", "int4", "int4-gptq", "magnitude-2of4", "wanda-2of4"):
             recipe = RECIPES[name]
-            forms = forms_for(model.description, recipe, GROUP, tables=True)
+            forms = forms_for(description, recipe, GROUP, tables=True)
             samples = calibration if recipe.calibrated else None
-            how = model.description, model.params, model.mesh, forms, recipe.method, samples
-            changes[name] = loss(*quantise(*how)) / whole - 1
+            changes[name] = loss(*quantise(description, params, mesh, forms, recipe.method, samples)) / whole - 1
     return changes
 
 
@@ -54,7 +58,7 @@ def test_int8_costs_a_thousandth_at_most(measured):
 
 
 def test_calibrated_int4_is_better_than_rounded(measured):
-    assert measured["int4-gptq"] < 0.6 * measured["int4"]
+    assert measured["int4-gptq"] < 0.5 * measured["int4"]
 
 
 def test_wanda_is_better_than_magnitude_in_cuts_of_four(measured):
