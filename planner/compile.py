@@ -15,14 +15,9 @@ from pathlib import Path
 from planner.cost import Planner, Prediction
 from planner.machine import torus_dims
 from planner.report import command
+from runtime.compiler_flags import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
-# What each compiler needs: no accelerator is to be looked for, nothing is there to tune on
-ENVIRONMENT = {
-    "cpu": {"JAX_PLATFORMS": "cpu"},
-    "tpu": {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"},
-    "gpu": {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"},
-}
 GPUS = ("H100", "H200")  # kinds that performance.targets can describe to the compiler
 SECONDS = 1800  # that one compilation may take
 
@@ -82,11 +77,20 @@ def interpreter(platform: str) -> Path:
     return python
 
 
-def compiled(planner: Planner, prediction: Prediction, settings: list[str]) -> Compiled:
-    """Compiles the real training step of a layout. Raises ValueError where the compiler refuses it, with its reason."""
+def question(planner: Planner, settings: list[str]) -> dict:
+    """What planner.compiled_step is asked of a run with these settings. Raises ValueError as `topology`."""
+    machine = planner.machine
+    asked = {"platform": machine.platform, "topology": topology(planner), "settings": settings}
+    return asked | {"machine": machine.kind, "memory": machine.memory_gib * 2**30}
+
+
+def compiled(planner: Planner, prediction: Prediction, settings: list[str], text: Path | None = None) -> Compiled:
+    """Compiles the real training step of a layout, and writes the program's text where `text` says.
+
+    Raises ValueError where the compiler refuses it, with its reason.
+    """
     platform = planner.machine.platform
-    asked = {"platform": platform, "topology": topology(planner), "settings": command(settings, prediction)}
-    asked |= {"machine": planner.machine.kind, "memory": planner.machine.memory_gib * 2**30}
+    asked = question(planner, command(settings, prediction)) | ({"text": str(text)} if text else {})
     child = subprocess.run(
         [interpreter(platform), "-m", "planner.compiled_step"],
         input=json.dumps(asked),

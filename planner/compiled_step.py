@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 
@@ -18,14 +19,16 @@ from parallel.mesh import make_mesh
 from performance import hlo
 from performance.collectives import collectives, summary
 from performance.roofline import MACHINES, kernels
-from performance.targets import H200
+from performance.targets import gpus, tpus
+from runtime import compiler_flags
 from runtime.exit_codes import DONE, MISTAKE
-from runtime.start import GPU_FLAGS, add_flags, start
-from runtime.xla_flags import known
+from runtime.files import replace_text
+from runtime.start import start
 from training.job import abstract_batch, make_job
 
-NOT_THERE = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")  # nothing to tune on
 PRICED = {"H100": "h100", "H200": "h200", "^TPU v5p?$": "v5p"}  # kinds whose kernels have a least time
+CONTROL = ("while", "conditional", "call", "async-start")  # what these call has kernels of its own
+NO_ARRAY = ("parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "constant", "bitcast")
 
 
 def devices_of(asked: dict, config: Config) -> list:
@@ -33,20 +36,16 @@ def devices_of(asked: dict, config: Config) -> list:
     if asked["platform"] == "cpu":
         start(replace(config.runtime, platform="cpu", cpu_devices=int(asked["topology"])))
         return jax.devices()
-    from jax.experimental import topologies
-
     if asked["platform"] == "tpu":
-        return topologies.get_topology_desc(asked["topology"], platform="tpu").devices
-    target = H200.replace("150000000000", str(int(asked["memory"])))
-    if asked["machine"] == "H100":
-        target = target.replace("4800000000000", "3350000000000").replace("NVIDIA H200", "NVIDIA H100 80GB HBM3")
-    return topologies.get_topology_desc(platform="cuda", target_config=target, topology=asked["topology"]).devices
+        return tpus(asked["topology"])
+    hosts, _, each = asked["topology"].split("x")
+    return gpus(asked["machine"].lower(), int(hosts), int(each), memory=asked["memory"])
 
 
 def compiled(asked: dict) -> dict:
     """Compiles it; nothing is allocated. Raises what the compiler raises."""
-    if asked["platform"] == "gpu":
-        add_flags(known((*GPU_FLAGS, *NOT_THERE)))
+    if asked["platform"] != "cpu":
+        compiler_flags.add(asked["platform"], devices=False)
     config, began = compose.load(asked["settings"]), time.perf_counter()
     devices = devices_of(asked, config)
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
@@ -56,6 +55,8 @@ def compiled(asked: dict) -> dict:
         batch = abstract_batch(config.train, mesh, segments=config.data.segments)
         program = job.step.trace(job.abstract, batch).lower(lowering_platforms=(target,)).compile()
     memory, text = program.memory_analysis(), program.as_text()
+    if asked.get("text"):
+        replace_text(Path(asked["text"]), text)
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
@@ -69,24 +70,31 @@ def compiled(asked: dict) -> dict:
 
 
 def exchanged(text: str, mesh) -> list[dict]:
-    """Collectives by kind and axes, the largest first."""
-    found = sorted(summary(collectives(text, mesh)).items(), key=lambda row: -row[1][1])
-    apart = lambda kind: f"{kind}-start" in text or "async_collective_fusion_config" in text
-    return [
-        {"kind": kind, "axes": list(axes), "times": times, "bytes": size, "asynchronous": apart(kind)}
-        for (kind, axes), (times, size) in found
+    """Collectives by kind, axes and whether they are waited for at once, the largest first."""
+    found = collectives(text, mesh)
+    rows = [
+        {"kind": kind, "axes": list(axes), "times": times, "bytes": size, "asynchronous": apart}
+        for apart in (True, False)
+        for (kind, axes), (times, size) in summary([c for c in found if c.asynchronous == apart]).items()
     ]
+    return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def largest(text: str, count: int = 3) -> list[tuple[str, float]]:
-    """The largest arrays that the program's instructions make, parameters apart."""
-    sizes = {}
-    for computation in hlo.parse(text)[0].values():
-        for instruction in computation.values():
-            if instruction.opcode in ("parameter", "tuple", "get-tuple-element", "while", "constant", "bitcast"):
-                continue
-            for array in hlo.arrays(instruction.shape):
-                sizes[f"{array.dtype}[{','.join(map(str, array.dims))}]"] = array.bytes
+    """The largest arrays that lie in memory, parameters apart: results of kernels, and not what is inside of them."""
+    sizes, computations = {}, hlo.parse(text)[0]
+    inside = {
+        name
+        for computation in computations.values()
+        for instruction in computation.values()
+        if instruction.opcode not in CONTROL
+        for name in instruction.called("calls", "to_apply")
+    }
+    for name, computation in computations.items():
+        for instruction in computation.values() if name not in inside else ():
+            if instruction.opcode not in NO_ARRAY:
+                for array in hlo.arrays(instruction.shape):
+                    sizes[f"{array.dtype}[{','.join(map(str, array.dims))}]"] = array.bytes
     return sorted(sizes.items(), key=lambda item: -item[1])[:count]
 
 
