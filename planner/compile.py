@@ -33,7 +33,7 @@ class Compiled:
     flops: float | None  # of a device, loops once; None where the compiler does not say
     collectives: list[dict]  # kind, axes, times, bytes, asynchronous
     largest: list[tuple[str, float]]  # shapes of temporaries and their bytes
-    least_s: float | None  # the least time of all kernels (performance.roofline)
+    least_s: float  # the least time of all kernels at the data sheet's rates (performance.roofline)
     seconds: float  # of compiling
 
     @property
@@ -81,7 +81,9 @@ def question(planner: Planner, settings: list[str]) -> dict:
     """What planner.compiled_step is asked of a run with these settings. Raises ValueError as `topology`."""
     machine = planner.machine
     asked = {"platform": machine.platform, "topology": topology(planner), "settings": settings}
-    return asked | {"machine": machine.kind, "memory": machine.memory_gib * 2**30}
+    rates = {"flops": machine.peak(planner.dtype), "bandwidth": 1e9 * machine.memory_gb_s, "source": machine.source}
+    asked |= {"machine": machine.kind, "memory": machine.memory_gib * 2**30}
+    return asked | {"rates": {"name": machine.name} | rates}
 
 
 def compiled(planner: Planner, prediction: Prediction, settings: list[str], text: Path | None = None) -> Compiled:
@@ -111,7 +113,7 @@ def told(found: Compiled) -> str:
     memory = found.prediction.memory
     predicted = memory.total - memory.fragmentation
     flops = "unknown" if found.flops is None else f"{found.flops / 1e12:,.1f}e12, loops once"
-    least = "unknown" if found.least_s is None else f"{1e3 * found.least_s:,.1f} ms"
+    least = f"{1e3 * found.least_s:,.1f} ms"
     verdict = "fits" if found.fits else "does not fit"
     lines = [
         f"{found.prediction.layout.told()}: {verdict}, compiled in {found.seconds:.0f} s",

@@ -18,7 +18,7 @@ from config.schema import Config
 from parallel.mesh import make_mesh
 from performance import hlo
 from performance.collectives import collectives, summary
-from performance.roofline import MACHINES, kernels
+from performance.roofline import Machine, kernels
 from performance.targets import gpus, tpus
 from runtime import compiler_flags
 from runtime.exit_codes import DONE, MISTAKE
@@ -26,7 +26,6 @@ from runtime.files import replace_text
 from runtime.start import start
 from training.job import abstract_batch, make_job
 
-PRICED = {"H100": "h100", "H200": "h200", "^TPU v5p?$": "v5p"}  # kinds whose kernels have a least time
 CONTROL = ("while", "conditional", "call", "async-start")  # what these call has kernels of its own
 NO_ARRAY = ("parameter", "tuple", "get-tuple-element", "while", "conditional", "call", "constant", "bitcast")
 
@@ -56,6 +55,7 @@ def compiled(asked: dict) -> dict:
         program = job.step.trace(job.abstract, batch).lower(lowering_platforms=(target,)).compile()
     memory, text = program.memory_analysis(), program.as_text()
     if asked.get("text"):
+        Path(asked["text"]).parent.mkdir(parents=True, exist_ok=True)
         replace_text(Path(asked["text"]), text)
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -64,7 +64,7 @@ def compiled(asked: dict) -> dict:
         "flops": (program.cost_analysis() or {}).get("flops"),
         "collectives": exchanged(text, mesh),
         "largest": largest(text),
-        "least_s": least(text, asked["machine"]),
+        "least_s": least(text, asked["rates"]),
         "seconds": time.perf_counter() - began,
     }
 
@@ -98,12 +98,9 @@ def largest(text: str, count: int = 3) -> list[tuple[str, float]]:
     return sorted(sizes.items(), key=lambda item: -item[1])[:count]
 
 
-def least(text: str, kind: str) -> float | None:
-    """Seconds of all kernels at the machine's rates; None where these are not known."""
-    if kind not in PRICED:
-        return None
-    machine = MACHINES[PRICED[kind]]
-    return sum(kernel.seconds(machine) for kernel in kernels(text))
+def least(text: str, rates: dict) -> float:
+    """Seconds of all kernels at the machine's rates: collectives count with their memory traffic alone."""
+    return sum(kernel.seconds(Machine(**rates)) for kernel in kernels(text))
 
 
 def main() -> int:

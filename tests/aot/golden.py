@@ -16,7 +16,8 @@ from runtime import compiler_flags
 
 if __name__ == "__main__":
     os.environ.update(compiler_flags.ENVIRONMENT[sys.argv[1]])
-
+    if sys.argv[1] == "cpu":
+        import tests.conftest  # the flags of all tests, one of which compiles the same
 import json
 
 from planner.compiled_step import compiled
