@@ -5,6 +5,7 @@ fields of planner.compile.Compiled. It runs where the platform's compiler is ins
 """
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -16,8 +17,10 @@ from config import compose
 from config.layout import mesh_sizes
 from config.schema import Config
 from parallel.mesh import make_mesh
+from parallel.pipeline.buffers import AT_MOST_ONCE, OPS, allocate
+from parallel.pipeline.schedules import PipelineSchedule
 from performance import hlo
-from performance.collectives import collectives, summary
+from performance.collectives import Collective, collectives, summary
 from performance.roofline import Machine, kernels
 from performance.targets import gpus, tpus
 from runtime import compiler_flags
@@ -62,22 +65,47 @@ def compiled(asked: dict) -> dict:
         "temporary": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "flops": (program.cost_analysis() or {}).get("flops"),
-        "collectives": exchanged(text, mesh),
+        "collectives": exchanged(text, mesh, job.schedule),
         "largest": largest(text),
-        "least_s": least(text, asked["rates"]),
+        "least_s": least(text, asked["rates"], job.schedule),
         "seconds": time.perf_counter() - began,
     }
 
 
-def exchanged(text: str, mesh) -> list[dict]:
+def exchanged(text: str, mesh, schedule: PipelineSchedule | None = None) -> list[dict]:
     """Collectives by kind, axes and whether they are waited for at once, the largest first."""
     found = collectives(text, mesh)
+    if schedule is not None:
+        found = [as_often_as_run(c, schedule) for c in found]
     rows = [
         {"kind": kind, "axes": list(axes), "times": times, "bytes": size, "asynchronous": apart}
         for apart in (True, False)
         for (kind, axes), (times, size) in summary([c for c in found if c.asynchronous == apart]).items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def as_often_as_run(c: Collective, schedule: PipelineSchedule) -> Collective:
+    """A collective of a pipeline, which the text has once a tick, as often as the fullest stage comes to it."""
+    ticks = allocate(schedule).ticks
+    if c.times % schedule.ticks:
+        return c
+    if operation := re.search(rf"{AT_MOST_ONCE}\.(\w+)", c.scope):
+        name = operation[1]
+        if name in OPS:
+            stages = [stage for _, stage, op in schedule.operations() if op.kind == name]
+            runs = max(map(stages.count, range(schedule.stages)))
+        elif name in ("loss", "embed_gradient"):
+            runs = int((getattr(ticks, name) >= 0).sum())
+        else:
+            return c
+    elif pattern := re.search(r"/send/cond/branch_(\d+)_fun", c.scope):
+        runs = int((ticks.pattern == int(pattern[1])).sum())
+    elif re.search(r"/cond/branch_1_fun/embed\b", c.scope):
+        runs = int((ticks.embed >= 0).sum())
+    else:
+        return c
+    return replace(c, times=c.times // schedule.ticks * runs)
 
 
 def largest(text: str, count: int = 3) -> list[tuple[str, float]]:
@@ -98,9 +126,14 @@ def largest(text: str, count: int = 3) -> list[tuple[str, float]]:
     return sorted(sizes.items(), key=lambda item: -item[1])[:count]
 
 
-def least(text: str, rates: dict) -> float:
-    """Seconds of all kernels at the machine's rates: collectives count with their memory traffic alone."""
-    return sum(kernel.seconds(Machine(**rates)) for kernel in kernels(text))
+def least(text: str, rates: dict, schedule: PipelineSchedule | None = None) -> float:
+    """Seconds of all kernels at the machine's rates: collectives count with their memory traffic alone.
+
+    What a pipeline's text has once a tick counts as often as a stage has microbatches and chunks.
+    """
+    ticks, runs = (schedule.ticks, schedule.microbatches * schedule.chunks) if schedule else (1, 1)
+    share = lambda kernel: runs / ticks if kernel.times % ticks == 0 else 1.0
+    return sum(share(kernel) * kernel.seconds(Machine(**rates)) for kernel in kernels(text))
 
 
 def main() -> int:

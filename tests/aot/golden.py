@@ -7,6 +7,7 @@
 Exit code 1 where a guarded step has changed, with what to do. The steps are those of tests/aot/cases.py.
 """
 
+import importlib
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from runtime import compiler_flags
 if __name__ == "__main__":
     os.environ.update(compiler_flags.ENVIRONMENT[sys.argv[1]])
     if sys.argv[1] == "cpu":
-        import tests.conftest  # the flags of all tests, one of which compiles the same
+        importlib.import_module("tests.conftest")  # the flags of all tests, one of which compiles the same
 import json
 
 from planner.compiled_step import compiled
