@@ -64,8 +64,11 @@ def plan(words: list[str]) -> None:
     print(report.text(planner, found, settings, options.top, tokens))
     for number, weighed in enumerate(found.meshes()[: options.compile], 1):
         text = options.texts and options.texts / f"{number}.txt"
-        answer = compile.compiled(planner, planner.predict(weighed.layout), settings, text)
-        print("\n" + compile.told(answer), flush=True)
+        try:
+            answer = compile.told(compile.compiled(planner, planner.predict(weighed.layout), settings, text))
+        except compile.Refused as refusal:  # that is an answer too
+            answer = str(refusal)
+        print(f"\n{answer}", flush=True)
     if options.json:
         report.write_json(options.json, report.as_json(planner, found, settings, options.top))
     if options.picture:

@@ -7,6 +7,7 @@ planner/compiled_step.py, which is told what on its standard input and answers o
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from runtime.compiler_flags import ENVIRONMENT
 ROOT = Path(__file__).parent.parent
 GPUS = ("H100", "H200")  # kinds that performance.targets can describe to the compiler
 SECONDS = 1800  # that one compilation may take
+
+
+class Refused(ValueError):
+    """A layout that the compiler does not compile, which may be all that one wants to know of it."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,32 @@ def question(planner: Planner, settings: list[str]) -> dict:
 def compiled(planner: Planner, prediction: Prediction, settings: list[str], text: Path | None = None) -> Compiled:
     """Compiles the real training step of a layout, and writes the program's text where `text` says.
 
-    Raises ValueError where the compiler refuses it, with its reason.
+    Raises Refused where the compiler refuses it, with its reason; ValueError where it comes to no answer.
     """
     platform = planner.machine.platform
     asked = question(planner, command(settings, prediction)) | ({"text": str(text)} if text else {})
-    child = subprocess.run(
-        [interpreter(platform), "-m", "planner.compiled_step"],
-        input=json.dumps(asked),
-        env=os.environ | ENVIRONMENT[platform],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    named = prediction.layout.told()
+    try:
+        child = subprocess.run(
+            [interpreter(platform), "-m", "planner.compiled_step"],
+            input=json.dumps(asked),
+            env=os.environ | ENVIRONMENT[platform],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{named}: not compiled after {SECONDS / 60:.0f} minutes, which is all that it may take"
+        ) from None
+    if child.returncode < 0:
+        raise ValueError(
+            f"{named}: the compiler was ended by {signal.Signals(-child.returncode).name}; is memory short?"
+        )
     if child.returncode:
         last = (child.stderr.strip() or "no reason").splitlines()[-1]
-        raise ValueError(f"{prediction.layout.told()}: the compiler refuses it: {last[:600]}")
+        raise Refused(f"{named}: the compiler refuses it: {last[:600]}")
     return Compiled(prediction, **json.loads(child.stdout.splitlines()[-1]))
 
 

@@ -69,8 +69,37 @@ def test_answers_of_a_compiler_are_told(monkeypatch):
     assert "all-gather" in said
     assert "least time by kernels 500.0 ms" in said
     child.returncode, child.stderr = 2, "noise\nRESOURCE_EXHAUSTED: needs more"
-    with pytest.raises(ValueError, match="the compiler refuses it: RESOURCE_EXHAUSTED"):
+    with pytest.raises(compile.Refused, match="the compiler refuses it: RESOURCE_EXHAUSTED"):
         compile.compiled(planner, prediction, WORDS)
+    child.returncode = -9
+    with pytest.raises(ValueError, match="was ended by SIGKILL"):
+        compile.compiled(planner, prediction, WORDS)
+
+
+def test_a_compiler_without_an_end_is_ended(monkeypatch):
+    planner = planner_of("h200", 8)
+    monkeypatch.setattr(compile, "interpreter", lambda platform: "python")
+
+    def late(*_, **options):
+        raise subprocess.TimeoutExpired("python", options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", late)
+    with pytest.raises(ValueError, match="not compiled after 30 minutes"):
+        compile.compiled(planner, planner.predict(search(planner, Pins({})).fitting[0].layout), WORDS)
+
+
+def test_a_refusal_is_an_answer_and_the_next_layout_is_asked(monkeypatch, capsys):
+    asked = []
+
+    def refuse(planner, prediction, settings, text):
+        asked.append(prediction.layout)
+        raise compile.Refused(f"{prediction.layout.told()}: the compiler refuses it: RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(compile, "interpreter", lambda platform: "python")
+    monkeypatch.setattr(compile, "compiled", refuse)
+    assert main([*WORDS, "--hardware", "v5e", "--devices", "16", "--compile", "2"]) == 0
+    assert len(set(asked)) == 2
+    assert capsys.readouterr().out.count("RESOURCE_EXHAUSTED") == 2
 
 
 def test_programs_are_kept_where_there_is_nothing_yet(tmp_path, capsys):
