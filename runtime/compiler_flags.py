@@ -47,6 +47,12 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
 }
 
 
+def without_devices(platform: str) -> None:
+    """Prepares this process, before JAX is imported, to compile for devices of a platform that are not there."""
+    os.environ.update(ENVIRONMENT[platform])
+    add(platform, devices=False)
+
+
 def add(platform: str, *, devices: bool = True) -> None:
     """Adds the flags of a platform (cpu, gpu, tpu) to XLA_FLAGS, before JAX's first client is made.
 

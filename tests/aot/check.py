@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from runtime import compiler_flags
 
 if __name__ == "__main__":
-    os.environ.update(compiler_flags.ENVIRONMENT[sys.argv[1]])
-    compiler_flags.add(sys.argv[1], devices=False)
+    if sys.argv[1:2] not in (["gpu"], ["tpu"]):
+        print("error: python -m tests.aot.check gpu|tpu [PRODUCT ...]", file=sys.stderr)
+        sys.exit(2)
+    compiler_flags.without_devices(sys.argv[1])
 
 import jax
 

@@ -16,6 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from runtime import compiler_flags
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in (["cpu"], ["gpu"], ["tpu"]):
+        print("error: python -m tests.aot.golden cpu|gpu|tpu [--write] [STEP ...]", file=sys.stderr)
+        sys.exit(2)
     os.environ.update(compiler_flags.ENVIRONMENT[sys.argv[1]])
     if sys.argv[1] == "cpu":
         importlib.import_module("tests.conftest")  # the flags of all tests, one of which compiles the same
