@@ -40,19 +40,18 @@ def compiled(config: Config, hardware: str) -> str:
 
     from finetune.adapters.adaptation import adapted
     from parallel.mesh import make_mesh
-    from performance.targets import h200
-    from runtime.start import GPU_FLAGS, add_flags, start
-    from runtime.xla_flags import known
+    from performance.targets import gpus
+    from runtime import compiler_flags
+    from runtime.start import start
     from training.job import abstract_batch, make_job
 
     if hardware == "here":
         start(config.runtime)
         devices = jax.devices()
     else:
-        # nothing to tune on
-        add_flags(known((*GPU_FLAGS, "--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")))
+        compiler_flags.add("gpu", devices=False)
         jax.config.update("jax_platforms", "cpu")
-        devices = h200()
+        devices = gpus(hardware)
     mesh = make_mesh(mesh_sizes(config, len(devices)), devices)
     with jax.set_mesh(mesh):
         job = make_job(config, mesh, **adapted(config))

@@ -47,6 +47,7 @@ class Collective:
     times: int  # trips of the loops around it
     branch: str | None  # the branches around it, as conditional[number]/...; None outside of any
     scope: str  # the operation that it comes from, as JAX names it
+    asynchronous: bool = False  # whether the program goes on while it is under way
 
     @property
     def bytes(self) -> float:
@@ -102,6 +103,7 @@ class _Place:
     branch: str | None = None
     scope: str = ""
     kernel: bool = False  # the computation is one kernel
+    asynchronous: bool = False  # the computation is begun, and waited for later
 
 
 class _Walk:
@@ -135,7 +137,8 @@ class _Walk:
                     inside = replace(here, branch=f"{label}{instruction.name}[{number}]")
                     found += self.computation(branch, inside, set())
             elif not kind.endswith(("-done", "-update")):  # those name the computation of their start once more
-                inside = replace(here, kernel=kind == "fusion")
+                begins = here.asynchronous or instruction.opcode == "async-start"
+                inside = replace(here, kernel=kind == "fusion", asynchronous=begins)
                 for called in instruction.called("calls", "to_apply", "called_computations"):
                     found += self.computation(called, inside, begun if inside.kernel else set())
         return found
@@ -225,6 +228,7 @@ class _Walk:
                 1,
                 place.branch,
                 place.scope,
+                place.asynchronous or _begins(instruction),
             )
             for kind, operands in by_kind.items()
         ]
@@ -238,7 +242,7 @@ class _Walk:
         kind = kind if kind in RECEIVED else "collective-permute"
         array = arrays(of[send.operands[0]].shape)[0]
         payload = array.bytes * (group if kind == "all-gather" else 1)
-        return Collective(kind, tuple(self.across), group, array.dtype, payload, 1, place.branch, place.scope)
+        return Collective(kind, tuple(self.across), group, array.dtype, payload, 1, place.branch, place.scope, True)
 
     def _axes(self, kind: str, instruction: Instruction) -> tuple[tuple[str, ...], int]:
         """The mesh axes that a collective runs along, and how many devices take part together."""
@@ -267,6 +271,14 @@ class _Walk:
             return None
         whole = arrays(of[reduce.operands[index]].shape)[0].size
         return "reduce-scatter" if fate.kept == {whole // group} and whole % group == 0 else "all-reduce"
+
+
+def _begins(instruction: Instruction) -> bool:
+    """Whether a collective is only begun here: GPUs' `-start` that is not marked as waited for at once, and kernels of
+    TPUs that carry a part of it beside their own work."""
+    if "async_collective_fusion_config" in instruction.attributes:
+        return True
+    return instruction.opcode.endswith("-start") and '"is_sync":true' not in instruction.attributes
 
 
 def _channel(instruction: Instruction) -> str | None:

@@ -166,6 +166,8 @@ def _product(numbers) -> int:
 def _flops(computation: hlo.Computation, i: hlo.Instruction) -> float:
     """Of a matmul or an attention kernel; elementwise work is not what a kernel waits for."""
     target = re.search(r'custom_call_target="([^"]*)"', i.attributes)
+    if i.opcode == "convolution":
+        return _flops_of_convolution(computation, i)
     if i.opcode not in ("dot", "custom-call") or not i.operands:
         return 0.0
     first = _dims(computation, i.operands[0])
@@ -179,6 +181,21 @@ def _flops(computation: hlo.Computation, i: hlo.Instruction) -> float:
         return 0.0
     result = hlo.arrays(i.shape)[0].size
     return 2.0 * result * _product(first[int(n)] for n in re.findall(r"\d+", contracted[1]) if int(n) < len(first))
+
+
+def _flops_of_convolution(computation: hlo.Computation, i: hlo.Instruction) -> float:
+    """What TPUs make of a matmul. A dim of a batch becomes one of a window: of its places only one meets a number, the
+    others the zeros between."""
+    labels = re.search(r"dim_labels=\w+_(\w+)->", i.attributes)
+    if not labels or len(i.operands) < 2:
+        return 0.0
+    weights = _dims(computation, i.operands[1])
+    if len(weights) != len(labels[1]):
+        return 0.0
+    met = _product(size for label, size in zip(labels[1], weights, strict=True) if label != "o")
+    spread = re.search(r"lhs_dilate=([\dx]+)", i.attributes)
+    batches = _product(int(n) for n in spread[1].split("x")) if spread else 1
+    return 2.0 * hlo.arrays(i.shape)[0].size * max(met // batches, 1)
 
 
 # ----------------------------------------------------------------------------------- what a better program would not do

@@ -34,7 +34,7 @@ def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
         "python -m planner",
         description="Ranks the layouts of a run on a machine that need not be there.",
         usage="%(prog)s [--hardware NAME|FILE.yaml] [--devices N] [--top N] [--json FILE] [--picture FILE] "
-        "[key=value ...]\n"
+        "[--compile K [--texts FOLDER]] [key=value ...]\n"
         "       %(prog)s inference [--hardware NAME] ... [key=value ...]\n       %(prog)s calibrate RUN [RUN ...]",
     )
     parser.add_argument("--hardware", default="h200", help=f"{', '.join(known())}, or a .yaml file like those")
@@ -43,6 +43,7 @@ def arguments(words: list[str]) -> tuple[Namespace, list[str]]:
     parser.add_argument("--tokens", type=float, help="of the whole run, for its cost; default: train.steps")
     parser.add_argument("--program", default="isomesh", help=f"whose behaviour is priced: {', '.join(PROGRAMS)}")
     parser.add_argument("--compile", type=int, default=0, metavar="K", help="give the K best to the real compiler")
+    parser.add_argument("--texts", type=Path, metavar="FOLDER", help="keep the compiled programs: 1.txt, 2.txt, ...")
     parser.add_argument("--json", type=Path, help="all layouts, for programs")
     parser.add_argument("--picture", type=Path, help="parts of a step and of memory, .png or .svg")
     return parser.parse_known_args(words)
@@ -62,14 +63,21 @@ def plan(words: list[str]) -> None:
     config = load(settings)
     if options.compile:
         compile.interpreter(machine.platform)
+    if options.texts and options.texts.exists():
+        raise ValueError(f"--texts {options.texts} is there already: name a folder that is not")
     planner = Planner(config, machine, options.devices, program(options.program, machine.platform))
     pins = pins_of(config, settings)
     found = best(planner, pins)
     train = config.train
     tokens = options.tokens or float(train.steps * train.batch_size * train.seq_len)
     print(report.text(planner, found, settings, options.top, tokens))
-    for weighed in found.meshes()[: options.compile]:
-        print("\n" + compile.told(compile.compiled(planner, planner.predict(weighed.layout), settings)), flush=True)
+    for number, weighed in enumerate(found.meshes()[: options.compile], 1):
+        text = options.texts and options.texts / f"{number}.txt"
+        try:
+            answer = compile.told(compile.compiled(planner, planner.predict(weighed.layout), settings, text))
+        except compile.Refused as refusal:  # that is an answer too
+            answer = str(refusal)
+        print(f"\n{answer}", flush=True)
     if options.json:
         report.write_json(options.json, report.as_json(planner, found, settings, options.top))
     if options.picture:

@@ -7,6 +7,7 @@ planner/compiled_step.py, which is told what on its standard input and answers o
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,16 +16,15 @@ from pathlib import Path
 from planner.cost import Planner, Prediction
 from planner.machine import torus_dims
 from planner.report import command
+from runtime.compiler_flags import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
-# What each compiler needs: no accelerator is to be looked for, nothing is there to tune on
-ENVIRONMENT = {
-    "cpu": {"JAX_PLATFORMS": "cpu"},
-    "tpu": {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"},
-    "gpu": {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"},
-}
 GPUS = ("H100", "H200")  # kinds that performance.targets can describe to the compiler
 SECONDS = 1800  # that one compilation may take
+
+
+class Refused(ValueError):
+    """A layout that the compiler does not compile, which may be all that one wants to know of it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Compiled:
     flops: float | None  # of a device, loops once; None where the compiler does not say
     collectives: list[dict]  # kind, axes, times, bytes, asynchronous
     largest: list[tuple[str, float]]  # shapes of temporaries and their bytes
-    least_s: float | None  # the least time of all kernels (performance.roofline)
+    least_s: float  # the least time of all kernels at the data sheet's rates (performance.roofline)
     seconds: float  # of compiling
 
     @property
@@ -82,23 +82,44 @@ def interpreter(platform: str) -> Path:
     return python
 
 
-def compiled(planner: Planner, prediction: Prediction, settings: list[str]) -> Compiled:
-    """Compiles the real training step of a layout. Raises ValueError where the compiler refuses it, with its reason."""
+def question(planner: Planner, settings: list[str]) -> dict:
+    """What planner.compiled_step is asked of a run with these settings. Raises ValueError as `topology`."""
+    machine = planner.machine
+    asked = {"platform": machine.platform, "topology": topology(planner), "settings": settings}
+    rates = {"flops": machine.peak(planner.dtype), "bandwidth": 1e9 * machine.memory_gb_s, "source": machine.source}
+    asked |= {"machine": machine.kind, "memory": machine.memory_gib * 2**30}
+    return asked | {"rates": {"name": machine.name} | rates}
+
+
+def compiled(planner: Planner, prediction: Prediction, settings: list[str], text: Path | None = None) -> Compiled:
+    """Compiles the real training step of a layout, and writes the program's text where `text` says.
+
+    Raises Refused where the compiler refuses it, with its reason; ValueError where it comes to no answer.
+    """
     platform = planner.machine.platform
-    asked = {"platform": platform, "topology": topology(planner), "settings": command(settings, prediction)}
-    asked |= {"machine": planner.machine.kind, "memory": planner.machine.memory_gib * 2**30}
-    child = subprocess.run(
-        [interpreter(platform), "-m", "planner.compiled_step"],
-        input=json.dumps(asked),
-        env=os.environ | ENVIRONMENT[platform],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    asked = question(planner, command(settings, prediction)) | ({"text": str(text)} if text else {})
+    named = prediction.layout.told()
+    try:
+        child = subprocess.run(
+            [interpreter(platform), "-m", "planner.compiled_step"],
+            input=json.dumps(asked),
+            env=os.environ | ENVIRONMENT[platform],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{named}: not compiled after {SECONDS / 60:.0f} minutes, which is all that it may take"
+        ) from None
+    if child.returncode < 0:
+        raise ValueError(
+            f"{named}: the compiler was ended by {signal.Signals(-child.returncode).name}; is memory short?"
+        )
     if child.returncode:
         last = (child.stderr.strip() or "no reason").splitlines()[-1]
-        raise ValueError(f"{prediction.layout.told()}: the compiler refuses it: {last[:600]}")
+        raise Refused(f"{named}: the compiler refuses it: {last[:600]}")
     return Compiled(prediction, **json.loads(child.stdout.splitlines()[-1]))
 
 
@@ -107,7 +128,7 @@ def told(found: Compiled) -> str:
     memory = found.prediction.memory
     predicted = memory.total - memory.fragmentation
     flops = "unknown" if found.flops is None else f"{found.flops / 1e12:,.1f}e12, loops once"
-    least = "unknown" if found.least_s is None else f"{1e3 * found.least_s:,.1f} ms"
+    least = f"{1e3 * found.least_s:,.1f} ms"
     verdict = "fits" if found.fits else "does not fit"
     lines = [
         f"{found.prediction.layout.told()}: {verdict}, compiled in {found.seconds:.0f} s",

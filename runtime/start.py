@@ -21,36 +21,14 @@ from pathlib import Path
 import jax
 from jax._src.distributed import global_state  # the public door hides the client of the key-value store
 
-from runtime import heap, leave
+from runtime import compiler_flags, heap, leave
 from runtime.cluster import INITIALIZATION_SECONDS, Cluster, find_cluster
 from runtime.config import ACCELERATORS, GPU_PLUGINS, RuntimeConfig
 from runtime.exit_codes import MISTAKE
 from runtime.lifeline import Lifeline
-from runtime.xla_flags import known
 
 logger = logging.getLogger(__name__)
 
-CPU_FLAGS = (
-    # it widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
-    "--xla_disable_hlo_passes=all-reduce-promotion",
-    # it may start independent collectives in a different order on each device, which then wait for each other
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-)
-# On without being asked are full autotuning, Triton matmuls, command buffers, a stream of high priority for collectives
-# and pipelined reduce-scatters.
-GPU_FLAGS = (
-    # collectives start as early, and are waited for as late, as they can
-    "--xla_gpu_enable_latency_hiding_scheduler=true",
-    # in a scan over layers, the next layer's weights are gathered while this one computes
-    "--xla_gpu_enable_pipelined_all_gather=true",
-    # and the last layer's gradients are reduced meanwhile
-    "--xla_gpu_enable_pipelined_all_reduce=true",
-    # 16-bit values are rounded where the program says so, and do not pass between kernels in float32, twice the bytes
-    "--xla_allow_excess_precision=false",
-    # matmuls of queries and keys stay apart: merged, their weights and gradients are copied together and apart again,
-    # and biases are added by kernels of their own
-    "--xla_gpu_dot_merger_threshold_mb=0",
-)
 THREADS_A_DEVICE = 4  # that may wait in collectives at once
 PATIENCE_SECONDS = 10  # of a process that has nothing to do but to tell the others of a mistake
 GPU_MEMORY = "0.92"  # share of a GPU that JAX takes; its default of 0.75 would leave 35 GB of an H200 idle
@@ -66,7 +44,7 @@ def start(config: RuntimeConfig) -> None:
         jax.config.update("jax_platforms", "cpu")
     cpu = config.platform == "cpu" or not any(map(importlib.util.find_spec, ACCELERATORS))
     gpu = not cpu and any(map(importlib.util.find_spec, GPU_PLUGINS))
-    add_flags(known(CPU_FLAGS if cpu else GPU_FLAGS if gpu else ()))
+    compiler_flags.add("cpu" if cpu else "gpu" if gpu else "tpu")
     if cpu:
         heap.keep_freed_memory()
     if cpu and (config.cpu_devices > 1 or cluster is not None):
@@ -146,13 +124,6 @@ def _check_platform(asked: str) -> None:
         f"runtime.platform={asked} but JAX found {found} only{forced}; "
         f"install with `make setup EXTRAS={extra}` or set runtime.platform={found}"
     )
-
-
-def add_flags(flags: tuple[str, ...]) -> None:
-    """Adds XLA flags to those of the environment, which win."""
-    theirs = os.environ.get("XLA_FLAGS", "").split()
-    given = {flag.partition("=")[0] for flag in theirs}
-    os.environ["XLA_FLAGS"] = " ".join(theirs + [flag for flag in flags if flag.partition("=")[0] not in given])
 
 
 def _use_compile_cache(folder: Path) -> None:

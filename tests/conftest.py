@@ -4,12 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from runtime.start import CPU_FLAGS
+from runtime.compiler_flags import FLAGS
 from runtime.xla_flags import known
 
 # Compiling is most of the suite's time, and tiny programs gain nothing from optimisation. Inherited by subprocesses.
 os.environ["XLA_FLAGS"] = " ".join(
-    known(("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", *CPU_FLAGS))
+    known(("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", *FLAGS["cpu"]))
 )
 
 import jax

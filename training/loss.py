@@ -151,6 +151,8 @@ def over_vocabulary(head: Head, x_BTD: jax.Array, chunk: int, of: Callable, none
         return known + of(logits_BTV, rows.token_V), None
 
     zero_BT = jnp.zeros(x_BTD.shape[:2], jnp.float32)
-    x32_BTD, zero_BT, _ = alike(x_BTD.astype(jnp.float32), zero_BT, rows.table_VD)
+    # before the cast: what stages find is summed over parts in float32, over stages in the dtype of x, half the bytes
+    x_BTD, zero_BT, _ = alike(x_BTD, zero_BT, rows.table_VD)
+    x32_BTD = x_BTD.astype(jnp.float32)
     known, _ = jax.lax.scan(add_part, none(zero_BT), rows)
     return known

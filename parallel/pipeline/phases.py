@@ -3,7 +3,8 @@ times: what `jax.vjp` does at once, a zero-bubble schedule does in three steps, 
 
 The function and its gradients are traced into one jaxpr, whose equations are then dealt out: those that the output
 needs are the forward phase, those that the input gradient needs beyond them the backward phase, and the rest the weight
-phase. An equation that yields both gradients, such as a loop, belongs to the backward phase as a whole.
+phase. An equation that yields both gradients, such as a loop, belongs to the backward phase as a whole; so do the
+gradients of vectors.
 """
 
 from collections.abc import Callable, Iterable
@@ -128,7 +129,10 @@ def phases(function: Callable, params, constants, x: jax.Array) -> Phases:
             free.update(eqn.outvars)
     forward = _needed(eqns, y_vars, inputs)
     done = inputs | {v for eqn in forward for v in eqn.outvars}
-    backward = _needed(eqns, dx_vars, done)
+    # the gradient of a vector (a norm's scale, a bias) is a sum over tokens: left for later it would hold what it sums,
+    # of a norm two streams in float32, where the sum itself is nothing to hold
+    vectors = [v for v in dp_vars if v.aval.ndim <= 1]
+    backward = _needed(eqns, (*dx_vars, *vectors), done)
     done_backward = done | {v for eqn in backward for v in eqn.outvars}
     weight = _needed(eqns, dp_vars, done_backward)
 

@@ -20,16 +20,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from runtime import compiler_flags
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["gpu"], ["tpu"]):
+        print("error: python -m tests.aot.check gpu|tpu [PRODUCT ...]", file=sys.stderr)
+        sys.exit(2)
+    compiler_flags.without_devices(sys.argv[1])
+
 import jax
-import jax.numpy as jnp
 
 from config import compose, layout, schema
 from model.counts import flops_per_token, parameter_count
 from parallel.mesh import AXES, crossings, make_mesh, slow_network_warning
-from parallel.sharding import batch_sharding
 from performance.collectives import Collective, collectives, describe
 from tests.aot.machines import COMMON, MACHINES, PRODUCTS, Machine, Product
-from training.job import Job, make_job
+from training.job import Job, abstract_batch, make_job
 
 KERNELS = r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$fmha\w+"  # of attention, in a program's text
 INVOLUNTARY = "nvoluntary full rematerialization"  # what XLA's partitioner warns of: an array is gathered whole
@@ -59,9 +65,7 @@ def build(product: Product, machine: Machine) -> Program:
     mesh = make_mesh(layout.mesh_sizes(cfg, len(devices)), devices)
     with jax.set_mesh(mesh):
         job = make_job(cfg, mesh)
-        shape, sharding = (cfg.train.batch_size, cfg.train.seq_len), batch_sharding(mesh)
-        dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+        batch = abstract_batch(cfg.train, mesh, segments=cfg.data.segments)
         target = {"gpu": "cuda"}.get(machine.platform, machine.platform)
         lowered = job.step.trace(job.abstract, batch).lower(lowering_platforms=(target,))
     lowered_at = time.perf_counter()

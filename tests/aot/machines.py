@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from performance.targets import H200
+from performance import targets
 
 GIB = 2**30
 
@@ -12,26 +12,22 @@ class Machine:
     """A machine to compile for."""
 
     platform: str  # tpu | gpu
-    topology: str  # of one slice; of GPUs hosts x GPUs, where each host is a slice, as it is when it runs
+    topology: str  # of one slice; of GPUs how many a host has, where each host is a slice, as it is when it runs
     memory: float  # bytes a device
     slices: int = 1
 
     def devices(self) -> list:
         """Devices that programs can be compiled for."""
-        from jax.experimental import topologies
-
         if self.platform == "tpu":
-            return topologies.get_topology_desc(self.topology, platform="tpu", num_slices=self.slices).devices
-        return topologies.get_topology_desc(
-            platform="cuda", target_config=H200, topology=f"{self.slices}x{self.topology}"
-        ).devices
+            return targets.tpus(self.topology, self.slices)
+        return targets.gpus("h200", self.slices, int(self.topology))
 
 
 MACHINES = {
     "v5p-64": Machine("tpu", "v5p:4x4x4", 95 * GIB),
     "v5p-128": Machine("tpu", "v5p:4x4x8", 95 * GIB),
     "v5p-2x64": Machine("tpu", "v5p:4x4x4", 95 * GIB, slices=2),
-    "h200-8x8": Machine("gpu", "1x8", 150e9, slices=8),
+    "h200-8x8": Machine("gpu", "8", 150e9, slices=8),
 }
 
 

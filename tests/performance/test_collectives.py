@@ -158,6 +158,29 @@ def test_what_tpu_slices_exchange():
     assert (found.kind, found.axes, found.group, found.bytes) == ("all-reduce", ("data",), 2, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("line", "asynchronous"),
+    [
+        ("f32[8,8]{1,0} all-gather(%x), ", False),
+        ("(f32[4,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), ", True),
+        ('(f32[4,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), backend_config={"is_sync":true}, ', False),
+    ],
+)
+def test_what_is_begun_and_waited_for_later_is_asynchronous(line, asynchronous):
+    (found,) = collectives(module(f"%g = {line}{PAIRS}"), SIZES)
+    assert found.asynchronous == asynchronous
+
+
+def test_what_an_asynchronous_computation_calls_is_so_too():
+    body = (
+        "%inner (p: f32[4,8]) -> f32[8,8] {\n  %p = f32[4,8]{1,0} parameter(0)\n"
+        f"  ROOT %g = f32[8,8]{{1,0}} all-gather(%p), {PAIRS}\n}}\n"
+    )
+    begun = "%s = ((f32[4,8]{1,0}), f32[8,8]{1,0}, u32[]) async-start(%x), calls=%inner"
+    (found,) = collectives(module(begun, "%d = f32[8,8]{1,0} async-done(%s), calls=%inner", more=body), SIZES)
+    assert found.asynchronous
+
+
 def test_kernels_that_share_one_collective_count_once():
     """As a TPU writes an all-gather that runs while matmuls do: in the kernel that starts it, and in the next."""
     kernels, config = "", '"async_collective_fusion_config":{"flag_start":"2"}'

@@ -41,6 +41,30 @@ def test_cublas_and_cudnn_calls_count_as_what_they_are():
     assert found.bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16), "the workspace is not traffic"
 
 
+@pytest.mark.parametrize(
+    ("inputs", "weights", "out", "labels", "window", "flops"),
+    [
+        ("64,32", "32,16", "64,16", "bf_io->bf", "", 2 * 64 * 32 * 16),
+        ("32,64", "32,16", "64,16", "fb_io->bf", "", 2 * 64 * 32 * 16),
+        # a batch of 8 matmuls: of 8 places of the window, all but one meet zeros
+        (
+            *("8,64,32", "8,32,16", "8,64,16", "0bf_0io->0bf"),
+            *(" window={size=8 stride=7 pad=7_7 lhs_dilate=8 rhs_reversal=1},", 8 * 2 * 64 * 32 * 16),
+        ),
+    ],
+)
+def test_matmuls_of_tpus_are_convolutions(inputs, weights, out, labels, window, flops):
+    layout = "{2,1,0}" if inputs.count(",") == 2 else "{1,0}"
+    shape = lambda dims: f"f32[{dims}]{layout}"
+    text = (
+        f"HloModule m\n\nENTRY %main (x: {shape(inputs)}, w: {shape(weights)}) -> {shape(out)} {{\n"
+        f"  %x = {shape(inputs)} parameter(0)\n  %w = {shape(weights)} parameter(1)\n"
+        f"  ROOT %c = {shape(out)} convolution(%x, %w),{window} dim_labels={labels}, {SCOPE}\n}}\n"
+    )
+    (found,) = kernels(text)
+    assert found.flops == flops
+
+
 @pytest.mark.parametrize("trips", [1, 48])
 def test_loops_count_as_often_as_they_run(trips):
     state = "(s32[], f32[64,32]{1,0}, f32[32,16]{1,0})"

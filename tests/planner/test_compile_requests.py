@@ -29,6 +29,8 @@ def planner_of(hardware: str, devices: int) -> Planner:
         ("v5e", 256, "v5e:16x16"),
         ("v5p", 64, "v5p:4x4x4"),
         ("v6e", 32, "v6e:4x8"),
+        ("v6e", 256, "v6e:16x16"),
+        ("v5p", 256, "v5p:4x8x8"),
         ("h100", 64, "8x1x8"),
         ("h200", 4, "1x1x4"),
         ("cpu", 8, "8"),
@@ -57,7 +59,7 @@ def test_answers_of_a_compiler_are_told(monkeypatch):
     predicted = prediction.memory.total - prediction.memory.fragmentation
     row = {"kind": "all-gather", "axes": ["fsdp"], "times": 12, "bytes": 3e9, "asynchronous": True}
     answer = {"arguments": predicted / 2, "temporary": predicted / 2, "code": 0.0, "flops": 1e12, "collectives": [row]}
-    answer |= {"largest": [["f32[8,8]", 256.0]], "least_s": None, "seconds": 3.0}
+    answer |= {"largest": [["f32[8,8]", 256.0]], "least_s": 0.5, "seconds": 3.0}
     child = SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(answer)}\n", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: child)
     found = compile.compiled(planner, prediction, WORDS)
@@ -65,6 +67,50 @@ def test_answers_of_a_compiler_are_told(monkeypatch):
     said = compile.told(found)
     assert "+0.0%" in said
     assert "all-gather" in said
+    assert "least time by kernels 500.0 ms" in said
     child.returncode, child.stderr = 2, "noise\nRESOURCE_EXHAUSTED: needs more"
-    with pytest.raises(ValueError, match="the compiler refuses it: RESOURCE_EXHAUSTED"):
+    with pytest.raises(compile.Refused, match="the compiler refuses it: RESOURCE_EXHAUSTED"):
         compile.compiled(planner, prediction, WORDS)
+    child.returncode = -9
+    with pytest.raises(ValueError, match="was ended by SIGKILL"):
+        compile.compiled(planner, prediction, WORDS)
+
+
+def test_a_compiler_without_an_end_is_ended(monkeypatch):
+    planner = planner_of("h200", 8)
+    monkeypatch.setattr(compile, "interpreter", lambda platform: "python")
+
+    def late(*_, **options):
+        raise subprocess.TimeoutExpired("python", options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", late)
+    with pytest.raises(ValueError, match="not compiled after 30 minutes"):
+        compile.compiled(planner, planner.predict(search(planner, Pins({})).fitting[0].layout), WORDS)
+
+
+def test_a_refusal_is_an_answer_and_the_next_layout_is_asked(monkeypatch, capsys):
+    asked = []
+
+    def refuse(planner, prediction, settings, text):
+        asked.append(prediction.layout)
+        raise compile.Refused(f"{prediction.layout.told()}: the compiler refuses it: RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(compile, "interpreter", lambda platform: "python")
+    monkeypatch.setattr(compile, "compiled", refuse)
+    assert main([*WORDS, "--hardware", "v5e", "--devices", "16", "--compile", "2"]) == 0
+    assert len(set(asked)) == 2
+    assert capsys.readouterr().out.count("RESOURCE_EXHAUSTED") == 2
+
+
+def test_programs_are_kept_where_there_is_nothing_yet(tmp_path, capsys):
+    words = [*WORDS, "--hardware", "cpu", "--devices", "8", "--compile", "1", "--texts", str(tmp_path)]
+    assert main(words) == 2
+    assert f"--texts {tmp_path} is there already" in capsys.readouterr().err
+
+
+def test_what_is_asked_names_the_rates_of_the_data_sheet():
+    planner = planner_of("v5e", 256)
+    asked = compile.question(planner, WORDS)
+    assert asked["topology"] == "v5e:16x16"
+    assert asked["rates"]["flops"] == planner.machine.peak("bfloat16")
+    json.dumps(asked)  # it goes to another process

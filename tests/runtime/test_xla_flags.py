@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from runtime import xla_flags
-from runtime.start import CPU_FLAGS, GPU_FLAGS
+from runtime.compiler_flags import FLAGS, WITHOUT_DEVICES
 from runtime.xla_flags import known
 
+CPU_FLAGS = FLAGS["cpu"]
 UNKNOWN = ("--xla_no_such_flag=1", "--xla_nor_this")
 
 
@@ -48,7 +49,8 @@ def test_another_jaxlib_is_asked_anew(tmp_path, children, monkeypatch):
 
 def test_the_flags_of_a_run_are_known(tmp_path):
     """A jaxlib that has dropped one of them needs another way to what it did."""
-    assert known(CPU_FLAGS + GPU_FLAGS, tmp_path) == CPU_FLAGS + GPU_FLAGS
+    flags = sum((*FLAGS.values(), *WITHOUT_DEVICES.values()), ())
+    assert known(flags, tmp_path) == flags
 
 
 @pytest.mark.parametrize("question", ["import os; os.abort()", "import time; time.sleep(60)"])
@@ -70,9 +72,9 @@ def test_a_run_starts_where_a_flag_of_its_own_is_unknown(tmp_path):
     """And keeps the flags of the environment, whose owner is told by XLA itself."""
     code = """
 import os
-from runtime import start
+from runtime import compiler_flags, start
 from runtime.config import RuntimeConfig
-start.CPU_FLAGS += ("--xla_no_such_flag=1",)
+compiler_flags.FLAGS["cpu"] += ("--xla_no_such_flag=1",)
 start.start(RuntimeConfig(platform="cpu", compile_cache=None))
 print(os.environ["XLA_FLAGS"], end="")
 """

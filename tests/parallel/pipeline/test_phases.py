@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from model.matmul import project
@@ -102,3 +103,18 @@ def test_parameters_and_what_follows_from_them_are_not_kept(arguments):
     cut = phases(cast, square, scale, x)
     _, _, _, kept_input, kept_weight = cut.forward(square, scale, x)
     assert [v.shape for v in (*kept_input, *kept_weight)] == [x.shape]
+
+
+def test_gradients_of_vectors_hold_nothing_of_the_tokens():
+    """A norm's scale: its gradient is a sum over tokens, which the backward phase takes at once."""
+    D = 8
+    params, x = {"scale": jnp.arange(1.0, D + 1)}, jnp.sin(jnp.arange(2.0 * 4 * D)).reshape(2, 4, D)
+    layer = lambda params, constants, x: (x / (1 + abs(x)) * params["scale"], None, None)
+    cut = phases(layer, params, (), x)
+    dy = jnp.cos(x)
+    *_, kept_input, kept_weight = cut.forward(params, (), x)
+    dx, held = cut.backward(params, (), kept_input, kept_weight, dy)
+    assert [h.shape for h in (*kept_weight, *held)] == [(D,)]
+    dparams = cut.weight(params, (), kept_weight, held)
+    expected = jax.vjp(lambda params, x: layer(params, (), x)[0], params, x)[1](dy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (dparams, dx), expected)

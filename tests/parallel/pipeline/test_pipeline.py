@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +24,26 @@ MODEL = [
 ]
 
 
-@functools.cache
-def compiled(schedule: str, microbatches: int, rows: int = 1, **mesh: int):
+def traced(schedule: str, microbatches: int, rows: int = 1, *more: str, **mesh: int):
     """The step on 4 stages, with `rows` sequences in each microbatch, and its mesh and schedule."""
     sizes = dict.fromkeys(AXES, 1) | {"pipe": STAGES} | mesh
     batch_size = rows * microbatches
     how = [f"pipeline.schedule={schedule}", f"pipeline.microbatches={microbatches}", f"train.batch_size={batch_size}"]
-    cfg = compose.load([*MODEL, *how])
+    cfg = compose.load([*MODEL, *how, *more])
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
         job = make_job(cfg, mesh)
         dtypes = {"tokens_BT": jnp.int32, "targets_BT": jnp.int32, "mask_BT": jnp.float32}
         layout = batch_sharding(mesh)
         batch = {n: jax.ShapeDtypeStruct((batch_size, T), d, sharding=layout) for n, d in dtypes.items()}
-        return job.step.lower(job.abstract, batch).compile(), mesh, job.schedule
+        return job.step.trace(job.abstract, batch), mesh, job.schedule
+
+
+@functools.cache
+def compiled(schedule: str, microbatches: int, rows: int = 1, **mesh: int):
+    """As `traced`, compiled."""
+    step, mesh, table = traced(schedule, microbatches, rows, **mesh)
+    return step.lower().compile(), mesh, table
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
@@ -64,6 +71,14 @@ def test_stages_send_one_activation_a_microbatch_and_boundary_each_way(schedule)
     assert pairs == 2 * microbatches * (STAGES - 1)
     rounds = sum(len(pattern) for pattern in buffers.patterns)
     assert len(sends) == rounds  # so no pattern sends more than its pairs
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_what_stages_sum_of_an_activation_travels_in_the_compute_dtype(chunk):
+    """Also where the loss takes the vocabulary in parts, whose gradients it adds up in float32."""
+    more = ("train.compute_dtype=bfloat16", f"train.loss_chunk={chunk}", "model.tied_embeddings=false")
+    program = str(traced("zero_bubble", 4, 1, *more)[0].jaxpr)
+    assert set(re.findall(rf"\w+:(\w+)\[1,{T},{D}\]\S* = psum\w*\[", program)) == {"bf16"}
 
 
 @pytest.mark.parametrize("mesh", [{"tensor": 2}, {"context": 2}], ids=str)
