@@ -44,9 +44,9 @@ test-short: setup
 # haproxy postgresql prometheus), PyTorch and published weights to compare with, the rows of bench/finetune_real.py. pip
 # and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
 #
-# NOT_YET have not passed as a whole on a quiet machine: 200 mixes of requests through the engine, the compression of a
+# NOT_YET have not passed as a whole on a quiet machine: the compression of a
 # published model, and exports in llama.cpp. Run by hand, then to be taken from this list: make test-long NOT_YET=
-NOT_YET ?= test_engine_mixes.py test_compress_published.py test_export_llama.py
+NOT_YET ?= test_compress_published.py test_export_llama.py
 test-long: setup $(VENV)/.published
 	@$(VENV)/bin/python -m pytest -n 0 tests/long $(NOT_YET:%=--ignore=tests/long/%)
 

@@ -1,10 +1,10 @@
 """Engines of small models, mixes of requests for them, and what `generate` makes of the same prompts."""
 
-import functools
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -51,10 +51,11 @@ MODELS = {
 REACH = 80  # tokens of the longest sequence
 NEW = 24  # tokens of the longest text
 ROWS = 8  # prompts of one call of the reference
-TIE = 1e-5  # of logits about 1 in float32
+TIE = 1e-5  # of logits about 1 in float32, where rounding moves them as little as usual
+ROUNDING = 1e-7  # relative, of a float32
 
 
-@functools.cache
+@cache
 def opened(model: str, mesh: tuple[tuple[str, int], ...] = ()) -> Opened:
     """A model whose weights are large enough that its text does not end up in one repeated token."""
     sizes = dict.fromkeys(AXES, 1) | dict(mesh)
@@ -71,7 +72,8 @@ def opened(model: str, mesh: tuple[tuple[str, int], ...] = ()) -> Opened:
 def references(opened: Opened, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     """The greedy tokens of each prompt by `generate`, in calls of one shape: NEW, or those before the first tie.
 
-    Where the two likeliest tokens are a rounding error apart, either is right, and what follows depends on it.
+    Where the two likeliest tokens are a rounding error apart, either is right, and what follows depends on it. How
+    much rounding does is seen where parameters change by as much: at a few tokens a hundred times more than at others.
     """
     texts = []
     sample = SampleConfig(tokens=NEW, temperature=0.0)
@@ -84,7 +86,8 @@ def references(opened: Opened, prompts: list[tuple[int, ...]]) -> list[list[int]
             tokens_BT = np.zeros((len(part), REACH), np.int32)
             for row, (prompt, text) in enumerate(zip(part, new, strict=True)):
                 tokens_BT[row, : len(prompt) + NEW] = prompt + text
-            gaps_BT = np.asarray(_gaps(opened.description.bind(opened.params), tokens_BT))
+            prompts_B1 = np.array([[len(prompt)] for prompt in part], np.int32)
+            gaps_BT = np.asarray(_gaps(opened.description.bind(opened.params), tokens_BT, prompts_B1))
             for row, prompt in enumerate(prompts[start : start + ROWS]):
                 close = gaps_BT[row, len(prompt) - 1 :][:NEW] < TIE
                 texts.append(new[row][: close.argmax() if close.any() else NEW])
@@ -92,10 +95,19 @@ def references(opened: Opened, prompts: list[tuple[int, ...]]) -> list[list[int]
 
 
 @jax.jit
-def _gaps(model, tokens_BT):
-    """How far the likeliest token after each one is before the second."""
-    top_BT2, _ = jax.lax.top_k(model.logits(model(tokens_BT)[0]), 2)
-    return top_BT2[..., 0] - top_BT2[..., 1]
+def _gaps(model, tokens_BT, prompts_B1):
+    """How far the likeliest token after each one is before the second, less what rounding moves their logits by."""
+    lengths_BT = jnp.maximum(prompts_B1, 1 + jnp.arange(tokens_BT.shape[1]))  # as `generate` reads and adds tokens
+    logits = lambda model: model.logits(model(tokens_BT, lengths_BT=lengths_BT)[0])
+    there_BTV, (leaves, structure) = logits(model), jax.tree.flatten(model)
+
+    def moved_BT(seed):
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        changed = [p * (1 + ROUNDING * jax.random.normal(k, p.shape)) for p, k in zip(leaves, keys, strict=True)]
+        return jnp.abs(logits(jax.tree.unflatten(structure, changed)) - there_BTV).max(-1)
+
+    top_BT2, _ = jax.lax.top_k(there_BTV, 2)
+    return top_BT2[..., 0] - top_BT2[..., 1] - 2 * jnp.maximum(moved_BT(0), moved_BT(1))
 
 
 class Heard:

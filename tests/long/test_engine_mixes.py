@@ -52,7 +52,7 @@ def test_every_mix_equals_generate(model, mesh, options, count):
     state = engine.state()
     assert engine.stop(10)
     assert state.compiles == 0
-    assert state.preemptions > 0 or count < 10
+    assert state.preemptions > 0 or count <= 10
     assert engine.state().blocks_used == 0
     gc.collect()
 
@@ -88,7 +88,7 @@ def test_a_real_model_equals_pytorch():
     import torch
     import transformers
 
-    found = find_model(smollm2(), ["runtime.platform=cpu"])
+    found = find_model(smollm2(), ["runtime.platform=cpu", "runtime.cpu_devices=8", "mesh.data=8", "mesh.fsdp=1"])
     there = found.open()
     prompts = [[*found.begin, *there.tokenizer.encode(text).tolist()] for text in TEXTS]
     options = EngineOptions(max_running=4, max_length=256)
@@ -98,8 +98,10 @@ def test_a_real_model_equals_pytorch():
     assert engine.stop(10)
     folder = smollm2().parent
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=smollm2().name, dtype=torch.float32)
+    # `min_new_tokens` would forbid the token; `ignore_eos` goes on after it
+    peer.generation_config.eos_token_id = None
     with torch.inference_mode():
         for prompt, text in zip(prompts, texts, strict=True):
             ids = torch.tensor([prompt])
-            out = peer.generate(ids, max_new_tokens=32, min_new_tokens=32, do_sample=False)[0, len(prompt) :].tolist()
+            out = peer.generate(ids, max_new_tokens=32, do_sample=False)[0, len(prompt) :].tolist()
             assert out == text
