@@ -81,7 +81,8 @@ def layer_values(
         "attention": queries,
         "dots": queries * (2 if kept_core else 1) + keys + stream + opened,
     }[remat]
-    held = queries + keys + opened + 2 * c.width + (0.0 if remat == "none" else inputs + opened)
+    again = {"none": 0.0, "dots": inputs + opened}.get(remat, inputs)  # computed again in B
+    held = queries + keys + opened + 2 * c.width + again
     if fused:
         return LayerValues(stream, kept, held, everything, 0.0, 0.0)
     in_turn = context > 1 or (seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0)
