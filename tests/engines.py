@@ -103,7 +103,9 @@ def _gaps(model, tokens_BT, prompts_B1):
 
     def moved_BT(seed):
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        changed = [p * (1 + ROUNDING * jax.random.normal(k, p.shape)) for p, k in zip(leaves, keys, strict=True)]
+        change = lambda p, key: p * (1 + ROUNDING * jax.random.normal(key, p.shape, p.dtype))
+        exact = lambda p: not jnp.issubdtype(p.dtype, jnp.floating)  # codes of a quantised matrix
+        changed = [p if exact(p) else change(p, key) for p, key in zip(leaves, keys, strict=True)]
         return jnp.abs(logits(jax.tree.unflatten(structure, changed)) - there_BTV).max(-1)
 
     top_BT2, _ = jax.lax.top_k(there_BTV, 2)
