@@ -22,6 +22,7 @@ from finetune.adapters.adaptation import Adaptation, adaptation, is_adapter, mat
 from finetune.adapters.base import in_base_forms
 from finetune.adapters.matrices import ADAPTER, Lora, Narrow
 from finetune.adapters.switched import Places
+from finetune.adapters.tables import Frozen
 from inference.adapter_books import Adapter
 from inference.engine_options import EngineOptions
 from inference.opening import Found, Opened, find_model, read_trained
@@ -203,7 +204,7 @@ def _check_kind(name: str, path: Path, config: Config, adapts: Adaptation | None
         raise ValueError(f"{path} has no adapters: adapter.kind=none")
     specs, model = parameter_specs(config.model), config.model
     for path_in, form in adapts.forms.items():
-        if not isinstance(form, Lora) and path_in not in adapts.base_forms:
+        if not isinstance(form, Lora | Frozen) and path_in not in adapts.base_forms:
             raise ValueError(f"{name}: adapters of kind {kind} are not switched by request; {SWITCHED} are")
         if isinstance(form, Lora) and branch(specs, path_in)["weight"].of_one_layer().batch:
             raise ValueError(
