@@ -22,11 +22,7 @@ from serving.access.permissions import PERMISSIONS
 
 FILE = "policy.csv"
 ALL = "*"
-ADMIN = (
-    "keys",
-    "drain",
-    "adapters",
-)  # permissions that change the server: what they are used for is written down first
+ADMIN = ("keys", "drain", "adapters")  # they change the server: what they are used for is written down first
 ROLES = {
     "admin": (ALL,),
     "operator": ("models", "page", "state", "metrics", "drain", "schema"),

@@ -16,6 +16,7 @@ from serving.api.routes import SENDS, ends, service_of
 from serving.api.sending import answer
 from serving.body import body_of
 from serving.errors import ApiError
+from serving.service import Service
 
 router = APIRouter()
 FIXED = "the adapters of this server are those that it was started with: --max-adapters makes room for more"
@@ -28,11 +29,7 @@ async def load(
     body: LoadAdapterBody = Depends(body_of(LoadAdapterBody)),  # noqa: B008
 ):
     """Reads an adapter from a folder of the server's machine; on return requests may name it."""
-    service = service_of(request)
-    if service.load is None:
-        raise ApiError(400, FIXED, code="adapters_fixed")
-    if body.lora_name == service.name:
-        raise ApiError(400, f"{service.name} is the model itself", param="lora_name", code="invalid_value")
+    service = _changed(request, body.lora_name)
     try:
         await asyncio.to_thread(service.load, body.lora_name, Path(body.lora_path))
     except (ValueError, OSError) as error:
@@ -49,11 +46,7 @@ async def unload(
     body: UnloadAdapterBody = Depends(body_of(UnloadAdapterBody)),  # noqa: B008
 ):
     """Takes no new requests for an adapter; what runs is finished, then its place is free."""
-    service = service_of(request)
-    if service.load is None:
-        raise ApiError(400, FIXED, code="adapters_fixed")
-    if body.lora_name == service.name:
-        raise ApiError(400, f"{service.name} is the model itself", param="lora_name", code="invalid_value")
+    service = _changed(request, body.lora_name)
     view = service.under(body.lora_name)
     try:
         service.engine.adapters.unload(body.lora_name)
@@ -61,3 +54,13 @@ async def unload(
         raise ApiError(404, f"{error}", param="lora_name", code="model_not_found") from None
     await caller.gate.add(caller.identity, "adapters unload", request, model=view.name, subject=view.digest)
     return answer(shown(view))
+
+
+def _changed(request: Request, name: str) -> Service:
+    """The service whose adapter of this name comes or goes. Raises ApiError 400 where none may."""
+    service = service_of(request)
+    if service.load is None:
+        raise ApiError(400, FIXED, code="adapters_fixed")
+    if name == service.name:
+        raise ApiError(400, f"{service.name} is the model itself", param="lora_name", code="invalid_value")
+    return service
