@@ -10,7 +10,7 @@ COMPILE = cd $(VENV)/lib/python3*/site-packages && $(abspath $(VENV))/bin/python
     optax orbax tensorstore hydra omegaconf numpy rich wandb yaml etils pydantic google opt_einsum ml_dtypes tokenizers \
     pygments
 
-.PHONY: setup train test test-short test-long test-aot test-aot-tpu test-aot-gpu aot-tpu aot-gpu lint format clean
+.PHONY: setup train test test-short test-long test-every test-aot test-aot-tpu test-aot-gpu aot-tpu aot-gpu lint format clean
 setup: $(VENV)/.stamp $(EXTRAS:%=$(VENV)/.extra-%)
 
 # Pinned versions come from requirements.lock; EXTRAS=cuda or EXTRAS=tpu adds an accelerator's plugin.
@@ -34,8 +34,9 @@ test: setup lint
 	@$(VENV)/bin/python -m pytest
 
 # A part of every room, for a second version of Python: start, a parity, a resume, checkpoints, data, fits, command line.
-SHORT = tests/runtime tests/checkpoint tests/data tests/scaling/fit tests/test_cli.py tests/test_conf.py \
-    "tests/test_parity.py::test_optimizers_do_not_see_the_mesh[sgd]" \
+SHORT = tests/runtime/test_start.py tests/runtime/test_files.py tests/checkpoint/test_store.py tests/data/test_loader.py \
+    tests/data/test_tokenizer.py tests/scaling/fit/test_solver.py tests/test_cli.py tests/test_conf.py \
+    "tests/test_parity.py::test_optimizers_do_not_see_the_mesh[muon]" \
     "tests/test_resume.py::test_stopped_run_goes_on_bitwise[SIGTERM]"
 test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
@@ -49,6 +50,11 @@ test-short: setup
 NOT_YET ?= test_compress_published.py test_export_llama.py
 test-long: setup $(VENV)/.published
 	@$(VENV)/bin/python -m pytest -n 0 tests/long $(NOT_YET:%=--ignore=tests/long/%)
+
+# Of cases that are alike, make test and make test-long take a few; here are the others (tests/every.py): about an hour.
+test-every: setup $(VENV)/.published
+	@$(VENV)/bin/python -m pytest -m every
+	@$(VENV)/bin/python -m pytest -m every -n 0 tests/long $(NOT_YET:%=--ignore=tests/long/%)
 
 $(VENV)/.published: $(VENV)/.stamp
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0 \

@@ -60,11 +60,14 @@ def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
     if not said:
         with contextlib.suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-    if _tell is not None:
-        _tell(code, line, SECONDS / 2)
+    telling = threading.Thread(target=_tell, args=(code, line, SECONDS / 2), daemon=True) if _tell else None
+    if telling:
+        telling.start()  # meanwhile, so that an unreachable process costs the clean-ups no time
     for cleanup in reversed(_cleanups):
         with contextlib.suppress(Exception):
             cleanup()
+    if telling:
+        telling.join()
     exit_now(code)
 
 

@@ -1,6 +1,7 @@
 """Predicted memory against compiled steps on simulated devices: most within 15%, and what the allowance covers.
 
-The layouts are others than those that the arithmetic was found with. About a quarter of an hour on two cores.
+The layouts are others than those that the arithmetic was found with. All of them take about a quarter of an hour on
+two cores: `make test-long` asks for every third, `make test-every` for all.
 """
 
 import itertools
@@ -8,6 +9,7 @@ import statistics
 
 import jax
 import pytest
+from every import few_of
 
 from config import compose
 from config.layout import mesh_sizes
@@ -68,10 +70,11 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict[str, tuple[float, float]]:
+@pytest.fixture(scope="module", params=few_of(["a third", "all"], ["a third"]))
+def errors(request) -> dict[str, tuple[float, float]]:
     """Predicted over needed memory, without and with the allowance, by layout."""
-    return {f"{model[0]} {axes} {' '.join(more)}": compared(model, axes, more) for model, axes, more in CASES}
+    cases = CASES if request.param == "all" else CASES[::3]
+    return {f"{model[0]} {axes} {' '.join(more)}": compared(model, axes, more) for model, axes, more in cases}
 
 
 def compared(model: tuple[str, ...], mesh_axes: dict[str, int], more: tuple[str, ...]) -> tuple[float, float]:
@@ -95,7 +98,7 @@ def test_memory_is_what_the_compiler_says(errors):
     """How compilers place arrays is not known before: a few are further off (docs/planner.md)."""
     off = {name: abs(ratio - 1) for name, (ratio, _) in errors.items()}
     told = {name: f"{error:.1%}" for name, error in off.items() if error > 0.15}
-    assert len(off) >= 30
+    assert len(off) >= 10
     assert statistics.median(off.values()) < 0.08
     assert len(told) <= len(off) / 6, told
     assert max(off.values()) < 0.35, told
