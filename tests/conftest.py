@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     known(("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false", *FLAGS["cpu"]))
 )
 
+# Programs that tests start would compile every module again where the bytecode may not be written.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import jax
 import pytest
 
