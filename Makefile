@@ -49,12 +49,12 @@ test-short: setup
 # published model, and exports in llama.cpp. Run by hand, then to be taken from this list: make test-long NOT_YET=
 NOT_YET ?= test_compress_published.py test_export_llama.py
 test-long: setup $(VENV)/.published
-	@$(VENV)/bin/python -m pytest -n 0 tests/long $(NOT_YET:%=--ignore=tests/long/%)
+	@$(VENV)/bin/python -m pytest tests/long $(NOT_YET:%=--ignore=tests/long/%)
 
 # Of cases that are alike, make test and make test-long take a few; here are the others (tests/every.py): about an hour.
 test-every: setup $(VENV)/.published
 	@$(VENV)/bin/python -m pytest -m every
-	@$(VENV)/bin/python -m pytest -m every -n 0 tests/long $(NOT_YET:%=--ignore=tests/long/%)
+	@$(VENV)/bin/python -m pytest -m every tests/long $(NOT_YET:%=--ignore=tests/long/%)
 
 $(VENV)/.published: $(VENV)/.stamp
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0 \

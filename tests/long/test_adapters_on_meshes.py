@@ -32,8 +32,7 @@ PAIRS = [(kind, list(MESHES)[(number + shift) % len(MESHES)]) for number, kind i
 
 
 FEW = [
-    *(("dora", "context"), ("int4", "experts"), ("nf4", "stages of experts"), ("adalora", "uneven stages")),
-    ("prefix", "data x fsdp x tensor"),
+    *(("dora", "context"), ("nf4", "stages of experts"), ("prefix", "data x fsdp x tensor")),
 ]
 
 

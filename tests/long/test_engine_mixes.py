@@ -78,6 +78,7 @@ def smollm2() -> Path:
     return file
 
 
+TOKENS = 24
 TEXTS = (
     "The capital of France is",
     "Once upon a time there was a small dog who",
@@ -86,10 +87,10 @@ TEXTS = (
 )
 
 
-def answers(engine: Engine, prompts, tokens: int = 32) -> list[list[int]]:
+def answers(engine: Engine, prompts) -> list[list[int]]:
     heard = [Heard() for _ in prompts]
     for index, (prompt, one) in enumerate(zip(prompts, heard, strict=True)):
-        sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        sampling = Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         engine.submit(Request(f"real-{index}", tuple(prompt), sampling), one)
     assert all(one.done.wait(600) for one in heard)
     return [one.tokens() for one in heard]
@@ -102,7 +103,7 @@ def test_a_real_model_equals_pytorch():
     found = find_model(smollm2(), ["runtime.platform=cpu", "runtime.cpu_devices=8", "mesh.data=8", "mesh.fsdp=1"])
     there = found.open()
     prompts = [[*found.begin, *there.tokenizer.encode(text).tolist()] for text in TEXTS]
-    options = EngineOptions(max_running=4, max_length=256)
+    options = EngineOptions(max_running=4, max_length=48, chunk=16)
     engine = Engine(there, options)
     engine.start()
     texts = answers(engine, prompts)
@@ -114,5 +115,5 @@ def test_a_real_model_equals_pytorch():
     with torch.inference_mode():
         for prompt, text in zip(prompts, texts, strict=True):
             ids = torch.tensor([prompt])
-            out = peer.generate(ids, max_new_tokens=32, do_sample=False)[0, len(prompt) :].tolist()
+            out = peer.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :].tolist()
             assert out == text
