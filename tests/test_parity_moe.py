@@ -61,7 +61,6 @@ def spelled(value) -> str:
 
 FEW = [
     ("mixtral", {"expert": 4, "fsdp": 2}),
-    ("deepseek", {"expert": 4, "tensor": 2}),
     ("deepseek", {"expert": 2, "context": 2, "tensor": 2}),
 ]
 

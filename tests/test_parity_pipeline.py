@@ -42,16 +42,7 @@ CASES = {
 
 
 FEW = [
-    *(
-        "interleaved-uneven",
-        "zero_bubble",
-        "zero_bubble_v",
-        "tables",
-        "a stage of padding rows",
-        "remat",
-        "accumulated",
-    ),
-    *("families", "expert, tensor", "context, windows"),
+    *("interleaved-uneven", "zero_bubble_v", "tables", "remat", "families", "expert, tensor", "context, windows"),
 ]
 
 

@@ -4,6 +4,7 @@ More of them are in tests/long/test_adapters_on_meshes.py.
 """
 
 import pytest
+from every import few_of
 from meshes import assert_changes_nothing
 
 ADAM = ("optimizer=adamw",)
@@ -14,7 +15,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", few_of(CASES, ["stages", "nf4"]))
 def test_a_mesh_changes_nothing(case):
     model, mesh, how, adapter = CASES[case]
     assert_changes_nothing(model, mesh, *how, extra=(*ADAM, *adapter))
