@@ -58,7 +58,7 @@ def legal(model: str) -> list[tuple[dict, str]]:
 
 
 @hypothesis.seed(SEED)
-@hypothesis.settings(max_examples=2, deadline=None, database=None, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=4, deadline=None, database=None, phases=[hypothesis.Phase.generate])
 @hypothesis.given(st.data())
 def test_random_legal_meshes(data):
     model = data.draw(st.sampled_from(["llama", "gpt2", "moe"]))

@@ -5,7 +5,6 @@ two cores: `make test-long` asks for every third, `make test-every` for all.
 """
 
 import itertools
-import math
 import statistics
 
 import jax
@@ -74,7 +73,7 @@ CASES = [
 @pytest.fixture(scope="module", params=few_of(["a third", "all"], ["a third"]))
 def errors(request) -> dict[str, tuple[float, float]]:
     """Predicted over needed memory, without and with the allowance, by layout."""
-    cases = CASES if request.param == "all" else CASES[::3]
+    cases = CASES if request.param == "all" else CASES[1::3]
     return {f"{model[0]} {axes} {' '.join(more)}": compared(model, axes, more) for model, axes, more in cases}
 
 
@@ -99,9 +98,10 @@ def test_memory_is_what_the_compiler_says(errors):
     """How compilers place arrays is not known before: a few are further off (docs/planner.md)."""
     off = {name: abs(ratio - 1) for name, (ratio, _) in errors.items()}
     told = {name: f"{error:.1%}" for name, error in off.items() if error > 0.15}
-    assert len(off) >= 10
+    assert len(CASES) >= 30
+    assert len(off) >= len(CASES) // 3
     assert statistics.median(off.values()) < 0.08
-    assert len(told) <= math.ceil(len(off) / 6), told
+    assert len(told) <= len(off) / 6, told
     assert max(off.values()) < 0.35, told
 
 

@@ -3,14 +3,13 @@
 import subprocess
 
 import pytest
-import runs
 import yaml
 
 # `seen` and `sink` are fixtures: a server that has answered, a run's exporter
 from tests.serving.test_alerts import ALERTS, RULES, expressions
 from tests.serving.test_metrics import seen  # noqa: F401
-from tests.tracking.test_prometheus import scrape, sink  # noqa: F401
-from tracking.prometheus import KEYS, PrometheusSink
+from tests.tracking.test_prometheus import exposition_of_a_run, scrape, sink  # noqa: F401
+from tracking.prometheus import KEYS
 
 
 def promtool(*arguments: str, text: str | None = None) -> list[str]:
@@ -50,17 +49,4 @@ def test_of_every_key_that_a_run_may_log_nothing_is_said(sink):  # noqa: F811
 
 
 def test_of_a_real_run_nothing_is_said(tmp_path, monkeypatch):
-    scraped, close = [], PrometheusSink.close
-
-    def close_later(one):
-        if one._scrapes is not None:
-            scraped.append(scrape(one.port))
-        close(one)
-
-    monkeypatch.setattr(PrometheusSink, "close", close_later)
-    asked = runs.overrides(
-        runs.corpus(tmp_path / "text"), tmp_path / "run", f"metrics.prometheus_port={runs.free_port()}"
-    )
-    assert runs.run([*asked, "train.steps=4"], devices=1) == 0
-    (exposition,) = scraped
-    assert promtool("check", "metrics", text=exposition) == []
+    assert promtool("check", "metrics", text=exposition_of_a_run(tmp_path, monkeypatch)) == []

@@ -141,7 +141,8 @@ def test_a_run_on_a_taken_port_ends_before_it_has_written_anything(tmp_path, cap
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_run_exports_what_it_writes(tmp_path, monkeypatch):
+def exposition_of_a_run(tmp_path, monkeypatch) -> str:
+    """What a run of eight steps in `tmp_path`/run exports at its end."""
     monkeypatch.chdir(tmp_path)
     scraped, close = [], PrometheusSink.close
 
@@ -156,7 +157,11 @@ def test_a_run_exports_what_it_writes(tmp_path, monkeypatch):
     asked = runs.overrides(text, tmp_path / "run", f"metrics.prometheus_port={port}", "train.steps=8")
     assert runs.run(asked, devices=1) == 0
     (exposition,) = scraped
-    found, lines = samples(exposition), runs.lines(tmp_path / "run")
+    return exposition
+
+
+def test_a_run_exports_what_it_writes(tmp_path, monkeypatch):
+    found, lines = samples(exposition_of_a_run(tmp_path, monkeypatch)), runs.lines(tmp_path / "run")
     newest = {key: value for line in lines for key, value in line.items() if not isinstance(value, str)}
     for key, value in newest.items():
         metric, labels = exported(key)
