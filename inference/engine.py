@@ -181,7 +181,9 @@ class Engine:
         blocks = -(-self.cache_tokens // options.block)
         self._compilations.listen()
         self._in_flight: deque[InFlight] = deque()
-        self._lookahead = 0 if opened.mesh.devices.flat[0].platform == "cpu" else 1
+        # the next step begins before the last one's tokens are read; simulated devices share their cores and gain nothing
+        simulated = opened.mesh.devices.flat[0].platform == "cpu" and opened.mesh.size > 1
+        self._lookahead = 0 if simulated else 1
         if self._encoder is not None:
             self._scheduler = Scheduler(Blocks(0, options.block, False), 0, options.chunk)
             self._encoder.compile()
