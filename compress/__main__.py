@@ -18,7 +18,9 @@ if __name__ == "__main__":
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,12 +33,12 @@ from compress.folder import write_mark
 from compress.forms import forms_for
 from compress.layers import quantise
 from compress.narrowing import Sizes, narrowed
+from compress.own_task import question_of, tokens_of, with_task
 from compress.pareto import draw, points_of, table
 from compress.recipes import RECIPES, Recipe
-from compress.text import data_of, open_text, rows_of_text
+from compress.text import data_of, open_text, rows_of_text, rows_of_tokens
 from config.compose import to_yaml
 from config.schema import identity
-from data.opening import Corpora
 from evaluation.scoring import Row, Scorer
 from finetune.adapter_config import NoAdapter
 from inference.config import SampleConfig
@@ -73,22 +75,33 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{found.path} has adapters: merge them first (python -m finetune merge {found.path} OUT)")
     if recipe.calibrated and found.config.mesh.context != 1:
         raise ValueError(f"mesh.context={found.config.mesh.context}: calibration text is not split; use data or fsdp")
-    directory, config = RunDirectory(found.path), found.config
-    own = config.data if directory.config.exists() and not directory.imported.exists() else None
-    data = data_of(options.data, own, config.data.cache)
-    text = None
-    if recipe.calibrated or config.model.causal:
-        text = open_text(data, config.tokenizer, found.tokenizer, directory.tokenizer)
-        tell(f"text: {data.path or data.source}" + ("" if options.data else "; --data names other"))
+    asked = question_of(found, options.task_rows)
+    read, text = text_of(found, options.data) if recipe.calibrated or found.config.model.causal else (None, None)
     model = found.open(options.step)
     with jax.set_mesh(model.mesh):
-        rows = Texts(text, options, model)
+        rows = Texts(read, options, model)
         small, forms = smaller(model, recipe, options, rows.calibration if recipe.calibrated else None)
         cost = measured(model, small, rows.heldout, options.generate)
+        cost = cost if asked is None else with_task(cost, asked, model, small)
     with folder_made(options.out) as folder:
-        cost = write(folder, options, found, small, forms, cost, data)
+        cost = write(folder, options, found, small, forms, cost, text)
     print(cost.table(), end="")
     tell(f"{options.out}: {options.recipe} in {time.perf_counter() - began:.0f} s")
+
+
+def text_of(found: Found, asked: str | None) -> tuple[Callable, dict[str, str]]:
+    """What reads rows of text as rows_of_text does, and where they come from: `asked`, else the run's own."""
+    directory, config = RunDirectory(found.path), found.config
+    tokens = None if asked else tokens_of(found)
+    if tokens is not None:
+        read, text = partial(rows_of_tokens, tokens), {"source": "task", "path": config.task.path}
+    else:
+        own = config.data if directory.config.exists() and not directory.imported.exists() else None
+        data = data_of(asked, own, config.data.cache)
+        read = partial(rows_of_text, open_text(data, config.tokenizer, found.tokenizer, directory.tokenizer))
+        text = {"source": data.source, "path": data.path}
+    tell(f"text: {text['path'] or text['source']}" + ("" if asked else "; --data names other"))
+    return read, text
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -119,16 +132,17 @@ def smaller(model: Opened, recipe: Recipe, options: argparse.Namespace, samples:
 class Texts:
     """Rows of tokens for a model on its mesh."""
 
-    def __init__(self, text: Corpora | None, options: argparse.Namespace, model: Opened):
+    def __init__(self, read: Callable | None, options: argparse.Namespace, model: Opened):
+        """read: rows of (split, count, length), as rows_of_text; None where the recipe needs no text."""
         parts, even = splits("batch"), splits("residual")
         if options.length % even:
             raise ValueError(
                 f"--length {options.length} must be a multiple of {even}, which the mesh splits tokens into"
             )
         samples = -(-options.samples // parts) * parts
-        causal = text is not None and model.config.model.causal
-        self.calibration = None if text is None else rows_of_text(text, "train", samples, options.length)[:, :-1]
-        self.heldout = rows_of_text(text, "heldout", options.heldout, options.length) if causal else None
+        causal = read is not None and model.config.model.causal
+        self.calibration = None if read is None else read("train", samples, options.length)[:, :-1]
+        self.heldout = read("heldout", options.heldout, options.length) if causal else None
 
 
 def tell(line: str) -> None:
@@ -185,7 +199,7 @@ def by_turns(calls: list) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
-def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost: Cost, data) -> Cost:
+def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost: Cost, text) -> Cost:
     """Fills the folder; returns the cost with the bytes on disk."""
     source, config = RunDirectory(found.path), small.config
     kept = RunDirectory(folder)
@@ -208,7 +222,7 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     checkpoints = Path(found.config.checkpoint.dir or found.path / "checkpoints")
     before = replace(cost.before, disk=bytes_on_disk(checkpoints if source.config.exists() else found.path))
     cost = replace(cost, before=before, after=replace(cost.after, disk=bytes_on_disk(folder / "checkpoints")))
-    body = provenance(options, found, small, data)
+    body = provenance(options, found, small, text)
     told = {"recipe": options.recipe, "model": str(found.path), **cost.as_json(), "provenance": body}
     (folder / "cost.json").write_text(json.dumps(told, indent=2) + "\n")
     (folder / "cost.md").write_text(f"{options.recipe} of {found.path}\n\n{cost.table()}")
@@ -218,15 +232,14 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     return cost
 
 
-def provenance(options, found: Found, small: Opened, data) -> dict:
+def provenance(options, found: Found, small: Opened, text: dict[str, str] | None) -> dict:
     """Where a compressed model came from, and how it was made."""
     asked = {name: getattr(options, name) for name in ASKED}
-    calibrated = {"source": data.source, "path": data.path} if RECIPES[options.recipe].calibrated else None
     source = {"path": str(found.path), "step": small.step, "digest": small.digest}
     return {
         "recipe": {"name": options.recipe, **asdict(RECIPES[options.recipe]), **asked},
         "source": source,
-        "calibration": calibrated,
+        "calibration": text if RECIPES[options.recipe].calibrated else None,
         "jax": jax.__version__,
     }
 

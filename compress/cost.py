@@ -1,7 +1,7 @@
 """What a compression cost, as a table: bytes, held-out loss, speed, each as it was measured."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ class Side:
     loss: float | None = None  # nats a token of held-out text
     reads: float | None = None  # tokens a second of held-out text
     writes: float | None = None  # tokens a second, one sequence
+    task: dict[str, float] = field(default_factory=dict)  # metrics on held-out rows of the run's own task
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Cost:
     after: Side
     stderr: float | None = None  # of the difference of the losses, over rows of text
     tokens: int = 0  # that the losses are of
+    rows: int = 0  # that the task's metrics are of
 
     @property
     def change(self) -> float | None:
@@ -44,6 +46,9 @@ class Cost:
         if self.change is not None:
             change = f"{self.change:+.3%}" + (f" (± {self.stderr / self.before.loss:.3%})" if self.stderr else "")
             rows += [("held-out loss, nats a token", *(f"{side.loss:.5f}" for side in self.sides), change)]
+        for name, value in self.before.task.items():
+            other, what = self.after.task[name], f"{name} of {self.rows} rows of its task"
+            rows += [(what, f"{value:.4f}", f"{other:.4f}", f"{other - value:+.4f}")]
         for name, words in (("reads", "tokens/s read"), ("writes", "tokens/s written, one sequence")):
             if getattr(self.before, name) is not None:
                 rows += [(words, *(f"{getattr(side, name):,.1f}" for side in self.sides), self._ratio(name))]

@@ -38,11 +38,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--data",
         metavar="DATA",
         help=f"text to calibrate and to measure with: files, a prepared corpus, {' or '.join(CORPORA)} "
-        "(of a run its own data; else stdlib)",
+        "(of a run its own data or the rows of its task; else stdlib)",
     )
     parser.add_argument("--samples", type=count, default=32, metavar="N", help="rows of calibration text (32)")
     parser.add_argument("--length", type=count, default=256, metavar="N", help="tokens of a row (256)")
     parser.add_argument("--heldout", type=count, default=32, metavar="N", help="rows of held-out text to measure (32)")
+    parser.add_argument(
+        "--task-rows", type=whole, default=256, metavar="N",
+        help="held-out rows of a run's own task to measure; 0: none (256)",
+    )  # fmt: skip
     parser.add_argument("--generate", type=whole, default=32, metavar="N", help="tokens to time; 0: no speed (32)")
     parser.add_argument(
         "--wide",

@@ -13,11 +13,12 @@ class Point:
     name: str
     disk: int  # bytes
     memory: int
-    loss: float  # nats a token of held-out text
+    loss: float  # nats a token of held-out text; of an encoder that of its task's rows
     change: float  # of the loss, as a share of that of the model before
     stderr: float  # of `change`
     reads: float | None  # tokens a second
     writes: float | None
+    task: dict[str, float]  # metrics of the run's own task, the one that picks the best checkpoint first
 
 
 def points_of(folders: list[Path]) -> list[Point]:
@@ -45,16 +46,15 @@ def best(points: list[Point]) -> list[Point]:
 def table(points: list[Point]) -> str:
     """Lines of Markdown; what is best for its size is in bold."""
     front, base = best(points), points[0]
-    lines = [
-        "| | disk, MB | memory, MB | | held-out loss | change | tokens/s read | written |",
-        "|---" + "|---:" * 7 + "|",
-    ]
+    names = ["disk, MB", "memory, MB", "", "held-out loss", "change", *list(base.task)[:1], "tokens/s read", "written"]
+    lines = [f"| | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
     for p in points:
         name = f"**{p.name}**" if p in front else p.name
         change = "" if p is base else f"{p.change:+.2%} ± {p.stderr:.2%}"
         speeds = ["" if speed is None else f"{speed:,.0f}" for speed in (p.reads, p.writes)]
         sizes = f"{p.disk / 1e6:,.2f} | {p.memory / 1e6:,.2f} | {p.memory / base.memory:.3f}x"
-        lines.append(f"| {name} | {sizes} | {p.loss:.5f} | {change} | {' | '.join(speeds)} |")
+        metric = [f"{value:.4f}" for value in list(p.task.values())[:1]]
+        lines.append(f"| {name} | {sizes} | {p.loss:.5f} | {change} | {' | '.join([*metric, *speeds])} |")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -92,8 +92,12 @@ def _cost(folder: Path) -> dict[str, Any]:
     path = folder / "cost.json"
     try:
         cost = json.loads(path.read_text())
-        if cost["before"]["loss"] is None:
-            raise ValueError("it has no loss")
+        if cost["before"]["loss"] is None:  # no model of text: the loss of its task's rows stands there
+            for side in ("before", "after"):
+                cost[side]["loss"] = cost[side].get("task", {}).get("loss")
+            if cost["before"]["loss"] is None:
+                raise ValueError("it has no loss")
+            cost["change"] = cost["after"]["loss"] / cost["before"]["loss"] - 1
         return cost
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} tells no costs of python -m compress: {error}") from None
@@ -117,4 +121,4 @@ def _point(name: str, cost: dict[str, Any], side: str) -> Point:
     its, is_after = cost[side], side == "after"
     stderr = (cost["stderr"] or 0.0) / cost["before"]["loss"] if is_after else 0.0
     sizes = its["disk"], its["memory"], its["loss"], cost["change"] if is_after else 0.0
-    return Point(name, *sizes, stderr, its["reads"], its["writes"])
+    return Point(name, *sizes, stderr, its["reads"], its["writes"], its.get("task", {}))

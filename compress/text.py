@@ -50,3 +50,12 @@ def rows_of_text(corpora: Corpora, split: str, count: int, length: int) -> np.nd
             starts = np.linspace(0, len(stream) - length - 1, wanted).astype(np.int64)
             found.append(stream.read(starts, length + 1).astype(np.int32))
     return np.concatenate(found)
+
+
+def rows_of_tokens(tokens: dict[str, np.ndarray], split: str, count: int, length: int) -> np.ndarray:
+    """The same of a task's rows: of the tokens of a split one after the other. Raises ValueError for too few."""
+    if len(tokens[split]) < length + 1:
+        said = f"the task's {split} rows have {len(tokens[split]):,} tokens, and a row of text is {length} + 1"
+        raise ValueError(f"{said}: give a lower --length, or other text with --data")
+    starts = np.linspace(0, len(tokens[split]) - length - 1, count).astype(np.int64)
+    return tokens[split][starts[:, None] + np.arange(length + 1)].astype(np.int32)

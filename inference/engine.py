@@ -181,7 +181,7 @@ class Engine:
         blocks = -(-self.cache_tokens // options.block)
         self._compilations.listen()
         self._in_flight: deque[InFlight] = deque()
-        # the next step begins before the last one's tokens are read; simulated devices share their cores and gain nothing
+        # the next step begins before the last one's tokens are read; simulated devices share cores and gain nothing
         simulated = opened.mesh.devices.flat[0].platform == "cpu" and opened.mesh.size > 1
         self._lookahead = 0 if simulated else 1
         if self._encoder is not None:

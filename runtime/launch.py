@@ -16,7 +16,6 @@ import ctypes
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from typing import BinaryIO
 
 from runtime.arguments import Parser
 from runtime.exit_codes import DONE, PREEMPTED
+from runtime.ports import free_port
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -63,13 +63,6 @@ def parse(arguments: Sequence[str] | None) -> Namespace:
     if not options.module and not os.path.isfile(options.program[0]):
         parser.error(f"no such file: {options.program[0]}")
     return options
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ import train
 from checkpoint.digests import read_manifest
 from config import compose, layout
 from performance.hardware import Peak
-from runtime.launch import free_port
+from runtime.ports import free_port
 from tracking.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -32,6 +32,8 @@ ALLOWED = {
     "checkpoint": {"model", "parallel", "runtime"},
     # models made small, of what lies below them: what opens a model reads its forms, and so lies above
     "compress": {"checkpoint", "data", "model", "parallel", "runtime"},
+    # a run that has a task is calibrated with its rows and judged by its metrics
+    "compress/own_task.py": {"finetune.measure", "finetune.opening", "inference.opening"},
     # adapters wrap matrices, quantised ones too, and say what of a job is trained; above it stands what opens a run
     "finetune/adapters": {
         *("checkpoint.config", "checkpoint.huggingface", "compress.forms", "compress.layers", "model", "parallel"),

@@ -13,7 +13,7 @@ from inference.options import model
 from runtime import locks
 from runtime.arguments import Parser
 from runtime.exit_codes import MISTAKE
-from runtime.launch import free_port
+from runtime.ports import free_port
 from serving.access import guard, secrets
 from serving.access.opening import FOLDER
 from serving.batches.multipart import MOST_AROUND

@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from checkpoint.store import CheckpointConfig, CheckpointStore
+from runtime.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,9 +104,7 @@ def test_killed_while_saving_the_newest_is_intact(tmp_path):
 
 
 def test_two_processes_save_and_one_restores(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [start(SAVE_AND_RESTORE_AS_ONE_OF_TWO, tmp_path, port, rank) for rank in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]

@@ -42,6 +42,23 @@ def test_a_table_and_a_picture(folders, tmp_path, capsys):
     assert "| int4 group=64 |" in out
 
 
+def test_an_encoder_has_the_loss_and_the_first_metric_of_its_task(tmp_path, capsys):
+    for name, memory, loss, accuracy in (("int8", 100, 0.22, 0.9), ("int4", 60, 0.3, 0.8)):
+        file = folder(tmp_path / name, name, memory, loss) / "cost.json"
+        cost = json.loads(file.read_text())
+        for side, metrics in (
+            ("before", {"accuracy": 0.92, "loss": 0.2}),
+            ("after", {"accuracy": accuracy, "loss": loss}),
+        ):
+            cost[side] |= {"loss": None, "task": metrics}
+        file.write_text(json.dumps(cost | {"change": None, "stderr": None}))
+    assert main(parse(["compare", str(tmp_path / "int8"), str(tmp_path / "int4")])) == 0
+    out = capsys.readouterr().out
+    assert "| held-out loss | change | accuracy | tokens/s read |" in out
+    assert "| 0.20000 |  | 0.9200 |" in out
+    assert "| 0.22000 | +10.00% ± 0.00% | 0.9000 |" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,8 @@ from every import few_of
 from sklearn import metrics as reference
 from tuning import ENCODER, SMALL, assert_same, trace
 
+from compress.__main__ import main as compress
+from compress.options import parse as compress_options
 from evaluation.__main__ import main as evaluation
 from evaluation.options import parse
 from evaluation.results import read_result
@@ -178,6 +180,25 @@ def test_evaluation_knows_the_task_and_writes_a_page(tuned, capsys):
         assert part in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int4-gptq"])
+def test_made_small_it_is_told_what_that_costs_the_task(tuned, tmp_path, recipe, capsys):
+    """The metrics before are those of the run, those after what python -m evaluation finds of the folder."""
+    words = ["--recipe", recipe, "--group", "8", "--samples", "8", "--length", "32", "runtime.cpu_devices=8"]
+    small = tmp_path / "small"
+    with contextlib.chdir(runs.ROOT):
+        assert compress(compress_options([str(tuned), str(small), *words, "mesh.data=2"])) == DONE
+        assert evaluation(parse([str(small), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
+    cost, table = json.loads((small / "cost.json").read_text()), capsys.readouterr().out
+    assert cost["before"]["task"]["accuracy"] == pytest.approx(accuracies(tuned)[runs.STEPS])
+    result = read_result(next((small / "evaluation").glob("task*.json"))).tasks["task"]
+    for name in ("accuracy", "loss"):
+        assert result.metrics[name].value == pytest.approx(cost["after"]["task"][name], rel=1e-5)
+    assert cost["before"]["task"]["loss"] != cost["after"]["task"]["loss"]
+    calibration = cost["provenance"]["calibration"]
+    assert calibration == ({"source": "task", "path": str(table("one"))} if recipe == "int4-gptq" else None)
+    assert f"| accuracy of {cost['rows']} rows of its task |" in table
 
 
 def test_what_a_run_has_learned_is_served(tuned):

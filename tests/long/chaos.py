@@ -28,7 +28,7 @@ import jax
 from inference.config import SampleConfig
 from inference.generate import generate
 from inference.opening import open_model
-from runtime.launch import free_port
+from runtime.ports import free_port
 from serving.cluster import control
 from tests import runs
 from tests.long.chaos_clients import OUTCOMES, Clients, Question

@@ -5,13 +5,14 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from runtime.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "serving"
@@ -20,13 +21,6 @@ TESTS = ROOT / "tests" / "serving"
 def environment(**more: str) -> dict[str, str]:
     """Of a process that uses the project and the doubles."""
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "PYTHONUNBUFFERED": "1", **more}
-
-
-def free_port() -> int:
-    """One that nobody listens at."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ import urllib.request
 
 import pytest
 import trustme
-from replicas import ROOT, TESTS, Postgres, environment, free_port, server
+from replicas import ROOT, TESTS, Postgres, environment, server
 
+from runtime.ports import free_port
 from serving.access.opening import open_state
 
 

@@ -21,7 +21,7 @@ import httpx
 import pytest
 import trustme
 
-from runtime.launch import free_port
+from runtime.ports import free_port
 from serving.cluster.balancer import Balancer
 
 STAND_IN = Path(__file__).parent.parent / "stand_in.py"

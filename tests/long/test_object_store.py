@@ -21,6 +21,7 @@ from moto.server import main as _moto  # noqa: F401 - absent: told here, and not
 from data.corpus import DataConfig
 from data.shards import prepare
 from data.tokenizer import TokenizerConfig
+from runtime.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,12 +97,6 @@ class Server:
         self.shut_door()
         self.process.kill()
         self.process.wait()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture

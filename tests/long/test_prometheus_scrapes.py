@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ from urllib.request import Request, urlopen
 import pytest
 import runs
 import yaml
+
+from runtime.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 ALERTS = ROOT / "serving/alerts"
@@ -70,17 +71,6 @@ def until(condition, seconds: float):
     raise AssertionError(f"not within {seconds:g} s")
 
 
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        port = runs.free_port()
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for number in range(count):
-                one = stack.enter_context(socket.socket())
-                one.bind(("127.0.0.1", port + number))
-            return port
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     text = runs.corpus(tmp_path_factory.mktemp("seen") / "text")
@@ -91,7 +81,7 @@ def trained(tmp_path_factory):
 
 def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path):
     run, text = trained
-    replicas, trainer, port = free_ports(2), runs.free_port(), runs.free_port()
+    replicas, trainer, port = free_port(2), free_port(), free_port()
     targets = [f"127.0.0.1:{replicas + number}" for number in range(2)]
     serve = (sys.executable, "-m", "serving", "cluster", str(run), "--replicas", "2", "--port", "0", "--name", "tiny")
     serve += ("--metrics-port", str(replicas), "--state", str(tmp_path / "state"), "--max-running", "4")
@@ -102,7 +92,8 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
         log = stack.enter_context(open(tmp_path / "log", "w"))
         cluster = stack.enter_context(process(*serve, stdout=subprocess.PIPE, stderr=log, env=runs.environment()))
         address = cluster.stdout.readline().strip()  # once a replica is ready
-        curl = next(line for line in cluster.stdout if line.startswith("curl "))
+        curl = next((line for line in cluster.stdout if line.startswith("curl ")), "")
+        assert curl, (tmp_path / "log").read_text()
         key = re.search(r"Bearer ([^'\"\s]+)", curl)[1]
         threading.Thread(target=cluster.stdout.read, daemon=True).start()
         (tmp_path / "key").write_text(key)

@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from jax._src import clusters
 from runtime import start as runtime
 from runtime.cluster import Cluster, find_cluster
 from runtime.config import RuntimeConfig
+from runtime.ports import free_port
 from runtime.stop import StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,9 +223,7 @@ exit_now(3)
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_others_that_do_not_come_are_awaited_for_so_long_and_told_in_one_line(rank):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"""
 from runtime import start
 from runtime.config import RuntimeConfig

@@ -12,6 +12,7 @@ import runs
 from prometheus_client.parser import text_string_to_metric_families
 
 from config import compose
+from runtime.ports import free_port
 from runtime.scrapes import MOST_SCRAPES
 from tracking.prometheus import BESIDE, KEYS, PrometheusSink, exported, exporter
 from tracking.sinks import MetricsConfig
@@ -153,7 +154,7 @@ def exposition_of_a_run(tmp_path, monkeypatch) -> str:
 
     monkeypatch.setattr(PrometheusSink, "close", close_later)
     text = runs.corpus(tmp_path / "text")
-    port = runs.free_port()
+    port = free_port()
     asked = runs.overrides(text, tmp_path / "run", f"metrics.prometheus_port={port}", "train.steps=8")
     assert runs.run(asked, devices=1) == 0
     (exposition,) = scraped
