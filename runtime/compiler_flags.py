@@ -42,7 +42,8 @@ WITHOUT_DEVICES: dict[str, tuple[str, ...]] = {
 # What a process needs that compiles for absent devices: it must not look for them.
 ENVIRONMENT: dict[str, dict[str, str]] = {
     "cpu": {"JAX_PLATFORMS": "cpu"},
-    "tpu": {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"},
+    # a lock file is for devices: without them several programs may compile at a time
+    "tpu": {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"},
     "gpu": {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"},
 }
 

@@ -96,6 +96,8 @@ CASES = {
     "v5e-fsdp-full": Case("v5e", 16, LLAMA, {"fsdp": 16}, _remat("full")),
     "v5e-tensor": Case("v5e", 16, LLAMA, {"fsdp": 4, "tensor": 4}, _remat("full")),
     "v5p-pipe": Case("v5p", 8, LLAMA, {"pipe": 2, "fsdp": 4}, _remat("full")),
+    "v5p-pipe-1f1b": Case("v5p", 8, LLAMA, {"pipe": 2, "fsdp": 4}, _remat("full", "pipeline.schedule=1f1b")),
+    "v5p-pipe-deep": Case("v5p", 8, LLAMA, {"pipe": 4, "fsdp": 2}, _remat("full")),
     "v5p-context": Case("v5p", 8, LLAMA, {"fsdp": 2, "context": 4}, _remat("full", "train.seq_len=8192")),
     "v6e-data": Case("v6e", 8, GPT2, {"data": 8}, _remat("none")),
     "v6e-dots": Case("v6e", 16, LLAMA, {"data": 4, "fsdp": 4}, _remat("dots")),

