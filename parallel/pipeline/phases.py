@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal, Var
 
+from parallel.manual import vary
+
 # calls whose inside is dealt out too, and the parameter that holds it
 CALLS = {
     "jit": "jaxpr",
@@ -28,6 +30,8 @@ CALLS = {
 
 
 def _bind(eqn, values: list) -> list:
+    if eqn.primitive.name == "pvary":  # of a value that was kept between phases, which has the type already
+        return [vary(values[0], eqn.params["axes"])]
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return out if eqn.primitive.multiple_results else [out]

@@ -92,15 +92,25 @@ CASES = {
     "h100-data": Case("h100", 8, GPT2, {"data": 8}, _remat("none")),
     "h100-hosts": Case("h100", 64, GPT2, {"data": 8, "fsdp": 8}, _remat("attention", "train.batch_size=1024")),
     "h200-experts": Case("h200", 8, EXPERTS, {"expert": 8}, _remat("full")),
-    "v5e-fsdp": Case("v5e", 16, GPT2, {"fsdp": 16}, _remat("none")),
+    "v5e-fsdp": Case("v5e", 16, GPT2, {"fsdp": 16}, _remat("none"), guarded=True),
     "v5e-fsdp-full": Case("v5e", 16, LLAMA, {"fsdp": 16}, _remat("full")),
     "v5e-tensor": Case("v5e", 16, LLAMA, {"fsdp": 4, "tensor": 4}, _remat("full")),
     "v5p-pipe": Case("v5p", 8, LLAMA, {"pipe": 2, "fsdp": 4}, _remat("full")),
     "v5p-pipe-1f1b": Case("v5p", 8, LLAMA, {"pipe": 2, "fsdp": 4}, _remat("full", "pipeline.schedule=1f1b")),
     "v5p-pipe-deep": Case("v5p", 8, LLAMA, {"pipe": 4, "fsdp": 2}, _remat("full")),
-    "v5p-context": Case("v5p", 8, LLAMA, {"fsdp": 2, "context": 4}, _remat("full", "train.seq_len=8192")),
+    "v5p-context": Case("v5p", 8, LLAMA, {"fsdp": 2, "context": 4}, _remat("full", "train.seq_len=8192"), guarded=True),
     "v6e-data": Case("v6e", 8, GPT2, {"data": 8}, _remat("none")),
     "v6e-dots": Case("v6e", 16, LLAMA, {"data": 4, "fsdp": 4}, _remat("dots")),
+    # compiled when the arithmetic was done
+    "h200-data-tensor": Case("h200", 8, LLAMA, {"data": 2, "tensor": 4}, _remat("none")),
+    "h200-pipe-data": Case("h200", 8, LLAMA, {"pipe": 2, "data": 2, "tensor": 2}, _remat("dots")),
+    "h100-context": Case(
+        "h100", 8, LLAMA, {"fsdp": 4, "context": 2}, _remat("full", "train.seq_len=16384", "train.batch_size=16")
+    ),
+    "v5e-context": Case(
+        "v5e", 16, LLAMA, {"fsdp": 4, "context": 4}, _remat("full", "train.seq_len=8192", "train.batch_size=32")
+    ),
+    "v6e-pipe": Case("v6e", 16, LLAMA, {"pipe": 4, "fsdp": 4}, _remat("dots", "train.batch_size=128")),
 }
 
 
