@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FRAGMENTATION = {"cpu": 0.6, "gpu": 0.2, "tpu": 0.2}
 SCORES = 1.7  # arrays as large as scores, while unfused attention is differentiated
 # Of a ring: arrays as large as the scores of a tile, and float32 ones as large as its queries, beside each other.
-RING_TILES = {"cpu": 3.4, "gpu": 3.7, "tpu": 3.4}
-RING_SUMS = {"cpu": 0.0, "gpu": 17.0, "tpu": 0.0}
+RING_TILES = {"cpu": 3.4, "gpu": 3.7, "tpu": 0.7}
+RING_SUMS = {"cpu": 0.0, "gpu": 17.0, "tpu": 6.5}
 # Vectors of whole width that tensor parallelism gathers, and makes in float32 to be scattered, in the compute dtype.
 GATHERED = {"cpu": 0.0, "gpu": 6.0, "tpu": 0.0}
 # The share of the smaller of two phases, the loss and a layer that is differentiated, that lies where the larger one
@@ -72,7 +72,7 @@ class LayerValues:
 
 
 def layer_values(
-    c: ModelConfig, seq_len: int, layout: Layout, software: Software, *, fused: bool, kept_core: bool
+    c: ModelConfig, seq_len: int, layout: Layout, software: Software, platform: str, *, fused: bool, kept_core: bool
 ) -> LayerValues:
     """Of one layer, routed experts apart. What a remat policy keeps is that of model.transformer.REMAT_POLICIES;
     `kept_core`: under `dots` it keeps what the attention kernel gives.
@@ -91,7 +91,8 @@ def layer_values(
         "attention": queries,
         "dots": queries * (2 if kept_core else 1) + keys + stream + opened,
     }[remat]
-    again = {"none": 0.0, "dots": inputs + opened}.get(remat, inputs)  # computed again in B
+    again = 0.0 if remat == "none" else inputs  # computed again in B
+    again += opened if remat == "dots" and platform != "gpu" else 0.0  # whose compiler sees that W needs none of it
     held = queries + keys + opened + 2 * c.width + again
     if fused:
         return LayerValues(stream, kept, held, everything, 0.0, 0.0)
@@ -165,31 +166,32 @@ class MemoryModel:
         self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
         self.masters = held.stored * software.master_bytes / self.copies
         self.state_bytes = software.state_bytes or planner.param_bytes
-        self.fragmentation = FRAGMENTATION[planner.machine.platform]
+        on = planner.machine.platform
+        self.fragmentation = FRAGMENTATION[on]
         tokens, element = sequences * train.seq_len / layout.context, planner.element
         fused = planner.work.fused_on(layout)
         kept_core = fused and planner.work.keeps_core
-        v = layer_values(c, train.seq_len, layout, software, fused=fused, kept_core=kept_core)
+        v = layer_values(c, train.seq_len, layout, software, on, fused=fused, kept_core=kept_core)
         kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
-        r = routed(c, tokens, layout, planner.machine.platform, ours=software.name == "isomesh")
+        r = routed(c, tokens, layout, on, ours=software.name == "isomesh")
         of_experts = r.kept if layout.remat == "none" else 0.0
         self.a_slot = rows * (
             tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores) + element * of_experts
         )
         self.a_held = rows * element * (tokens * v.held + (r.kept if layout.remat != "none" else r.kept / 2))
-        self.a_held *= HELD[planner.machine.platform] if software.name == "isomesh" else 1.0
+        self.a_held *= HELD[on] if software.name == "isomesh" else 1.0
         self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep
         self.a_message = tokens * v.stream * element
         self.working = tokens * (element * v.everything + 4 * v.scores_now) + element * r.now
         if layout.context > 1 and not fused:
-            self.working += ring(c, sequences, train.seq_len, layout, planner.machine.platform)
+            self.working += ring(c, sequences, train.seq_len, layout, on)
         if layout.tensor > 1 and software.name == "isomesh":
-            self.working += tokens * element * GATHERED[planner.machine.platform] * c.width
+            self.working += tokens * element * GATHERED[on] * c.width
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
         # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs' compiler narrows it
         by_platform = {"cpu": 8, "gpu": 2 * element, "tpu": 4 + element}
-        logit_bytes = software.logit_bytes or by_platform[planner.machine.platform]
+        logit_bytes = software.logit_bytes or by_platform[on]
         self.logits = tokens * vocabulary / parts * logit_bytes
         one_layer, split = held.layer + held.experts, planner.splitting(layout).fsdp > 1
         if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
@@ -207,7 +209,7 @@ class MemoryModel:
         self.added = held.stored * 4 * again * (not software.in_place)  # the sum over microbatches, beside one's
         self.sums = max(self.sums - self.added, 0.0)
         if software.name == "isomesh":
-            reused = 1.0 if layout.context > 1 else REUSED[planner.machine.platform]
+            reused = 1.0 if layout.context > 1 else REUSED[on]
             saved = reused * min(self.working + self.weights, self.logits)
             self.weights -= max(saved - self.working, 0.0)
             self.working = max(self.working - saved, 0.0)
