@@ -92,7 +92,7 @@ def layer_values(
         "dots": queries * (2 if kept_core else 1) + keys + stream + opened,
     }[remat]
     again = 0.0 if remat == "none" else inputs  # computed again in B
-    again += opened if remat == "dots" and platform != "gpu" else 0.0  # whose compiler sees that W needs none of it
+    again += opened if remat == "dots" and platform == "cpu" else 0.0  # other compilers see that W needs none of it
     held = queries + keys + opened + 2 * c.width + again
     if fused:
         return LayerValues(stream, kept, held, everything, 0.0, 0.0)
