@@ -190,7 +190,7 @@ def test_made_small_it_is_told_what_that_costs_the_task(tuned, tmp_path, recipe,
     with contextlib.chdir(runs.ROOT):
         assert compress(compress_options([str(tuned), str(small), *words, "mesh.data=2"])) == DONE
         assert evaluation(parse([str(small), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
-    cost, table = json.loads((small / "cost.json").read_text()), capsys.readouterr().out
+    cost, told = json.loads((small / "cost.json").read_text()), capsys.readouterr().out
     assert cost["before"]["task"]["accuracy"] == pytest.approx(accuracies(tuned)[runs.STEPS])
     result = read_result(next((small / "evaluation").glob("task*.json"))).tasks["task"]
     for name in ("accuracy", "loss"):
@@ -198,7 +198,7 @@ def test_made_small_it_is_told_what_that_costs_the_task(tuned, tmp_path, recipe,
     assert cost["before"]["task"]["loss"] != cost["after"]["task"]["loss"]
     calibration = cost["provenance"]["calibration"]
     assert calibration == ({"source": "task", "path": str(table("one"))} if recipe == "int4-gptq" else None)
-    assert f"| accuracy of {cost['rows']} rows of its task |" in table
+    assert f"| accuracy of {cost['rows']} rows of its task |" in told
 
 
 def test_what_a_run_has_learned_is_served(tuned):
