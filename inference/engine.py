@@ -388,7 +388,7 @@ class Engine:
             self._finish(choice, "error", error=f"{type(error).__name__}: {error}")
             return
         self._totals["generated_tokens"] += len(piece.tokens)
-        if choice.sequence.length - choice.sequence.prompt == 1:
+        if len(choice.sequence.tokens) - choice.sequence.prompt == 1:  # those known: the next step has begun already
             self._observe("first_token", choice.request.id)
         if piece.finish is not None:
             self._finish(choice, piece.finish, piece)

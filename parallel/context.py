@@ -222,7 +222,7 @@ def ring(rule: Softmax, q_BTNH, k_BTKH, v_BTKH, marks, window: jax.Array | None)
     """Attention (B, T, N, H) of tokens in any order, that of `zigzag` being the fastest; accumulators are float32.
 
     The backward pass keeps the arguments, the result and the logarithm of each softmax's sum. What exists of the scores
-    at a time is those of `query_chunk` queries and half a device's keys.
+    at a time is those of at most `query_chunk` queries and half a device's keys.
     """
     return _ring_forward(rule, q_BTNH, k_BTKH, v_BTKH, marks, window)[0]
 

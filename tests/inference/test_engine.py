@@ -38,6 +38,18 @@ def test_mixes_equal_generate_and_nothing_compiles(engine):
     assert state.finished["aborted"] > 0
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_first_token_of_a_choice_is_told_once(engine, monkeypatch, ahead):
+    """Also where the step after it has begun before it is read."""
+    told = []
+    monkeypatch.setattr(engine, "_lookahead", ahead)
+    monkeypatch.setattr(engine.observer, "first_token", told.append)
+    for id, most, n in (("short", 1, 1), ("long", 6, 1), ("two", 4, 2)):
+        ask(engine, f"{id}-{ahead}", PROMPT, n=n, max_tokens=most)
+    settled(engine)
+    assert sorted(told) == sorted(f"{id}-{ahead}" for id in ("short", "long", "two", "two"))
+
+
 def test_a_mesh_changes_nothing():
     mesh = (("tensor", 2),)
     engine, asked = started("grouped", mesh, max_running=3), mix(5)

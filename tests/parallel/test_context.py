@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.attention_rule import Rule
+from parallel import context
 from parallel.context import gather, ring, ulysses, zigzag
 from parallel.mesh import AXES, make_mesh
 from performance.collectives import collectives
@@ -207,3 +208,26 @@ def test_bytes_are_those_of_the_textbook(size):
             found = collectives(compiled(style, 256, N, K, gradients=gradients).as_text(), mesh)
             assert {c.axes for c in found} == {("context",)}
             assert sum(c.bytes for c in found) == pytest.approx(passes * volume, rel=0.05)
+
+
+def test_chunks_of_a_ring_bound_its_scores(monkeypatch):
+    """Fewer queries at a time where there are many sequences, heads or keys."""
+    q_BTNH, marks_BT = jnp.zeros((4, 64, 8, 2)), jnp.zeros((4, 64), jnp.int32)
+    rule = Rule(causal, SCALE, softcap=0.0, query_chunk=32)
+    chunk = lambda: context._queries(rule, (q_BTNH, marks_BT), 8)[0].shape[2]
+    assert chunk() == 32
+    monkeypatch.setattr(context, "SMALLEST_CHUNK", 4)
+    for most, expected in ((4 * 8 * 32 * 32, 32), (4 * 8 * 32 * 31, 16), (4 * 8 * 32 * 8, 8), (1, 4)):
+        monkeypatch.setattr(context, "MOST_SCORES", most)
+        assert chunk() == expected
+
+
+def test_a_ring_of_small_chunks_whose_arrays_travel_as_they_are(monkeypatch):
+    """As on accelerators, where CPUs send one message."""
+    monkeypatch.setattr(context, "platform", lambda: "tpu")
+    monkeypatch.setattr(context, "MOST_SCORES", 1)
+    monkeypatch.setattr(context, "SMALLEST_CHUNK", 2)
+    ring_of_chunks = partial(ring, Rule(causal, SCALE, softcap=0.0, query_chunk=6))
+    with on_mesh(context=4):
+        ours = value_and_gradients(ring_of_chunks, zigzag(T, 4))
+    assert_equal(ours, value_and_gradients(one_device, np.arange(T)))
