@@ -181,6 +181,7 @@ class Engine:
         blocks = -(-self.cache_tokens // options.block)
         self._compilations.listen()
         self._in_flight: deque[InFlight] = deque()
+        self._read_at = 0.0  # when the last step was
         # the next step begins before the last one's tokens are read; simulated devices share cores and gain nothing
         simulated = opened.mesh.devices.flat[0].platform == "cpu" and opened.mesh.size > 1
         self._lookahead = 0 if simulated else 1
@@ -363,7 +364,8 @@ class Engine:
                 tokens += self._take_all(choice, row, result, index * places)
         self._totals["steps"] += 1
         read = sum(row.count for row in batch.rows) if batch.kind != "decode" else tokens
-        self._observe("stepped", batch.kind, time.monotonic() - step.began, read)
+        began, self._read_at = max(step.began, self._read_at), time.monotonic()  # it waited for the step before it
+        self._observe("stepped", batch.kind, self._read_at - began, read)
 
     def _take_all(self, choice: Choice, row: Row, drawn, first: int) -> int:
         """What a row drew, from the place `first` on, with the proposals that were right; the number of tokens."""

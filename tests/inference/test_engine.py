@@ -231,7 +231,8 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(engine):
     engine.submit(Request("leaves", PROMPT, Sampling(max_tokens=60, temperature=0, ignore_eos=True)), heard)
     assert heard.done.wait(60)
     assert (heard.finish(), len(heard.tokens())) == ("aborted", 3)
-    assert settled(engine).steps - steps[0] <= 1
+    # the step that was being read then, and on one device the one that had begun
+    assert settled(engine).steps - steps[0] <= 1 + engine._lookahead
 
 
 def test_a_full_queue_and_a_draining_engine_are_busy():
