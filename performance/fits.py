@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from runtime.memory import temporary_bytes
+from runtime.platform import platform
 from training.config import OptimizerConfig, TrainConfig
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what the runtime says
@@ -43,7 +45,7 @@ def need(state, memory=None, trained=None) -> Need:
     gradients = parameters if trained is None else bytes_a_device(trained)
     if memory is None:
         return Need(parameters, moments, gradients)
-    rest = memory.argument_size_in_bytes + memory.temp_size_in_bytes - parameters - moments - gradients
+    rest = memory.argument_size_in_bytes + temporary_bytes(memory, platform()) - parameters - moments - gradients
     return Need(parameters, moments, gradients, max(rest, 0))
 
 

@@ -20,6 +20,7 @@ import jax
 
 from finetune.adapters.adaptation import adapted
 from parallel.mesh import make_mesh
+from runtime.memory import temporary_bytes
 from runtime.start import start
 from training.job import abstract_batch, make_job
 
@@ -31,7 +32,7 @@ def needed(config: Config) -> dict[str, int]:
         job = make_job(config, mesh, **adapted(config))
         batch = abstract_batch(config.train, mesh, segments=config.data.segments)
         memory = job.compile(job.step, batch).memory_analysis()
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    arguments, temporary = memory.argument_size_in_bytes, temporary_bytes(memory, jax.default_backend())
     return {"arguments": arguments, "temporary": temporary, "total": arguments + temporary}
 
 

@@ -15,6 +15,7 @@ from planner.layout import layout_of
 from planner.machine import Machine, known, machine_of
 from planner.search import Pins, search
 from planner.software import program
+from runtime.memory import temporary_bytes
 
 Read = Callable[[int], Mapping[str, float]]
 
@@ -75,7 +76,7 @@ def forecast(config: Config, mesh: Any, memory: Any, facts: dict[str, str], read
     mesh: the jax Mesh; memory: the compiled step's account; facts: what the header says; read: step -> metrics.
     """
     devices, sizes = list(mesh.devices.flat), dict(mesh.shape)
-    used = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
+    used = (memory.argument_size_in_bytes + temporary_bytes(memory, devices[0].platform)) / 1e9
     machine, metrics = _machine(devices), {"perf/memory_gb": used}
     schedule = schedule_for(config.pipeline, config.train.batch_size // config.train.grad_accumulation, sizes)
     of_a_file = config.pipeline.schedule.endswith(".csv")

@@ -26,6 +26,7 @@ from performance.targets import gpus, tpus
 from runtime import compiler_flags
 from runtime.exit_codes import DONE, MISTAKE
 from runtime.files import replace_text
+from runtime.memory import temporary_bytes
 from runtime.start import start
 from training.job import abstract_batch, make_job
 
@@ -62,7 +63,7 @@ def compiled(asked: dict) -> dict:
         replace_text(Path(asked["text"]), text)
     return {
         "arguments": memory.argument_size_in_bytes,
-        "temporary": temporary(memory, asked["platform"]),
+        "temporary": temporary_bytes(memory, asked["platform"]),
         "code": memory.generated_code_size_in_bytes,
         "flops": (program.cost_analysis() or {}).get("flops"),
         "collectives": exchanged(text, mesh, job.schedule),
@@ -70,17 +71,6 @@ def compiled(asked: dict) -> dict:
         "least_s": least(text, asked["rates"], job.schedule),
         "seconds": time.perf_counter() - began,
     }
-
-
-def temporary(memory, platform: str) -> int:
-    """Bytes that a program needs beside its arguments, by the compiler's statistics of memory.
-
-    TPUs' count of what is temporary has more than they place: 8.3 GB of a step of GPT-2 whose buffers, by the
-    compiler's own report, end at 5.9 GB with the arguments. That is its peak.
-    """
-    if platform == "tpu":
-        return max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
-    return memory.temp_size_in_bytes
 
 
 def exchanged(text: str, mesh, schedule: PipelineSchedule | None = None) -> list[dict]:

@@ -34,7 +34,7 @@ from config import compose, layout, schema
 from model.counts import flops_per_token, parameter_count
 from parallel.mesh import AXES, crossings, make_mesh, slow_network_warning
 from performance.collectives import Collective, collectives, describe
-from planner.compiled_step import temporary
+from runtime.memory import temporary_bytes
 from tests.aot.machines import COMMON, MACHINES, PRODUCTS, Machine, Product
 from training.job import Job, abstract_batch, make_job
 
@@ -108,7 +108,7 @@ def report(name: str, product: Product, program: Program) -> str:
     model_flops = flops_per_token(cfg.model, cfg.train.seq_len) * tokens / mesh.size
     counted = (program.compiled.cost_analysis() or {}).get("flops")  # GPU: none; TPU: the body of a loop counts once
     flops = f"{counted / 1e12:.1f}e12 by the compiler, loops once" if counted else "unknown to the compiler"
-    needed = temporary(memory, MACHINES[product.machine].platform)
+    needed = temporary_bytes(memory, MACHINES[product.machine].platform)
     size = memory.argument_size_in_bytes, state_bytes(program.job), needed
     arguments, arithmetic, temporaries = (f"{n / 1e9:.2f}" for n in size)
     crossing = ", ".join(f"{axis} ({n} slices or hosts)" for axis, n in crossings(mesh).items())
@@ -130,7 +130,9 @@ def report(name: str, product: Product, program: Program) -> str:
 def problems(product: Product, machine: Machine, program: Program) -> list[str]:
     """What is wrong with a program."""
     memory, mesh, wrong = program.compiled.memory_analysis(), program.job.mesh, []
-    used = memory.argument_size_in_bytes + temporary(memory, machine.platform) + memory.generated_code_size_in_bytes
+    used = (
+        memory.argument_size_in_bytes + temporary_bytes(memory, machine.platform) + memory.generated_code_size_in_bytes
+    )
     if used > machine.memory:
         wrong.append(f"needs {used / 1e9:.2f} GB a device of {machine.memory / 1e9:.2f}")
     if not 0.98 < memory.argument_size_in_bytes / state_bytes(program.job) < 1.02:

@@ -6,13 +6,18 @@ They were compiled without a device (tests/aot/golden.py --write); here only the
 import itertools
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from config.layout import mesh_sizes
+from model import attention
 from model.specs import leaves, parameter_specs
+from parallel import context
 from parallel.sharding import parameter_sharding
+from planner import memory as arithmetic
+from runtime.memory import temporary_bytes
 from tests.aot.cases import CASES, kept
 
 KEPT = {name: found for name, case in CASES.items() if case.platform != "cpu" and (found := kept(name))}
@@ -71,3 +76,14 @@ def test_memory_is_what_the_compilers_say():
     told = {name: f"{error:+.1%}" for name, error in off.items() if abs(error) > 0.15}
     assert not told
     assert statistics.median(map(abs, off.values())) < 0.1
+
+
+def test_what_the_arithmetic_mirrors_is_what_runs():
+    """The planner reads no module that computes, and has these numbers twice."""
+    assert (arithmetic.MOST_SCORES, arithmetic.SMALLEST_CHUNK) == (context.MOST_SCORES, context.SMALLEST_CHUNK)
+    assert arithmetic.QUERY_CHUNK == attention.QUERY_CHUNK
+
+
+def test_what_is_temporary_on_a_tpu_is_its_peak_without_the_arguments():
+    account = SimpleNamespace(argument_size_in_bytes=3, temp_size_in_bytes=9, peak_memory_in_bytes=10)
+    assert [temporary_bytes(account, platform) for platform in ("cpu", "gpu", "tpu")] == [9, 9, 7]
