@@ -103,7 +103,7 @@ CASES = {
     "v6e-dots": Case("v6e", 16, LLAMA, {"data": 4, "fsdp": 4}, _remat("dots")),
     # compiled when the arithmetic was done
     "h200-data-tensor": Case("h200", 8, LLAMA, {"data": 2, "tensor": 4}, _remat("none")),
-    "h200-pipe-data": Case("h200", 8, LLAMA, {"pipe": 2, "data": 2, "tensor": 2}, _remat("dots")),
+    "h200-pipe-data": Case("h200", 8, LLAMA, {"pipe": 2, "data": 2, "tensor": 2}, _remat("dots"), guarded=True),
     "h100-context": Case(
         "h100", 8, LLAMA, {"fsdp": 4, "context": 2}, _remat("full", "train.seq_len=16384", "train.batch_size=16")
     ),
