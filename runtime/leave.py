@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from runtime.exit_codes import FAULT, INTERRUPTED, PREEMPTED
 
@@ -39,11 +39,15 @@ def exit_now(code: int) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            if stream.isatty():
-                stream.write(SHOW_CURSOR)
-            stream.flush()
+        _flush(stream)
     os._exit(code)
+
+
+def _flush(stream: TextIO) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        if stream.isatty():
+            stream.write(SHOW_CURSOR)
+        stream.flush()
 
 
 def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
@@ -57,9 +61,7 @@ def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
     limit = threading.Timer(SECONDS, os._exit, (code,))
     limit.daemon = True
     limit.start()
-    if not said:
-        with contextlib.suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
+    _last_words("" if said else f"{line}\n")
     telling = threading.Thread(target=_tell, args=(code, line, SECONDS / 2), daemon=True) if _tell else None
     if telling:
         telling.start()  # meanwhile, so that an unreachable process costs the clean-ups no time
@@ -69,6 +71,16 @@ def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
     if telling:
         telling.join()
     exit_now(code)
+
+
+def _last_words(words: str) -> None:
+    """Writes to stderr what nothing shall follow: threads still at work, whose files go, are not heard from here on."""
+    _flush(sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        stderr = sys.stderr.fileno()
+        with os.fdopen(os.dup(stderr), "w", encoding="utf-8", errors="backslashreplace") as heard:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stderr)
+            heard.write(words)
 
 
 def finish(code: int) -> NoReturn:

@@ -83,6 +83,18 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy_elsewhere(tmp_path, 
     assert not (tmp_path / "temporary").exists()
 
 
+def test_nothing_is_said_after_the_line_that_says_why(tmp_path):
+    """By a thread that is still at work, and would fail for want of what the clean-up has removed."""
+    talking = "while True: print('at work', file=sys.stderr)"
+    process = ready(start(BUSY.replace('hashlib.pbkdf2_hmac("sha256", b"x", b"x", 100_000_000)', talking), tmp_path / "x"))
+    while "at work" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=10)
+    assert "intact" in said.splitlines()[-1]
+    assert process.returncode == 75
+
+
 def test_in_the_loop_the_second_ctrl_c_ends_a_process_whose_step_takes_long(tmp_path):
     """There the first is a flag, which Python sets when the main thread comes back to it."""
     of_the_loop = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\nwith leave.on_leaving"
