@@ -86,7 +86,9 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy_elsewhere(tmp_path, 
 def test_nothing_is_said_after_the_line_that_says_why(tmp_path):
     """By a thread that is still at work, and would fail for want of what the clean-up has removed."""
     talking = "while True: print('at work', file=sys.stderr)"
-    process = ready(start(BUSY.replace('hashlib.pbkdf2_hmac("sha256", b"x", b"x", 100_000_000)', talking), tmp_path / "x"))
+    process = ready(
+        start(BUSY.replace('hashlib.pbkdf2_hmac("sha256", b"x", b"x", 100_000_000)', talking), tmp_path / "x")
+    )
     while "at work" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGTERM)
