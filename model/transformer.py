@@ -15,6 +15,7 @@ from model.attention_rule import TokenInfo
 from model.config import LABELLED, MASKED_LM, ModelConfig
 from model.forms import Forms, of_block, put_in, with_forms
 from model.heads import Embedding, VocabularyRows
+from model.in_turn import first_turn, take_turn
 from model.initialise import draw_all
 from model.kv_cache import Cache
 from model.layers import Attention, FeedForward, Norm, activate, dropout, times
@@ -148,14 +149,17 @@ class Transformer(nnx.Module):
         if c.scan_layers and cache is None:
             block = stackable(block)
 
-        def layer(x_BTD, its):
-            parameters, row, cache = its
+        def layer(carry, its):
+            (x_BTD, turn), (parameters, row, cache) = carry, its
+            if not c.scan_layers:
+                parameters, x_BTD, turn = take_turn(parameters, x_BTD, turn)
             x_BTD, cache, sums = block(parameters, x_BTD, row, info, cache)
-            return x_BTD, (cache, sums)
+            return (x_BTD, turn), (cache, sums)
 
         layers = (parameters, rows_of(c, range(c.layers)), cache)
         unroll = 1 if c.scan_layers else c.layers
-        x_BTD, (cache, sums) = jax.lax.scan(layer, self.embed(tokens_BT, info, dtype), layers, unroll=unroll)
+        first = self.embed(tokens_BT, info, dtype), first_turn()
+        (x_BTD, _), (cache, sums) = jax.lax.scan(layer, first, layers, unroll=unroll)
         return self.finish(x_BTD), cache, sums
 
     def info(

@@ -10,8 +10,9 @@ from runtime.xla_flags import known
 
 FLAGS: dict[str, tuple[str, ...]] = {
     "cpu": (
-        # it widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode copy")
-        "--xla_disable_hlo_passes=all-reduce-promotion",
+        # the first widens 16-bit all-reduces, and crashes on those of manual code ("Invalid binary instruction opcode
+        # copy"); the second takes barriers away, and without them remat of unrolled layers saves no memory
+        "--xla_disable_hlo_passes=all-reduce-promotion,cse_barrier_expander",
         # it may start independent collectives in a different order on each device, which then wait for each other
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     ),
