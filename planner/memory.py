@@ -24,10 +24,13 @@ SCORES = 1.7  # arrays as large as scores, while unfused attention is differenti
 RING_TILES = {"cpu": 3.4, "gpu": 3.7, "tpu": 0.7}
 RING_SUMS = {"cpu": 0.0, "gpu": 17.0, "tpu": 6.5}
 # Vectors of whole width that tensor parallelism gathers, and makes in float32 to be scattered, in the compute dtype.
-GATHERED = {"cpu": 0.0, "gpu": 6.0, "tpu": 0.0}
+GATHERED = {"cpu": 9.0, "gpu": 6.0, "tpu": 0.0}
 # The share of the smaller of two phases, the loss and a layer that is differentiated, that lies where the larger one
 # has been.
 REUSED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.65}
+UNROLLED_REUSED = 0.7  # the same share where layers are unrolled
+# Of unrolled layers, others that are differentiated beside one (model.in_turn).
+UNDER_WAY, UNDER_WAY_IN_PIPELINES = {"cpu": 1.3, "gpu": 0.0, "tpu": 1.0}, 1.5
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
 MOST_SCORES, SMALLEST_CHUNK = 2**28, 128  # parallel.context
@@ -69,6 +72,7 @@ class LayerValues:
     everything: float  # while the layer is differentiated
     scores: float  # float32, kept: of attention that has no fused kernel
     scores_now: float  # float32, while the layer is differentiated
+    left: float  # from a layer's backward to the end, where CPUs' compiler orders unrolled layers
 
 
 def layer_values(
@@ -94,16 +98,15 @@ def layer_values(
     again = 0.0 if remat == "none" else inputs  # computed again in B
     again += opened if remat == "dots" and platform == "cpu" else 0.0  # other compilers see that W needs none of it
     held = queries + keys + opened + 2 * c.width + again
-    if fused:
-        return LayerValues(stream, kept, held, everything, 0.0, 0.0)
-    if context > 1:  # see `ring`
-        return LayerValues(stream, kept, held, everything, 0.0, 0.0)
+    left = 0.35 * kept if remat == "none" else 1.2 * queries + 0.3 * hidden
+    if fused or context > 1:  # for context see `ring`
+        return LayerValues(stream, kept, held, everything, 0.0, 0.0, left)
     in_turn = seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0
     parts = next(n for n in (8, 4, 2, 1) if seq_len % n == 0 and seq_len // n >= min(seq_len, 128))
     seen = seq_len * ((parts + 1) / (2 * parts) if c.causal else 1.0)
     at_once = QUERY_CHUNK if in_turn else seen
     kept_scores = c.heads / y * seen if remat == "none" and not in_turn else 0.0
-    return LayerValues(stream, kept, held, everything, kept_scores, SCORES * c.heads / y * at_once)
+    return LayerValues(stream, kept, held, everything, kept_scores, SCORES * c.heads / y * at_once, left)
 
 
 def ring(c: ModelConfig, sequences: float, seq_len: int, layout: Layout, platform: str) -> float:
@@ -178,15 +181,19 @@ class MemoryModel:
         self.a_slot = rows * (
             tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores) + element * of_experts
         )
+        unrolled = software.name == "isomesh" and not c.scan_layers
+        under_way = unrolled * (UNDER_WAY_IN_PIPELINES if layout.pipe > 1 else UNDER_WAY[on])
+        unrolled = unrolled and layout.pipe == 1
+        self.a_slot += (unrolled and on == "cpu") * rows * tokens * element * v.left
         self.a_held = rows * element * (tokens * v.held + (r.kept if layout.remat != "none" else r.kept / 2))
         self.a_held *= HELD[on] if software.name == "isomesh" else 1.0
         self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep
         self.a_message = tokens * v.stream * element
-        self.working = tokens * (element * v.everything + 4 * v.scores_now) + element * r.now
+        gathered = GATHERED[on] * c.width * (layout.tensor > 1 and software.name == "isomesh")
+        now = element * v.everything * (1 + under_way) + max(4 * v.scores_now, element * gathered)
+        self.working = tokens * now + element * r.now
         if layout.context > 1 and not fused:
             self.working += ring(c, sequences, train.seq_len, layout, on)
-        if layout.tensor > 1 and software.name == "isomesh":
-            self.working += tokens * element * GATHERED[on] * c.width
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
         # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs' compiler narrows it
@@ -209,7 +216,7 @@ class MemoryModel:
         self.added = held.stored * 4 * again * (not software.in_place)  # the sum over microbatches, beside one's
         self.sums = max(self.sums - self.added, 0.0)
         if software.name == "isomesh":
-            reused = 1.0 if layout.context > 1 else REUSED[on]
+            reused = UNROLLED_REUSED if unrolled else 1.0 if layout.context > 1 else REUSED[on]
             saved = reused * min(self.working + self.weights, self.logits)
             self.weights -= max(saved - self.working, 0.0)
             self.working = max(self.working - saved, 0.0)

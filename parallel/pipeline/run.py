@@ -200,9 +200,16 @@ class _Layers:
             if "held" in pools:
                 return dx, pools | {"held": _put(pools["held"], held, row.held, i)}
             dparams = self.phases.weight(params, (meta, info), kept_weight, held)
+            if self.program.unroll:
+                dx = dx + pools["turn"].astype(dx.dtype)
+                dparams, turn = jax.lax.optimization_barrier((dparams, nothing))
+                pools = pools | {"turn": turn}
             return dx, pools | {"gradients": _add(pools["gradients"], dparams, row.chunk, i)}
 
-        return self._each(work, row.chunk, dy, pools, reverse=True)
+        # unrolled layers take turns as in model.in_turn: with one's gradients comes a zero, which the next one's dx needs
+        nothing = vary(jnp.zeros((), jnp.float32), MANUAL)
+        dx, pools = self._each(work, row.chunk, dy, pools | {"turn": nothing}, reverse=True)
+        return dx, {name: pool for name, pool in pools.items() if name != "turn"}
 
     def weight(self, row, info, out, pools):
         """Adds the weight gradients; `out` passes through."""

@@ -81,6 +81,8 @@ CASES = {
     "cpu-pipe": Case("cpu", 8, SMALL, {"pipe": 2, "fsdp": 2, "data": 2}, _remat("none"), guarded=True),
     "h200-fsdp": Case("h200", 8, LLAMA, {"fsdp": 8}, _remat("none"), guarded=True),
     "h200-fsdp-full": Case("h200", 8, LLAMA, {"fsdp": 8}, _remat("full")),
+    "h200-unrolled": Case("h200", 8, LLAMA, {"fsdp": 8}, _remat("full", "model.scan_layers=false"), guarded=True),
+    "h200-unrolled-tensor": Case("h200", 8, LLAMA, {"fsdp": 4, "tensor": 2}, _remat("full", "model.scan_layers=false")),
     "h200-fsdp-dots": Case("h200", 8, LLAMA, {"data": 2, "fsdp": 4}, _remat("dots")),
     "h200-parts": Case("h200", 8, LLAMA, {"fsdp": 8}, _remat("full", "train.grad_accumulation=2")),
     "h200-tensor": Case("h200", 8, LLAMA, {"fsdp": 4, "tensor": 2}, _remat("full")),
