@@ -72,7 +72,7 @@ class LayerValues:
     everything: float  # while the layer is differentiated
     scores: float  # float32, kept: of attention that has no fused kernel
     scores_now: float  # float32, while the layer is differentiated
-    left: float  # from a layer's backward to the end, where CPUs' compiler orders unrolled layers
+    left: float  # from a layer's backward to the end, where layers are unrolled, but for GPUs
 
 
 def layer_values(
@@ -98,7 +98,7 @@ def layer_values(
     again = 0.0 if remat == "none" else inputs  # computed again in B
     again += opened if remat == "dots" and platform == "cpu" else 0.0  # other compilers see that W needs none of it
     held = queries + keys + opened + 2 * c.width + again
-    left = 0.35 * kept if remat == "none" else 1.2 * queries + 0.3 * hidden
+    left = 0.35 * kept if remat == "none" else (1.2 * queries + 0.3 * hidden) * (platform == "cpu")
     if fused or context > 1:  # for context see `ring`
         return LayerValues(stream, kept, held, everything, 0.0, 0.0, left)
     in_turn = seq_len > 2 * QUERY_CHUNK and seq_len % QUERY_CHUNK == 0
@@ -184,7 +184,7 @@ class MemoryModel:
         unrolled = software.name == "isomesh" and not c.scan_layers
         under_way = unrolled * (UNDER_WAY_IN_PIPELINES if layout.pipe > 1 else UNDER_WAY[on])
         unrolled = unrolled and layout.pipe == 1
-        self.a_slot += (unrolled and on == "cpu") * rows * tokens * element * v.left
+        self.a_slot += (unrolled and on != "gpu") * rows * tokens * element * v.left
         self.a_held = rows * element * (tokens * v.held + (r.kept if layout.remat != "none" else r.kept / 2))
         self.a_held *= HELD[on] if software.name == "isomesh" else 1.0
         self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep

@@ -206,7 +206,7 @@ class _Layers:
                 pools = pools | {"turn": turn}
             return dx, pools | {"gradients": _add(pools["gradients"], dparams, row.chunk, i)}
 
-        # unrolled layers take turns as in model.in_turn: with one's gradients comes a zero, which the next one's dx needs
+        # unrolled layers take turns as in model.in_turn: a zero comes with one's gradients, and the next dx needs it
         nothing = vary(jnp.zeros((), jnp.float32), MANUAL)
         dx, pools = self._each(work, row.chunk, dy, pools | {"turn": nothing}, reverse=True)
         return dx, {name: pool for name, pool in pools.items() if name != "turn"}
