@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from config.build import build
-from config.schema import Config
+from config.schema import Config, identity
 from data.prepared import Progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from finetune.config import TaskConfig
@@ -60,7 +60,8 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
     config = replace(config, model=model, task=replace(config.task, labels=task.labels))
     judge = lambda job, batch: TaskJudge(task, job, heldout.first(t.eval_batches * t.batch_size))
     tables = {"training": training, "heldout": heldout}
-    begin = lambda job, first, folder: task.wants_reference and make_reference(task, job, first, tables, folder)
+    run = identity(config)
+    begin = lambda job, first, folder: task.wants_reference and make_reference(task, job, first, tables, folder, run)
     shared = Path(config.task.path).name, len(training.rows), "rows", task.loss, judge, begin
     return Subject(config, task.setup.tokenizer, feed, digest, *shared)
 

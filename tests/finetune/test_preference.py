@@ -85,6 +85,9 @@ def test_the_reference_is_made_once_and_found_again(tmp_path):
         for name, array in again.feed.batch(0).items():
             np.testing.assert_array_equal(array, batch[name], err_msg=name)
         np.testing.assert_allclose(batch["reference_BX"], said, rtol=1e-5)
+        other = compose.load(arguments("task.options.loss=ipo"))  # in the folder of a run that took no step
+        with pytest.raises(RuntimeError, match="asked for"):
+            open_subject(other, mesh).begin(job, refuse, tmp_path)
         (tmp_path / FILE).unlink()
         with pytest.raises(RuntimeError, match="asked for"):
             open_subject(config, mesh).begin(job, refuse, tmp_path)
