@@ -55,6 +55,28 @@ def test_a_folder_for_each_class(tmp_path):
     ]
 
 
+def test_other_files_beside_those_of_classes_are_counted_and_hidden_ones_no_class(tmp_path):
+    for name in (
+        "good/a.txt",
+        "bad/b.md",
+        "bad/c.html",
+        "bad/d.txt.gz",
+        "bad/.DS_Store",
+        ".checkpoints/a.txt",
+        "e.csv",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    left_out = LeftOut()
+    rows = read_rows(str(tmp_path), {"text": "text", "label": "label"}, (), "task.path", left_out)
+    assert [row.text("label") for row in rows] == ["bad", "good"]
+    assert left_out.told().startswith("3 that are no .txt or .md in a folder of a class: left out (first: ")
+    (tmp_path / "good" / "a.txt").unlink()
+    (tmp_path / "bad" / "b.md").unlink()
+    with pytest.raises(ValueError, match=r"holds no row: 3 that are no .txt"):
+        read_rows(str(tmp_path), {"text": "text", "label": "label"}, (), "task.path")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
