@@ -10,7 +10,7 @@ import numpy as np
 from finetune.examples import InOrder, Table
 from finetune.task import Judgement, Task
 from inference.config import SampleConfig
-from inference.generate import generate
+from inference.generate import generate, room_behind
 from model.transformer import Description
 from parallel.sharding import local_rows, put_batch, replicated, shard, splits
 from runtime.platform import platform
@@ -76,11 +76,22 @@ class Answers:
         return loss, replace(found, metrics=metrics)
 
     def _written(self, params: dict, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """What the model finds likeliest behind each prompt, up to so many tokens or the end of the text."""
-        sample = SampleConfig(tokens=tokens, temperature=0.0)
+        """What the model finds likeliest behind each prompt, up to so many tokens, the end of the text, or the last of
+        its learned positions.
+        """
         how = {"eos_id": self.task.setup.tokenizer.eos_id, "dtype": self._dtype}
-        cuts = [prompts[first : first + AT_ONCE] for first in range(0, len(prompts), AT_ONCE)]
-        return [text for cut in cuts for text in generate(self._description, params, cut, sample, **how)]
+        step = max(1, tokens // 8)  # each length is a program of its own, so that there are few
+        room = [min(tokens, room_behind(self._description.config, prompt) // step * step) for prompt in prompts]
+        written: list[list[int]] = [[] for _ in prompts]
+        for most in sorted({*room} - {0}):  # those that have room for equally many are written together
+            rows = [row for row, own in enumerate(room) if own == most]
+            sample = SampleConfig(tokens=most, temperature=0.0)
+            for first in range(0, len(rows), AT_ONCE):
+                cut = rows[first : first + AT_ONCE]
+                texts = generate(self._description, params, [prompts[row] for row in cut], sample, **how)
+                for row, text in zip(cut, texts, strict=True):
+                    written[row] = text
+        return written
 
 
 class TaskJudge:

@@ -120,11 +120,22 @@ def _json_lines(file: File, raw) -> Iterator[tuple[str, dict]]:
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{file}:{number}: a {type(row).__name__}, not an object with named fields")
+            if rb"\u" in line and not _is_encodable(row):
+                raise ValueError(f"{file}:{number}: a text holds half a surrogate pair, as in \\ud800")
             yield f"{file}:{number}", row
+
+
+def _is_encodable(row: dict) -> bool:
+    """Whether its texts are Unicode: JSON can spell half a surrogate pair, which no text can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -98,6 +98,21 @@ def test_what_is_wrong_with_a_table_is_told_in_one_line(tmp_path, content, said)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        ('{"review": "a\\ud800b", "stars": "x"}', "holds half a surrogate pair"),
+        ("[1]", "a list, not an object"),
+    ],
+)
+def test_a_line_of_json_that_is_no_row_is_named(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text('{"review": "\\ud83d\\ude00", "stars": "x"}\n' + line)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: ") as caught:
+        read_rows(str(tmp_path / "a.jsonl"), COLUMNS, (), "task.path")
+    assert said in str(caught.value)
+
+
 def test_a_compressed_table_that_breaks_off(tmp_path):
     whole = write(tmp_path / "whole.csv.gz").read_bytes()
     (tmp_path / "cut.csv.gz").write_bytes(whole[:-20])
