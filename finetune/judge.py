@@ -50,7 +50,9 @@ class Answers:
         self.task, self.table, self._mesh, self._description = task, table, jax.sharding.get_mesh(), description
         self._dtype = jnp.dtype(config.compute_dtype_on(platform()))
         self._size = -(-config.batch_size // splits("batch")) * splits("batch")
-        self._batches = InOrder(table, task.setup.seq_len, self._size)
+        # a loss that compares the sequences of a batch is that of as many as in training, on whatever mesh
+        self._counted = config.batch_size if task.whole_batch else self._size
+        self._batches = InOrder(table, task.setup.seq_len, self._size, self._counted)
         self._step = jax.jit(make_answer_step(description, config, task), out_shardings=replicated(self._mesh))
 
     def of(self, params: dict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -60,7 +62,7 @@ class Answers:
             arrays = put_batch(self._mesh, {name: x[mine] for name, x in batch.items()}, self._size)
             found, answers = self._step(params, arrays)
             sums = {name: total + float(found[name]) for name, total in sums.items()}
-            parts.append({name: np.asarray(x) for name, x in answers.items()})
+            parts.append({name: np.asarray(x)[: self._counted] for name, x in answers.items()})
         count = len(self.table.examples)
         whole = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
         return sums, whole
