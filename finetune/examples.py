@@ -104,9 +104,7 @@ class Shuffled:
 
 
 class InOrder:
-    """Held-out examples in their order, each alone, `examples` in a batch of `batch_size`: what fills it up does not
-    count.
-    """
+    """Held-out examples in their order, each alone, so many `examples` in a batch; what fills one up does not count."""
 
     def __init__(self, table: Table, seq_len: int, batch_size: int, examples: int):
         self._sequences = Sequences(table, seq_len, packs=False)

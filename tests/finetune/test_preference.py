@@ -142,10 +142,8 @@ def test_rows_of_messages_say_the_same_however_they_are_spelled():
         for name, array in example.arrays.items():
             np.testing.assert_array_equal(array, made[0][0].arrays[name], err_msg=name)
     other = Row("a:1", {"prompt": "who?", "chosen": [user, says("so")], "rejected": [user, says("no")]})
-    shareGPT = Row(
-        "a:2", {"chosen": [{"from": "gpt", "content": "so"}], "rejected": [{"from": "gpt", "content": "no"}]}
-    )
-    assert task.encode([other, shareGPT], left_out) == [[], []]
+    foreign = Row("a:2", {"chosen": [{"from": "gpt", "content": "so"}], "rejected": [{"from": "gpt", "content": "no"}]})
+    assert task.encode([other, foreign], left_out) == [[], []]
     assert "in which the user does not say the prompt" in left_out.told()
     assert "a message without a role" in left_out.told()
 
