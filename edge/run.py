@@ -10,8 +10,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,16 +21,26 @@ from tokenizers import Tokenizer
 CHUNK = 64  # tokens of a prompt that are read at once: of more, the logits would be most of the memory
 
 
+def opened(file: Path, how: Callable[[str], Any]) -> Any:
+    """What a library makes of a file. Raises FileNotFoundError, and ValueError where it cannot read the file."""
+    file.stat()
+    try:
+        return how(str(file))
+    except Exception as error:  # the libraries' errors have no class of their own
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
 class Decoder:
     """The model of a folder, with the keys and values of the tokens that it has read."""
 
     def __init__(self, folder: Path, threads: int):
-        self.about = json.loads((folder / "manifest.json").read_text())["body"]
+        self.about = opened(folder / "manifest.json", lambda file: json.loads(Path(file).read_text())["body"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.enable_cpu_mem_arena = False  # it keeps what a long prompt once needed
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        self._session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
+        session = lambda file: onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        self._session = opened(folder / "model.onnx", session)
         self._past = [given.name for given in self._session.get_inputs()[1:]]
         empty = np.zeros((1, self.about["kv_heads"], 0, self.about["head_dim"]), np.float32)
         self._cache = [empty] * len(self._past)
@@ -75,7 +86,7 @@ def peak_megabytes() -> float:
 def run(options: argparse.Namespace) -> None:
     """Prints the prompt's continuation. Raises ValueError or OSError for what the user can mend."""
     began = time.perf_counter()
-    tokenizer = Tokenizer.from_file(str(options.folder / "tokenizer.json"))
+    tokenizer = opened(options.folder / "tokenizer.json", Tokenizer.from_file)
     tokenizer.encode_special_tokens = True  # a text that spells one stays text
     decoder = Decoder(options.folder, options.threads)
     about = decoder.about

@@ -44,6 +44,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, targets in ONLY.items():
         if getattr(options, name) is not None and options.to not in targets:
             parser.error(f"--{name} is an option of --to {' or '.join(targets)}, not of {options.to}")
+    if options.to == "onnx" and options.length == 1:
+        parser.error("--length 1 has no room for a token behind a prompt: set 2 or more")
     if options.to == "gguf" and options.out.suffix != ".gguf":
         parser.error(f"{options.out} would be a GGUF file: name it {options.out}.gguf")
     return options

@@ -20,11 +20,20 @@ def chat_template(setup: Setup, path: str) -> ChatTemplate:
 
 
 def messages_of(row: Row, role: str) -> list[dict]:
-    """A list of {role, content}. Raises ValueError for anything else."""
+    """A list of {role, content}: content is a text or a list of parts, and may be missing beside tool_calls only.
+
+    Raises ValueError for anything else.
+    """
     value = row.values.get(role)
-    good = isinstance(value, list) and value and all(isinstance(one, dict) and "role" in one for one in value)
-    if not good:
-        raise ValueError("no list of messages with role and content")
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{role}: no list of messages with role and content")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{role}: a message without a role")
+        content = message.get("content")
+        parts = isinstance(content, list) and content and all(isinstance(part, dict) for part in content)
+        if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
+            raise ValueError(f"{role}: a message whose content is neither a text nor a list of parts")
     return value
 
 

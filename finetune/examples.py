@@ -104,15 +104,17 @@ class Shuffled:
 
 
 class InOrder:
-    """Held-out examples in their order, each alone; the last batch is filled up with what does not count."""
+    """Held-out examples in their order, each alone, so many `examples` in a batch; what fills one up does not count."""
 
-    def __init__(self, table: Table, seq_len: int, batch_size: int):
-        self._sequences, self._batch_size = Sequences(table, seq_len, packs=False), batch_size
+    def __init__(self, table: Table, seq_len: int, batch_size: int, examples: int):
+        self._sequences = Sequences(table, seq_len, packs=False)
+        self._batch_size, self._examples = batch_size, examples
 
     def __iter__(self) -> Iterator[Batch]:
         count = len(self._sequences)
-        for first in range(0, count, self._batch_size):
+        for first in range(0, count, self._examples):
+            last = min(first + self._examples, count) - 1
             places = first + np.arange(self._batch_size)
-            batch = self._sequences.read(np.minimum(places, count - 1).tolist())
-            batch["mask_BT"] *= (places < count)[:, None]
+            batch = self._sequences.read(np.minimum(places, last).tolist())
+            batch["mask_BT"] *= (places <= last)[:, None]
             yield batch

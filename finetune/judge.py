@@ -10,7 +10,7 @@ import numpy as np
 from finetune.examples import InOrder, Table
 from finetune.task import Judgement, Task
 from inference.config import SampleConfig
-from inference.generate import generate
+from inference.generate import generate, room_behind
 from model.transformer import Description
 from parallel.sharding import local_rows, put_batch, replicated, shard, splits
 from runtime.platform import platform
@@ -50,7 +50,9 @@ class Answers:
         self.task, self.table, self._mesh, self._description = task, table, jax.sharding.get_mesh(), description
         self._dtype = jnp.dtype(config.compute_dtype_on(platform()))
         self._size = -(-config.batch_size // splits("batch")) * splits("batch")
-        self._batches = InOrder(table, task.setup.seq_len, self._size)
+        # a loss that compares the sequences of a batch is that of as many as in training, on whatever mesh
+        self._counted = config.batch_size if task.whole_batch else self._size
+        self._batches = InOrder(table, task.setup.seq_len, self._size, self._counted)
         self._step = jax.jit(make_answer_step(description, config, task), out_shardings=replicated(self._mesh))
 
     def of(self, params: dict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -60,7 +62,7 @@ class Answers:
             arrays = put_batch(self._mesh, {name: x[mine] for name, x in batch.items()}, self._size)
             found, answers = self._step(params, arrays)
             sums = {name: total + float(found[name]) for name, total in sums.items()}
-            parts.append({name: np.asarray(x) for name, x in answers.items()})
+            parts.append({name: np.asarray(x)[: self._counted] for name, x in answers.items()})
         count = len(self.table.examples)
         whole = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
         return sums, whole
@@ -76,11 +78,22 @@ class Answers:
         return loss, replace(found, metrics=metrics)
 
     def _written(self, params: dict, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """What the model finds likeliest behind each prompt, up to so many tokens or the end of the text."""
-        sample = SampleConfig(tokens=tokens, temperature=0.0)
+        """What the model finds likeliest behind each prompt, up to so many tokens, the end of the text, or the last of
+        its learned positions.
+        """
         how = {"eos_id": self.task.setup.tokenizer.eos_id, "dtype": self._dtype}
-        cuts = [prompts[first : first + AT_ONCE] for first in range(0, len(prompts), AT_ONCE)]
-        return [text for cut in cuts for text in generate(self._description, params, cut, sample, **how)]
+        step = max(1, tokens // 8)  # each length is a program of its own, so that there are few
+        room = [min(tokens, room_behind(self._description.config, prompt) // step * step) for prompt in prompts]
+        written: list[list[int]] = [[] for _ in prompts]
+        for most in sorted({*room} - {0}):  # those that have room for equally many are written together
+            rows = [row for row, own in enumerate(room) if own == most]
+            sample = SampleConfig(tokens=most, temperature=0.0)
+            for first in range(0, len(rows), AT_ONCE):
+                cut = rows[first : first + AT_ONCE]
+                texts = generate(self._description, params, [prompts[row] for row in cut], sample, **how)
+                for row, text in zip(cut, texts, strict=True):
+                    written[row] = text
+        return written
 
 
 class TaskJudge:

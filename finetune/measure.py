@@ -12,7 +12,7 @@ from finetune.examples import Table, digest_of
 from finetune.judge import Answers
 from finetune.opening import encoded, open_task, read_sides
 from finetune.reference import read_reference
-from finetune.table import read_rows
+from finetune.table import LeftOut, read_rows
 from finetune.task import Judgement, Task
 from model.transformer import Description
 
@@ -34,14 +34,14 @@ def question(config: Config, tokenizer: Tokenizer, folder: Path, path: str = "",
     """
     if config.task is None:
         raise ValueError("the run has no task of its own: it was pretrained on text")
-    task, c = open_task(config, tokenizer), config.task
+    task, c, left_out = open_task(config, tokenizer), config.task, LeftOut()
     if task.reads_text:
         raise ValueError(f"{c.kind} reads text and has no rows to be judged by: see eval/loss of the run")
     if path:
-        rows = read_rows(path, {**task.columns, **c.columns}, task.optional, "task")
+        rows = read_rows(path, {**task.columns, **c.columns}, task.optional, "task", left_out)
     else:
-        rows = read_sides(c, task)[1]
-    table = encoded(task, rows, "held-out")
+        rows = read_sides(c, task, left_out)[1]
+    table = encoded(task, rows, "held-out", left_out)
     if task.wants_reference:
         read_reference({"heldout": table}, folder)
     table = table if limit is None else table.first(limit)

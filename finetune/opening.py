@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from config.build import build
-from config.schema import Config
+from config.schema import Config, identity
 from data.prepared import Progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from finetune.config import TaskConfig
@@ -46,7 +46,7 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
             "set train.grad_accumulation=1 and mesh.pipe=1"
         )
     progress("reading rows", 0, 3)
-    rows, kept = read_sides(config.task, task)
+    rows, kept = read_sides(config.task, task, files := LeftOut())
     task.labels = config.task.labels or task.find_labels(rows)
     progress("tokenizing rows", 1, 3)
     training, heldout = encoded(task, rows, "training"), encoded(task, kept, "held-out")
@@ -55,12 +55,13 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
     require_same({"task.path": digest})
     sequences = Sequences(training, t.seq_len, packs=task.packs)
     feed = Feed(t, Shuffled(sequences, t.batch_size, config.seed), {}, mesh)
-    feed.told |= told(task, training, heldout)
+    feed.told |= told(task, training, heldout) | ({"files": files.told()} if files.counts else {})
     model = replace(config.model, labels=len(task.labels) or None)
     config = replace(config, model=model, task=replace(config.task, labels=task.labels))
     judge = lambda job, batch: TaskJudge(task, job, heldout.first(t.eval_batches * t.batch_size))
     tables = {"training": training, "heldout": heldout}
-    begin = lambda job, first, folder: task.wants_reference and make_reference(task, job, first, tables, folder)
+    run = identity(config)
+    begin = lambda job, first, folder: task.wants_reference and make_reference(task, job, first, tables, folder, run)
     shared = Path(config.task.path).name, len(training.rows), "rows", task.loss, judge, begin
     return Subject(config, task.setup.tokenizer, feed, digest, *shared)
 
@@ -114,14 +115,17 @@ def task_class(kind: str) -> type[Task]:
     return found
 
 
-def read_sides(config: TaskConfig, task: Task) -> tuple[list[Row], list[Row]]:
-    """The rows that are trained on, and those that are kept. Raises ValueError where there are none of either."""
+def read_sides(config: TaskConfig, task: Task, left_out: LeftOut | None = None) -> tuple[list[Row], list[Row]]:
+    """The rows that are trained on, and those that are kept; a note of files that hold none.
+
+    Raises ValueError where there are none of either.
+    """
     if not config.path:
         raise ValueError("task.path is not set: the rows to train on, as in task.path=rows.csv")
     columns = {**task.columns, **config.columns}
-    rows = read_rows(config.path, columns, task.optional, "task.path")
+    rows = read_rows(config.path, columns, task.optional, "task.path", left_out)
     if config.heldout_path:
-        return rows, read_rows(config.heldout_path, columns, task.optional, "task.heldout_path")
+        return rows, read_rows(config.heldout_path, columns, task.optional, "task.heldout_path", left_out)
     kept = [is_heldout(row, config.heldout) for row in rows]
     if all(kept) or not any(kept):
         raise ValueError(
@@ -132,9 +136,9 @@ def read_sides(config: TaskConfig, task: Task) -> tuple[list[Row], list[Row]]:
     return side(False), side(True)
 
 
-def encoded(task: Task, rows: Sequence[Row], side: str) -> Table:
-    """The examples of rows. Raises ValueError where there is none."""
-    left_out = LeftOut()
+def encoded(task: Task, rows: Sequence[Row], side: str, left_out: LeftOut | None = None) -> Table:
+    """The examples of rows; `left_out` as it is after reading them. Raises ValueError where there is none."""
+    left_out = left_out or LeftOut()
     examples = [example for made in task.encode(rows, left_out) for example in made]
     if not examples:
         raise ValueError(f"none of the {len(rows)} {side} rows can be used: {left_out.told()}")

@@ -50,15 +50,17 @@ class LeftOut:
         return "; ".join(f"{n:,} {reason} (first: {self.first[reason]})" for reason, n in self.counts.most_common())
 
 
-def read_rows(path: str, columns: Mapping[str, str], optional: tuple[str, ...], key: str) -> list[Row]:
-    """The rows of all files that `path` names, in order.
+def read_rows(
+    path: str, columns: Mapping[str, str], optional: tuple[str, ...], key: str, left_out: LeftOut | None = None
+) -> list[Row]:
+    """The rows of all files that `path` names, in order; a note in `left_out` of files of a folder that hold none.
 
     columns: what the task asks for -> how a column is called; those that are `optional` may be missing. `key` is the
     setting that names the path, for messages. Raises ValueError for files that cannot be read and for missing columns.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()):
-        found = _classes(folder)
+    folder, left_out = Path(path).expanduser(), left_out or LeftOut()
+    if folder.is_dir() and any(child.is_dir() and not is_hidden(child) for child in folder.iterdir()):
+        found = _classes(folder, left_out)
     else:
         try:
             files = named_files(path)
@@ -75,7 +77,7 @@ def read_rows(path: str, columns: Mapping[str, str], optional: tuple[str, ...], 
                 raise ValueError(f"{name}: no column {column!r} for {role}; there are {', '.join(values)}: set {hint}")
         rows.append(Row(name, {role: values.get(column) for role, column in columns.items()}))
     if not rows:
-        raise ValueError(f"{key}={path} holds no row")
+        raise ValueError(f"{key}={path} holds no row" + (f": {left_out.told()}" if left_out.counts else ""))
     return rows
 
 
@@ -84,11 +86,24 @@ def is_heldout(row: Row, share: float) -> bool:
     return position(json.dumps([str(value) for value in row.values.values()])) < share
 
 
-def _classes(folder: Path) -> Iterator[tuple[str, dict]]:
-    for one in sorted(child for child in folder.iterdir() if child.is_dir()):
-        for file in sorted(path for path in one.rglob("*") if path.suffix in TEXTS):
-            text, label = CLASS_COLUMNS
-            yield str(file), {text: file.read_text(encoding="utf-8-sig", errors="replace"), label: one.name}
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is some program's own, as .ipynb_checkpoints or .DS_Store."""
+    return path.name.startswith(".")
+
+
+def _classes(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, dict]]:
+    """The texts of each folder, whose name is their label; hidden files and folders are passed over."""
+    text, label = CLASS_COLUMNS
+    for one in sorted(child for child in folder.iterdir() if not is_hidden(child)):
+        inside = [one, *sorted(one.rglob("*"))]
+        hidden = [path for path in inside if is_hidden(path)]
+        for file in inside:
+            if not file.is_file() or any(file.is_relative_to(other) for other in hidden):
+                continue
+            if one.is_dir() and file.suffix in TEXTS:
+                yield str(file), {text: file.read_text(encoding="utf-8-sig", errors="replace"), label: one.name}
+            else:
+                left_out.add(f"that are no {' or '.join(TEXTS)} in a folder of a class: left out", str(file))
 
 
 def _read(file: File) -> Iterator[tuple[str, dict]]:
@@ -105,11 +120,22 @@ def _json_lines(file: File, raw) -> Iterator[tuple[str, dict]]:
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{file}:{number}: a {type(row).__name__}, not an object with named fields")
+            if rb"\u" in line and not _is_encodable(row):
+                raise ValueError(f"{file}:{number}: a text holds half a surrogate pair, as in \\ud800")
             yield f"{file}:{number}", row
+
+
+def _is_encodable(row: dict) -> bool:
+    """Whether its texts are Unicode: JSON can spell half a surrogate pair, which no text can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from checkpoint.digests import find_damage, read_manifest, seal, write_manifest
 from config.layout import model_requirements
+from config.schema import identity
 from finetune.tasks.distillation import HIDDEN, IDS, LOG_P, Options
 from inference.opening import find_model, read_weights
 from model.transformer import Description, describe
@@ -28,7 +29,7 @@ from training.step import hidden, in_context_order, in_float32_matmuls
 from training.subject import Subject
 
 SAID = (HIDDEN, IDS, LOG_P)
-FORMAT = 1
+FORMAT = 2
 
 Teach = Callable[[int, Arrays], Arrays]  # of a step's number and its batch, what the teacher says of it
 
@@ -116,7 +117,12 @@ def about(subject: Subject, options: Options) -> dict[str, Any]:
     """What decides the batches of a run, and what is kept of them."""
     config, t = subject.config, subject.config.train
     said = {"temperature": options.temperature, "tokenizer": subject.tokenizer.digest}
-    return said | {"data": subject.digest, "seed": config.seed, "batch_size": t.batch_size, "seq_len": t.seq_len}
+    said |= {"data": subject.digest, "seed": config.seed, "batch_size": t.batch_size, "seq_len": t.seq_len}
+    settings = identity(config)["data"]
+    sources = {f"mixture.{name}": source for name, source in (settings.pop("mixture") or {}).items()}
+    for group, values in {"": settings, **sources}.items():  # the digest tells what lies at a path
+        said |= {".".join(filter(None, ("data", group, name))): v for name, v in values.items() if name != "path"}
+    return said
 
 
 def keep(folder: Path, subject: Subject, options: Options, mesh: Mesh, steps: int, progress: Callable) -> None:
@@ -139,9 +145,11 @@ def kept(folder: Path, subject: Subject, options: Options, mesh: Mesh) -> tuple[
         raise ValueError(f"task.options.kept={folder}: {error}") from None
     if damage:
         raise ValueError(f"task.options.kept={folder} is damaged: {', '.join(damage[:4])}")
+    if body.get("format") != FORMAT:
+        raise ValueError(f"task.options.kept={folder} is of format {body.get('format')}, not {FORMAT}: make it anew")
     for name, ours in about(subject, options).items():
-        if body[name] != ours:
-            raise ValueError(f"task.options.kept={folder} is of {name}={body[name]}, and this run has {ours}")
+        if body.get(name) != ours:
+            raise ValueError(f"task.options.kept={folder} is of {name}={body.get(name)}, and this run has {ours}")
     batch_size, steps = subject.config.train.batch_size, subject.config.train.steps
     if body["steps"] < steps:
         raise ValueError(f"task.options.kept={folder} has {body['steps']} steps, and train.steps={steps}")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from finetune.chats import chat_template, marked
+from finetune.chats import chat_template, marked, messages_of
 from finetune.table import LeftOut, Row
 from finetune.task import Example, Setup
 from finetune.task import Task as Base
@@ -15,6 +15,8 @@ from model.transformer import Transformer
 from training.config import TrainConfig
 from training.loss import token_losses
 from training.step import Batch
+
+Said = str | list[dict]  # a text, or messages
 
 
 class Answer(NamedTuple):
@@ -33,17 +35,19 @@ class TwoAnswers(Base):
             raise ValueError(f"{setup.config.kind} needs a decoder, model.causal=true")
         self._template = None
 
-    def answer(self, row: Row, role: str, prompt: Any) -> Answer:
-        """A prompt with the answer in the column `role`: texts, or lists of messages. Raises ValueError for others."""
-        answer, t = row.values.get(role), self.setup.tokenizer
-        if isinstance(answer, list):
+    def answer(self, prompt: Said, said: Said) -> Answer:
+        """An answer behind a prompt, as `sides_of` tells them apart. Raises ValueError where the template refuses them.
+
+        Two texts are joined as they are. Where one is messages, both go through the chat template: a text is then what
+        the user, or the assistant, says.
+        """
+        t = self.setup.tokenizer
+        if isinstance(prompt, list) or isinstance(said, list):
             self._template = self._template or chat_template(self.setup, self.options.template)
-            before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
-            return Answer(*marked(self._template, [*before, *answer], ("assistant",), last=True))
-        if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"no {role} answer" if role != "completion" else "no completion")
-        before = [*t.begin_ids, *t.encode(str(prompt or "")).tolist()] or [t.eos_id]
-        ids = np.array([*before, *t.encode(answer).tolist(), t.eos_id], np.int32)
+            messages = [*_messages(prompt, "user"), *_messages(said, "assistant")]
+            return Answer(*marked(self._template, messages, ("assistant",), last=True))
+        before = [*t.begin_ids, *t.encode(prompt).tolist()] or [t.eos_id]
+        ids = np.array([*before, *t.encode(said).tolist(), t.eos_id], np.int32)
         return Answer(ids, np.arange(len(ids)) >= len(before))
 
     def cut(self, answers: Sequence[Answer], name: str, left_out: LeftOut) -> list[Answer]:
@@ -78,3 +82,31 @@ class TwoAnswers(Base):
         total = lambda k: -jnp.where(own(k), nll_BT, 0).sum(1)
         count = lambda k: jnp.maximum(own(k).sum(1), 1) if mean else 1
         return jnp.stack([total(k) / count(k) for k in (1, 2)], -1)
+
+
+def sides_of(row: Row, role: str) -> tuple[Said, Said]:
+    """The prompt of a row, and the answer in the column `role`: texts or messages. Raises ValueError for anything else.
+
+    Of messages the last one is the answer, and what stands before it belongs to the prompt. They may begin with the
+    prompt itself, as whole dialogues do, and it is not said twice.
+    """
+    prompt, said = row.values.get("prompt"), row.values.get(role)
+    if isinstance(prompt, dict):
+        raise ValueError("prompt: neither a text nor a list of messages")
+    prompt = messages_of(row, "prompt") if isinstance(prompt, list) and prompt else str(prompt or "")
+    if not isinstance(said, list):
+        if not isinstance(said, str) or not said.strip():
+            raise ValueError(f"no {role} answer" if role != "completion" else "no completion")
+        return prompt, said
+    said, before = messages_of(row, role), _messages(prompt, "user")
+    asked = [str(message.get("content")).strip() for message in said[:-1] if message["role"] == "user"]
+    if isinstance(prompt, str) and prompt and asked:
+        if prompt.strip() not in asked:
+            raise ValueError(f"{role}: a dialogue in which the user does not say the prompt")
+        before = []
+    whole = said if said[: len(before)] == before else [*before, *said]
+    return whole[:-1], whole[-1:]
+
+
+def _messages(said: Said, role: str) -> list[dict]:
+    return said if isinstance(said, list) else [{"role": role, "content": said}] if said else []

@@ -17,7 +17,7 @@ from finetune.adapter_config import (
     QatConfig,
 )
 from finetune.adapters.adalora import AdaLoraRule
-from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
+from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled, is_coded
 from finetune.adapters.parts import Bottleneck, Prefix
 from finetune.adapters.tables import Frozen
 from model.config import MASKED_LM, ModelConfig
@@ -72,6 +72,11 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
     forms = _FORMS[type(config)](config, model, base)
     rule = AdaLoraRule(config, model.layers, steps) if isinstance(config, AdaLoraConfig) else None
     also = matching(config.also, specs) if config.also else lambda name: False
+    if coded := [name for path, form in base.items() if is_coded(form) and also(name := "/".join((*path, "weight")))]:
+        raise ValueError(
+            f"adapter.also: {coded[0]} is kept as codes, which are not trained: name others, or set adapter.base=float "
+            "or bfloat16"
+        )
     # the head of a task is new, and has nothing to stand on
     new = () if model.head in ("vocabulary", *MASKED_LM) else HEAD
     trained = lambda name: is_adapter(name) or also(name) or name.partition("/")[0] in new

@@ -102,7 +102,11 @@ class Task(Base):
         return {"vectors_BX": self._vectors(x_BTD, batch)}
 
     def judge(self, rows: Sequence[Row], examples: Sequence[Example], answers: Mapping[str, np.ndarray]) -> Judgement:
-        """How well each text finds its partner among those of all held-out rows; partners of one wording are one."""
+        """How well each text finds its partner among those of all held-out rows; partners of one wording are one.
+
+        What is as close as the partner comes before it, and so does what is no number: vectors that are all the same
+        find nothing.
+        """
         text_ND, partner_ND = answers["vectors_BX"][:, 0], answers["vectors_BX"][:, 1]
         wordings = [rows[example.row].text("positive") for example in examples]
         number = {wording: i for i, wording in reversed(list(enumerate(wordings)))}
@@ -112,8 +116,9 @@ class Task(Base):
         for i, example in enumerate(examples):
             scores_M = partner_ND[distinct] @ text_ND[i]
             own = place[number[wordings[i]]]
-            ranks[i] = 1 + (scores_M > scores_M[own]).sum()
-            said = wordings[distinct[int(scores_M.argmax())]] if ranks[i] > 1 else wordings[i]
+            ranks[i] = (~(scores_M < scores_M[own])).sum()
+            first = np.where(np.arange(len(scores_M)) == own, -np.inf, scores_M).argmax()  # of the others
+            said = wordings[distinct[int(first)]] if ranks[i] > 1 else wordings[i]
             row = rows[example.row]
             judged.append(Judged(row.name, row.text("text"), wordings[i], said, float(scores_M.max() - scores_M[own])))
         found = {"mrr": float((1 / ranks).mean())}

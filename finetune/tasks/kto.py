@@ -8,6 +8,7 @@ reference is the model as the run begins, and a sequence holds both answers, uns
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 
 from finetune.table import LeftOut, Row
 from finetune.task import Example, Judged, Judgement
-from finetune.two_answers import Answer, TwoAnswers
+from finetune.two_answers import Answer, Said, TwoAnswers, sides_of
 from model.transformer import Transformer
 from training.config import TrainConfig
 from training.loss import LossSums
@@ -39,6 +40,15 @@ class Options:
             raise ValueError("task.options: beta must be above 0; desirable and undesirable 0 or more, and not both 0")
 
 
+class Usable(NamedTuple):
+    """What a row says."""
+
+    prompt: Said
+    said: Said  # the completion
+    answer: Answer  # the one behind the other
+    good: float  # 1, or 0 where it is bad
+
+
 class Task(TwoAnswers):
     """Tuning on answers that are good or bad."""
 
@@ -53,28 +63,34 @@ class Task(TwoAnswers):
         """One example of each row with a completion and a label; beside it the completion of the next other prompt."""
         good = [self._usable(row, left_out) for row in rows]
         usable = [number for number, one in enumerate(good) if one is not None]
-        if 0 < len(usable) < 2:
-            left_out.add("without another row, whose completion it would be compared with: left out", rows[0].name)
+        if len(usable) == 1:
+            why = "without another row, whose completion it would be compared with: left out"
+            left_out.add(why, rows[usable[0]].name)
             return [[] for _ in rows]
         made: list[list[Example]] = [[] for _ in rows]
-        others = next_other([prompt_of(rows[number]) for number in usable])
+        others = next_other([repr(good[number].prompt) for number in usable])
         for number, other in zip(usable, others, strict=True):
-            foreign = self.answer(rows[usable[other]], "completion", rows[number].values.get("prompt"))
-            answers = self.cut([good[number][0], foreign], rows[number].name, left_out)
-            if not all(answer.said[1:].any() for answer in answers):
-                left_out.add("whose prompt leaves no room for an answer: left out", rows[number].name)
+            own, foreign, name = good[number], good[usable[other]], rows[number].name
+            try:
+                answers = [own.answer, self.answer(own.prompt, foreign.said)]
+            except ValueError as error:
+                left_out.add(f"refused ({error}): left out", name)
                 continue
-            label = np.array([good[number][1]], np.float32)
-            made[number] = [self.example(number, answers, good_X=label)]
+            answers = self.cut(answers, name, left_out)
+            if not all(answer.said[1:].any() for answer in answers):
+                left_out.add("whose prompt leaves no room for an answer: left out", name)
+                continue
+            made[number] = [self.example(number, answers, good_X=np.array([own.good], np.float32))]
         return made
 
-    def _usable(self, row: Row, left_out: LeftOut) -> tuple[Answer, float] | None:
+    def _usable(self, row: Row, left_out: LeftOut) -> Usable | None:
         label = LABELS.get(row.text("label").lower())
         if label is None:
             left_out.add(f"with a label that is none of {', '.join(LABELS)}: left out", row.name)
             return None
         try:
-            return self.answer(row, "completion", row.values.get("prompt")), label
+            prompt, said = sides_of(row, "completion")
+            return Usable(prompt, said, self.answer(prompt, said), label)
         except ValueError as error:
             left_out.add(f"refused ({error}): left out", row.name)
             return None
@@ -134,11 +150,6 @@ def kto_losses(o: Options, gained_B2: jax.Array, good_B: jax.Array, counts_B: ja
     ahead_B = o.beta * (gained_B2[:, 0] - moved(gained_B2, counts_B))
     good, bad = o.desirable * jax.nn.sigmoid(-ahead_B), o.undesirable * jax.nn.sigmoid(ahead_B)
     return jnp.where(good_B > 0, good, bad)
-
-
-def prompt_of(row: Row) -> str:
-    """What tells prompts apart."""
-    return repr(row.values.get("prompt") or "")
 
 
 def next_other(prompts: Sequence[str]) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune.table import LeftOut, Row
 from finetune.task import Example, Judged, Judgement, Setup
-from finetune.two_answers import TwoAnswers
+from finetune.two_answers import TwoAnswers, sides_of
 from model.transformer import Transformer
 from training.config import TrainConfig
 from training.loss import LossSums
@@ -61,7 +61,7 @@ class Task(TwoAnswers):
 
     def _example(self, number: int, row: Row, left_out: LeftOut) -> list[Example]:
         try:
-            sides = [self.answer(row, role, row.values.get("prompt")) for role in SIDES]
+            sides = [self.answer(*sides_of(row, role)) for role in SIDES]
         except ValueError as error:
             left_out.add(f"refused ({error}): left out", row.name)
             return []

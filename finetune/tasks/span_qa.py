@@ -43,6 +43,7 @@ class Window:
 
     first: int  # token of the sequence at which it begins
     places_N2: np.ndarray  # where each of its tokens begins and ends in the text, in characters
+    answers: list[tuple[int, int]]  # where the answers begin and end in the text; none where it does not answer
 
 
 class Task(Base):
@@ -71,12 +72,11 @@ class Task(Base):
         return [self._windows(i, row, questions[i], *contexts[i], left_out) for i, row in enumerate(rows)]
 
     def _windows(self, number: int, row: Row, question, context, places_N2, left_out: LeftOut) -> list[Example]:
-        answers, (begin, end) = self._answers(row), (self.setup.tokenizer.begin_ids, self.setup.tokenizer.end_ids)
+        begin, end = self.setup.tokenizer.begin_ids, self.setup.tokenizer.end_ids
         if not len(question) or not len(context):
             left_out.add("without a question or a text: left out", row.name)
             return []
-        if not answers and not self.options.unanswerable:
-            left_out.add("without an answer in the text: left out", row.name)
+        if (answers := self._answers(row, left_out)) is None:
             return []
         if len(question) > self.options.question:
             left_out.add(f"with a question longer than {self.options.question} tokens: cut", row.name)
@@ -102,21 +102,30 @@ class Task(Base):
             arrays = {"tokens_T": ids, "targets_T": targets, "allowed_T": allowed, "mask_T": mask}
             if self.setup.model.token_types:
                 arrays["types_T"] = (np.arange(len(ids)) >= len(head)).astype(np.int32)
-            made.append(Example(number, arrays, about=Window(len(head), places)))
+            made.append(Example(number, arrays, about=Window(len(head), places, answers)))
         return made
 
-    def _answers(self, row: Row) -> list[tuple[int, int]]:
-        """Where the answers of a row stand in its text; those that do not are no answers."""
-        value, context = row.values.get("answers"), str(row.values.get("context") or "")
-        starts = row.values.get("start")
-        if isinstance(value, dict):  # as SQuAD is spread: {"text": [...], "answer_start": [...]}
-            value, starts = value.get("text"), value.get("answer_start")
-        texts = list(value) if isinstance(value, list | tuple) else [str(value)] if value else []
-        starts = list(starts) if isinstance(starts, list | tuple) else [starts]
-        starts = [int(start) for start in starts if str(start).isdecimal()]
-        starts = starts if len(starts) == len(texts) else [context.find(text) for text in texts]
-        found = [(s, s + len(t)) for s, t in zip(starts, texts, strict=True) if t and s >= 0]
-        return [(s, e) for s, e in found if e <= len(context)]
+    def _answers(self, row: Row, left_out: LeftOut) -> list[tuple[int, int]] | None:
+        """Where the answers of a row stand in its text, none of a question that the text does not answer; None, and a
+        note, of a row that cannot be used.
+        """
+        context = str(row.values.get("context") or "")
+        try:
+            said = answers_of(row)
+        except ValueError as error:
+            left_out.add(f"refused ({error}): left out", row.name)
+            return None
+        found = [(text, start, place_of(context, text, start)) for text, start in said]
+        there = [(place, place + len(text)) for text, _, place in found if place >= 0]
+        if not there and (said or not self.options.unanswerable):
+            what = "whose answer does not stand in the text" if said else "without an answer"
+            left_out.add(f"{what}: left out", row.name)
+            return None
+        if len(there) < len(said):
+            left_out.add("with one of several answers that does not stand in the text: without that one", row.name)
+        if any(start not in (None, place) for _, start, place in found if place >= 0):
+            left_out.add("whose answer does not stand at its start: taken from where it first does", row.name)
+        return there
 
     def loss(self, model: Transformer, x_BTD: jax.Array, batch: Batch, config: TrainConfig) -> LossSums:
         """The mean of the cross-entropies of the beginning and the end, over the tokens of the window."""
@@ -131,6 +140,7 @@ class Task(Base):
 
     def judge(self, rows: Sequence[Row], examples: Sequence[Example], answers: Mapping[str, np.ndarray]) -> Judgement:
         """Exact match and F1 of each question, by the best of its answers."""
+        places = {example.row: example.about.answers for example in examples}
         best: dict[int, tuple[float, str, float]] = {}  # row -> how sure, the answer, the loss
         for example, logits_T2, loss in zip(examples, answers["logits_BT"], answers["loss_B"], strict=True):
             context = str(rows[example.row].values["context"])
@@ -142,7 +152,7 @@ class Task(Base):
         for number, (_, said, loss) in best.items():
             row = rows[number]
             context = str(row.values["context"])
-            truths = [context[s:e] for s, e in self._answers(row)] or [""]
+            truths = [context[s:e] for s, e in places[number]] or [""]
             matches.append(max(exact_match(said, truth) for truth in truths))
             f1s.append(max(words_f1(said, truth) for truth in truths))
             truth = said if matches[-1] else truths[0]  # any of them is right
@@ -159,6 +169,33 @@ class Task(Base):
         if sure < 0 and self.options.unanswerable:
             return sure, ""
         return sure, context[window.places_N2[b, 0] : window.places_N2[e, 1]]
+
+
+def answers_of(row: Row) -> list[tuple[str, int | None]]:
+    """The answers of a row, each with the character at which it is said to begin, if that is said.
+
+    As SQuAD is spread ({"text": [...], "answer_start": [...]}), as its own files have them (a list of
+    {"text", "answer_start"}), or as texts, with the column `start`. Raises ValueError for anything else.
+    """
+    value, starts = row.values.get("answers"), row.values.get("start")
+    if isinstance(value, dict):
+        value, starts = value.get("text"), value.get("answer_start")
+    listed = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if all(isinstance(one, dict) for one in listed):
+        listed, starts = [one.get("text") for one in listed], [one.get("answer_start") for one in listed]
+    if not all(isinstance(one, str | int | float) for one in listed if one is not None):
+        raise ValueError("answers that are neither texts nor {text, answer_start}")
+    starts = list(starts) if isinstance(starts, list | tuple) else [starts]
+    starts = starts if len(starts) == len(listed) else [None] * len(listed)
+    starts = [int(start) if str(start).isdecimal() else None for start in starts]
+    return [
+        (str(one), start) for one, start in zip(listed, starts, strict=True) if one is not None and str(one).strip()
+    ]
+
+
+def place_of(context: str, answer: str, start: int | None) -> int:
+    """The character at which an answer stands: at its start, or else where it first does; -1 where it does not."""
+    return start if start is not None and context.startswith(answer, start) else context.find(answer)
 
 
 def _ends(places_N2: np.ndarray, answer: tuple[int, int]) -> tuple[int, int] | None:

@@ -53,7 +53,6 @@ class Task(Base):
         room, at, ids, places = self.setup.seq_len - len(end), len(begin), [*begin], []
         for part in tokens:
             if at + len(part) > room:
-                left_out.add(f"longer than train.seq_len={self.setup.seq_len} tokens: cut", row.name)
                 break
             places.append((at + len(part) - 1 if self.setup.model.causal else at) if len(part) else -1)
             ids += part.tolist()
@@ -65,7 +64,12 @@ class Task(Base):
             if place >= 0:
                 mask[place], arrays["targets_T"][place] = 1, self.labels.index(tag)
         if not mask.any():
+            fits = len(places) == len(words)
+            longer = f"whose first word is longer than train.seq_len={self.setup.seq_len}"
+            left_out.add(f"{'none of whose words has a token' if fits else longer}: left out", row.name)
             return []
+        if len(places) < len(words):
+            left_out.add(f"longer than train.seq_len={self.setup.seq_len} tokens: cut", row.name)
         if self.setup.model.token_types:
             arrays["types_T"] = np.zeros(len(ids), np.int32)
         return [Example(number, {**arrays, "mask_T": mask}, about=places)]

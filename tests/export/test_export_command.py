@@ -14,7 +14,7 @@ from checkpoint.huggingface.opened import open_pretrained
 from checkpoint.huggingface.safetensors import Safetensors
 from compress.__main__ import main as compress
 from compress.options import parse as parse_compress
-from data.tokenizer import JsonTokenizer, TokenizerConfig, load_tokenizer
+from data.tokenizer import ByteTokenizer, JsonTokenizer, TokenizerConfig, load_tokenizer
 from export.__main__ import main
 from export.options import parse
 from export.program import load
@@ -137,6 +137,24 @@ def test_the_small_program_writes_the_same_text(graph, golden):
     assert "MB resident" in done.stderr
 
 
+def test_a_folder_that_the_small_program_cannot_read_is_one_line(tmp_path):
+    """Nothing there, and each of its files damaged while the others are whole or not reached."""
+    tell = lambda folder: subprocess.run(
+        [sys.executable, "edge/run.py", str(folder), "hi"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = (("tokenizer.json", '{"a"', ByteTokenizer().as_json()), ("manifest.json", "{", '{"body": {}}'))
+    missing = tell(tmp_path)
+    assert missing.returncode == 2
+    assert missing.stderr == f"error: {tmp_path / 'tokenizer.json'} is not there: FOLDER is no export to onnx\n"
+    for name, damaged, whole in (*files, ("model.onnx", "onnx", "")):
+        (tmp_path / name).write_text(damaged)
+        done = tell(tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {tmp_path / name} is damaged: ")
+        assert done.stderr.count("\n") == 1
+        (tmp_path / name).write_text(whole)
+
+
 # ---------------------------------------------------------------------------------------------------------------- gguf
 
 
@@ -216,6 +234,7 @@ def test_a_folder_for_transformers_is_reached_from_here(golden, tmp_path):
         ("llama", ["--to", "onnx", "--type", "f16"], "--type is an option of --to gguf, not of onnx"),
         ("llama", ["--to", "jax", "train.steps=3"], "train.steps=3 is no setting of an export"),
         ("llama", ["--to", "onnx", "--length", "0"], "0 is less than 1"),
+        ("llama", ["--to", "onnx", "--length", "1"], "--length 1 has no room for a token behind a prompt: set 2"),
         ("gpt2", ["--to", "onnx", "--length", "999"], "--length 999 is more than the model's 48 learned positions"),
         ("nothing", ["--to", "jax"], "nothing"),
     ],

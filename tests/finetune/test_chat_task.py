@@ -133,6 +133,25 @@ def test_packing_changes_no_loss():
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "assistant"}, "content is neither a text nor a list of parts"),
+        ({"role": "assistant", "content": None}, "content is neither a text nor a list of parts"),
+        ({"role": "assistant", "content": {"a": 1}}, "content is neither a text nor a list of parts"),
+        ({"from": "gpt", "content": "x"}, "a message without a role"),
+        ({"role": ["assistant"], "content": "x"}, "a message without a role"),
+        ({"role": "assistant", "content": "", "tool_calls": None}, ""),
+        ({"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}, ""),
+    ],
+)
+def test_a_message_that_says_nothing_is_not_learned(message, said):
+    task, left_out = open_task(compose.load(arguments())), LeftOut()
+    (made,) = task.encode([Row("a:1", {"messages": [{"role": "user", "content": "x"}, message]})], left_out)
+    assert said in left_out.told()
+    assert bool(made) == (not said)
+
+
 def test_what_cannot_be_used_is_told():
     task, left_out = open_task(compose.load(arguments())), LeftOut()
     user = {"role": "user", "content": "x"}

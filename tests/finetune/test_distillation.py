@@ -113,6 +113,8 @@ def test_what_is_kept_says_what_the_teacher_said(tmp_path):
         trace(arguments(*kept, "seed=1"))
     with pytest.raises(ValueError, match=r"is of temperature=1.0, and this run has 3.0"):
         trace(arguments(*kept, "task.options.temperature=3"))
+    with pytest.raises(ValueError, match=r"is of data.packing=concatenate, and this run has best_fit"):
+        trace(arguments(*kept, "data.packing=best_fit"))
     with pytest.raises(ValueError, match=r"has 10 steps, and train.steps=11"):
         trace(arguments(*kept, "train.steps=11"))
     file = out / "00000001.npz"

@@ -11,12 +11,14 @@ import pytest
 from tuning import ENCODER, assert_same, trace
 
 from config import compose
-from finetune.opening import open_subject, open_task
+from finetune.judge import Answers
+from finetune.opening import encoded, open_subject, open_task, read_sides
 from finetune.table import Row
 from finetune.task import Example
 from inference.encoder import Encoder
 from inference.opening import Opened
 from inference.requests import EncodeRequest
+from model.transformer import describe
 from parallel.mesh import make_mesh
 from training.job import make_job
 from training.parity import ONE_DEVICE
@@ -84,6 +86,19 @@ def test_vectors_are_served_as_they_are_trained(tmp_path):
             np.testing.assert_allclose(served, trained_BKD[row, part - 1], rtol=0, atol=2e-6)
 
 
+def test_the_loss_of_held_out_rows_is_that_of_the_same_batches_on_any_mesh():
+    """Of two sequences each, on a mesh that has four in a batch at least."""
+    config = compose.load(arguments("train.batch_size=2"))
+    task, description, found = open_task(config), describe(config.model), []
+    table = encoded(task, read_sides(config.task, task)[1][:5], "held-out")
+    for data in (1, 4):
+        with jax.set_mesh(make_mesh(ONE_DEVICE | {"data": data}, jax.devices()[:data])):
+            params = jax.jit(description.init)(jax.random.key(0))
+            loss, judgement = Answers(task, description, config.train, table).judgement(params)
+            found.append({"loss": loss} | judgement.metrics)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_a_cut_batch_is_refused():
     with pytest.raises(ValueError, match="compares the sequences of a whole batch"):
         trace(arguments("train.grad_accumulation=2"))
@@ -98,3 +113,13 @@ def test_ranks_of_partners():
     vectors = np.stack([np.stack([east, east]), np.stack([(2 * east + north) / 5**0.5, north]), np.stack([east, east])])
     judgement = task.judge(rows, examples, {"vectors_BX": vectors})
     assert judgement.metrics == pytest.approx({"mrr": (1 + 1 / 2 + 1) / 3, "recall_at_1": 2 / 3, "recall_at_5": 1})
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_vectors_that_are_all_the_same_find_nothing(value):
+    task = open_task(compose.load(arguments()))
+    rows = [Row(f"a:{i}", {"text": str(i), "positive": f"p{i}"}) for i in range(10)]
+    vectors = np.full((10, 2, 4), value, np.float32)
+    judgement = task.judge(rows, [Example(i, {}) for i in range(10)], {"vectors_BX": vectors})
+    assert judgement.metrics == pytest.approx({"mrr": 1 / 10, "recall_at_1": 0, "recall_at_5": 0})
+    assert all(one.answer != one.truth for one in judgement.judged)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from every import few_of
+from test_chat_task import folder
 from tuning import SMALL, assert_same, trace
 
 from config import compose
@@ -102,6 +103,19 @@ def test_foreign_answers_are_those_of_other_prompts():
             assert bytes(arrays["tokens_T"][mine].tolist()).decode() == text
             assert arrays["said_T"][mine].tolist() == [1, 1]  # of "3" and the end, behind the prompt's letter
         assert arrays["good_X"].tolist() == [number % 2]
+
+
+def test_the_foreign_answer_of_a_dialogue_is_the_last_message_of_another():
+    """Of whole dialogues as of prompts in a column of their own."""
+    task = open_task(compose.load([*arguments("train.seq_len=128"), "tokenizer=file", f"tokenizer.path={folder()}"]))
+    user, says = ((lambda text, role=role: {"role": role, "content": text}) for role in ("user", "assistant"))
+    whole = [{"completion": [user(p), says(c)]} for p, c in ("13", "24")]
+    apart = [{"prompt": p, "completion": [says(c)]} for p, c in ("13", "24")]
+    for rows in (whole, apart):
+        made = task.encode([Row("a:1", row | {"label": True}) for row in rows], LeftOut())
+        for (example,), digits in zip(made, ("1314", "2423"), strict=True):
+            said = [chr(i) for i in example.arrays["tokens_T"].tolist()]
+            assert "".join(filter(str.isdigit, said)) == digits
 
 
 def test_the_step_asks_the_model_for_each_answer_alone():

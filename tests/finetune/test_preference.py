@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from every import few_of
+from test_chat_task import folder
 from tuning import SMALL, assert_same, trace
 
 from config import compose
@@ -85,6 +86,9 @@ def test_the_reference_is_made_once_and_found_again(tmp_path):
         for name, array in again.feed.batch(0).items():
             np.testing.assert_array_equal(array, batch[name], err_msg=name)
         np.testing.assert_allclose(batch["reference_BX"], said, rtol=1e-5)
+        other = compose.load(arguments("task.options.loss=ipo"))  # in the folder of a run that took no step
+        with pytest.raises(RuntimeError, match="asked for"):
+            open_subject(other, mesh).begin(job, refuse, tmp_path)
         (tmp_path / FILE).unlink()
         with pytest.raises(RuntimeError, match="asked for"):
             open_subject(config, mesh).begin(job, refuse, tmp_path)
@@ -114,6 +118,34 @@ def test_answers_do_not_see_each_other_and_the_prompt_does_not_count():
         assert bytes(arrays["tokens_T"][mine].tolist()) == b"why? " + text
         assert arrays["places_T"][mine].tolist() == list(range(mine.sum()))
     assert arrays["mask_T"].sum() == 1
+
+
+def test_rows_of_messages_say_the_same_however_they_are_spelled():
+    """The prompt as a text or messages, in a column of its own or at the beginning of whole dialogues, or both."""
+    user, says = {"role": "user", "content": "why?"}, lambda text: {"role": "assistant", "content": text}
+    task = open_task(compose.load([*arguments("train.seq_len=128"), "tokenizer=file", f"tokenizer.path={folder()}"]))
+    rows = [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for prompt, chosen, rejected in (
+            ("why?", [says("so")], [says("no")]),
+            ([user], [says("so")], [says("no")]),
+            ([user], "so", "no"),
+            (None, [user, says("so")], [user, says("no")]),
+            ("why?", [user, says("so")], [user, says("no")]),
+            ([user], [user, says("so")], [user, says("no")]),
+        )
+    ]
+    left_out = LeftOut()
+    made = task.encode([Row(f"a:{number}", row) for number, row in enumerate(rows)], left_out)
+    assert left_out.told() == ""
+    for (example,) in made:
+        for name, array in example.arrays.items():
+            np.testing.assert_array_equal(array, made[0][0].arrays[name], err_msg=name)
+    other = Row("a:1", {"prompt": "who?", "chosen": [user, says("so")], "rejected": [user, says("no")]})
+    foreign = Row("a:2", {"chosen": [{"from": "gpt", "content": "so"}], "rejected": [{"from": "gpt", "content": "no"}]})
+    assert task.encode([other, foreign], left_out) == [[], []]
+    assert "in which the user does not say the prompt" in left_out.told()
+    assert "a message without a role" in left_out.told()
 
 
 def test_what_cannot_be_used_is_told():

@@ -4,14 +4,20 @@ import functools
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tuning import SMALL, assert_same, trace
 
 from config import compose
+from finetune.examples import Table
+from finetune.judge import Answers
 from finetune.metrics import bleu, chrf, rouge
 from finetune.opening import open_task
 from finetune.table import LeftOut, Row
+from model.transformer import describe
+from parallel.mesh import make_mesh
+from training.parity import ONE_DEVICE
 
 WRITES = ("task.options.write=4", "task.options.judged=4", "task.options.by=[rouge]")
 
@@ -54,6 +60,22 @@ def test_what_is_written_is_judged_beside_the_target():
     assert judgement.metrics == pytest.approx({"rouge1": 1, "rouge2": 1, "rougeL": 1, "bleu": 100, "chrf": 100})
     assert len(judgement.judged) == 2
     assert open_task(compose.load(arguments())).judge_texts(rows, examples, None) is None
+
+
+def test_no_text_is_written_beyond_learned_positions():
+    """Each prompt has the room that is left behind it, and one without room is answered with nothing."""
+    config = compose.load(arguments("train.seq_len=24", "model.positions=learned", "model.max_positions=24"))
+    task = open_task(config)
+    rows = [Row("a:1", {"source": "s", "target": "t"})]
+    table = Table(rows, [example for made in task.encode(rows, LeftOut()) for example in made], LeftOut())
+    with jax.set_mesh(make_mesh(ONE_DEVICE, jax.devices()[:1])):
+        description = describe(config.model)
+        params = jax.jit(description.init)(jax.random.key(0))
+        answers = Answers(task, description, config.train, table)
+        prompts = [[1] * size for size in (9, 24, 3, 9)]
+        written = answers._written(params, prompts, 30)
+        assert [len(prompt) + len(text) for prompt, text in zip(prompts, written, strict=True)] == [24, 24, 24, 24]
+        assert written[0] == written[3] == answers._written(params, prompts[:1], 15)[0]
 
 
 def test_measures_are_those_of_their_papers():

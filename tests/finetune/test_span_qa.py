@@ -127,18 +127,52 @@ def test_the_surest_window_answers():
     assert judgement.metrics == {"f1": 1.0, "exact_match": 1.0}
 
 
-def test_rows_without_an_answer_are_told_unless_that_is_an_answer():
-    rows = [
-        Row("a:1", {"question": "who?", "context": "a text", "answers": "nobody"}),
-        Row("a:2", {"question": "who?"}),
-    ]
-    left_out = LeftOut()
-    assert opened().encode(rows, left_out) == [[], []]
-    assert "without an answer in the text" in left_out.told()
-    assert "without a question or a text" in left_out.told()
-    (windows, none) = opened("task.options.unanswerable=true").encode(rows, LeftOut())
-    assert (len(windows), none) == (1, [])
-    assert windows[0].arrays["targets_T"][0] == 3
+def encoded(answers, *more: str, **columns):
+    """The first window of a row about `it was Ada, ada`, and what is told of the row."""
+    left_out, values = LeftOut(), {"question": "who?", "context": "it was Ada, ada", "answers": answers, **columns}
+    (windows,) = opened(*more).encode([Row("a:1", values)], left_out)
+    return (windows[0] if windows else None), left_out.told()
+
+
+def test_an_answer_that_is_not_there_is_no_question_without_an_answer():
+    """Rows without an answer are told unless that is an answer, those whose answer is not found in any case."""
+    nobody, no_text = "task.options.unanswerable=true", {"context": None}
+    for empty in ("", " ", [], None, {"text": [], "answer_start": []}):
+        assert encoded(empty) == (None, "1 without an answer: left out (first: a:1)")
+        window, told = encoded(empty, nobody)
+        assert (window.arrays["targets_T"][0], told) == (3, "")
+    for more in ((), (nobody,)):
+        assert encoded("Bob", *more) == (None, "1 whose answer does not stand in the text: left out (first: a:1)")
+        assert "without a question or a text" in encoded("ada", *more, **no_text)[1]
+    window, told = encoded(["Bob", "ada"], nobody)
+    assert window.about.answers == [(12, 15)]
+    assert "without that one" in told
+
+
+@pytest.mark.parametrize(
+    ("answers", "columns"),
+    [
+        ({"text": ["ada"], "answer_start": [12]}, {}),
+        ({"text": "ada", "answer_start": 12}, {}),
+        ([{"text": "ada", "answer_start": 12}], {}),  # as SQuAD's own files
+        (["ada"], {}),
+        ("ada", {"start": "12"}),
+    ],
+)
+def test_answers_in_every_spelling_are_the_same_span(answers, columns):
+    window, told = encoded(answers, **columns)
+    targets = window.arrays["targets_T"]
+    assert (window.about.answers, told) == ([(12, 15)], "")
+    assert bytes(window.arrays["tokens_T"][np.flatnonzero(targets & 1)[0] :][:3].tolist()) == b"ada"
+
+
+def test_a_start_at_which_the_answer_does_not_stand_is_told():
+    window, told = encoded({"text": ["ada"], "answer_start": [5]})
+    assert window.about.answers == [(12, 15)]
+    assert "does not stand at its start" in told
+    window, told = encoded([1998], context="in 1998")
+    assert window.about.answers == [(3, 7)]
+    assert "neither texts nor {text, answer_start}" in encoded([["ada"]])[1]
 
 
 def test_a_decoder_and_a_stride_too_large_are_refused():

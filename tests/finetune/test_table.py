@@ -55,6 +55,28 @@ def test_a_folder_for_each_class(tmp_path):
     ]
 
 
+def test_other_files_beside_those_of_classes_are_counted_and_hidden_ones_no_class(tmp_path):
+    for name in (
+        "good/a.txt",
+        "bad/b.md",
+        "bad/c.html",
+        "bad/d.txt.gz",
+        "bad/.DS_Store",
+        ".checkpoints/a.txt",
+        "e.csv",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    left_out = LeftOut()
+    rows = read_rows(str(tmp_path), {"text": "text", "label": "label"}, (), "task.path", left_out)
+    assert [row.text("label") for row in rows] == ["bad", "good"]
+    assert left_out.told().startswith("3 that are no .txt or .md in a folder of a class: left out (first: ")
+    (tmp_path / "good" / "a.txt").unlink()
+    (tmp_path / "bad" / "b.md").unlink()
+    with pytest.raises(ValueError, match=r"holds no row: 3 that are no .txt"):
+        read_rows(str(tmp_path), {"text": "text", "label": "label"}, (), "task.path")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -74,6 +96,21 @@ def test_what_is_wrong_with_a_table_is_told_in_one_line(tmp_path, content, said)
         read_rows(str(path), COLUMNS, (), "task.path")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        ('{"review": "a\\ud800b", "stars": "x"}', "holds half a surrogate pair"),
+        ("[1]", "a list, not an object"),
+    ],
+)
+def test_a_line_of_json_that_is_no_row_is_named(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text('{"review": "\\ud83d\\ude00", "stars": "x"}\n' + line)
+    with pytest.raises(ValueError, match=r"a.jsonl:2: ") as caught:
+        read_rows(str(tmp_path / "a.jsonl"), COLUMNS, (), "task.path")
+    assert said in str(caught.value)
 
 
 def test_a_compressed_table_that_breaks_off(tmp_path):

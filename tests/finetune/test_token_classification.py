@@ -88,6 +88,22 @@ def test_a_tag_stands_at_the_first_token_of_its_word_and_cut_words_are_wrong():
     assert judgement.metrics["recall"] == pytest.approx(1 / 2)  # of Ada Lovelace and the place that was cut off
 
 
+def test_rows_of_which_no_word_is_read_are_left_out_and_told():
+    task, left_out = open_task(compose.load(arguments("train.seq_len=16"))), LeftOut()
+    task.labels = TAGS
+    rows = [
+        Row("a:1", {"words": ["a" * 40, "b"], "tags": ["B-PER", "O"]}),
+        Row("a:2", {"words": ["b", "a" * 40], "tags": ["B-PER", "O"]}),
+    ]
+    first, second = task.encode(rows, left_out)
+    assert (first, len(second)) == ([], 1)
+    assert "1 whose first word is longer than train.seq_len=16: left out (first: a:1)" in left_out.told()
+    assert "1 longer than train.seq_len=16 tokens: cut (first: a:2)" in left_out.told()
+    row, no_tokens = Row("a:3", {"words": ["\u200b"], "tags": ["O"]}), [np.zeros(0, np.int32)]
+    assert task._example(0, row, ["\u200b"], no_tokens, left_out) == []
+    assert "1 none of whose words has a token: left out (first: a:3)" in left_out.told()
+
+
 def test_rows_without_a_tag_for_each_word_are_told():
     task = open_task(compose.load(arguments()))
     task.labels = TAGS
