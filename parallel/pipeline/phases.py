@@ -74,6 +74,15 @@ def _reads(eqns: Iterable, outputs: Iterable) -> set:
     return {a for eqn in eqns for a in eqn.invars if isinstance(a, Var)} | {v for v in outputs if isinstance(v, Var)}
 
 
+def _apart(chosen: Iterable, start: Var, eqns: Iterable) -> list:
+    """Those of the chosen equations that do not depend on the variable `start`."""
+    reached = {start}
+    for eqn in eqns:
+        if reached.intersection(a for a in eqn.invars if isinstance(a, Var)):
+            reached.update(eqn.outvars)
+    return [eqn for eqn in chosen if not reached.intersection(eqn.outvars)]
+
+
 @dataclass(frozen=True)
 class Phases:
     """The three phases of a function (params, constants, x) -> (y, objective, aux).
@@ -137,8 +146,12 @@ def phases(function: Callable, params, constants, x: jax.Array) -> Phases:
     # of a norm two streams in float32, where the sum itself is nothing to hold
     vectors = [v for v in dp_vars if v.aval.ndim <= 1]
     backward = _needed(eqns, (*dx_vars, *vectors), done)
-    done_backward = done | {v for eqn in backward for v in eqn.outvars}
-    weight = _needed(eqns, dp_vars, done_backward)
+    weight = _needed(eqns, dp_vars, done | {v for eqn in backward for v in eqn.outvars})
+    # remat may compute a matmul again that the weights alone need, as attention's last: what it multiplies, a row of
+    # probabilities for each token, would be held for it, so it is done where that is
+    again = [v for eqn in _apart(weight, dy_var, eqns) if eqn.primitive.name == "dot_general" for v in eqn.outvars]
+    backward = _needed(eqns, (*dx_vars, *vectors, *again), done)
+    weight = _needed(eqns, dp_vars, done | {v for eqn in backward for v in eqn.outvars})
 
     # --------------------------------------------------------------------------------------------- what crosses phases
     before = {x_var} | {v for eqn in forward for v in eqn.outvars}

@@ -42,6 +42,7 @@ EXPERTS = (
     *("model=moe_nano", "model.layers=6", "model.width=192", "model.heads=4", "model.kv_heads=4", "model.head_dim=48"),
     *("model.ffn=768", "model.vocab_size=8192", "model.scan_layers=true", "train.seq_len=512", "train.batch_size=16"),
 )
+UNROLLED = tuple(word.replace("scan_layers=true", "scan_layers=false") for word in LLAMA)
 DENSE_MESHES = (
     {"fsdp": 8},
     {"data": 4, "fsdp": 2},
@@ -67,6 +68,9 @@ CASES = [
     (LLAMA, {"fsdp": 2, "context": 2, "tensor": 2}, ("train.remat=none",)),
     (LLAMA, {"fsdp": 8}, ("train.remat=full", "train.grad_accumulation=2")),
     (LLAMA, {"fsdp": 8}, ("train.remat=attention", "optimizer.moment_dtype=bfloat16")),
+    (UNROLLED, {"fsdp": 8}, ("train.remat=full",)),
+    (UNROLLED, {"data": 4, "tensor": 2}, ("train.remat=none",)),
+    (UNROLLED, {"pipe": 2, "fsdp": 4}, ("train.remat=full", "pipeline.schedule=1f1b")),
 ]
 
 

@@ -118,3 +118,25 @@ def test_gradients_of_vectors_hold_nothing_of_the_tokens():
     dparams = cut.weight(params, (), kept_weight, held)
     expected = jax.vjp(lambda params, x: layer(params, (), x)[0], params, x)[1](dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (dparams, dx), expected)
+
+
+def test_what_remat_computes_again_for_weights_alone_holds_no_probabilities():
+    """Under remat=dots nothing but the gradient of a projection's weight needs what attention gives."""
+    B, T, D = 2, 64, 4
+    params = {name: jnp.eye(D) * (i + 1) for i, name in enumerate(("query", "value", "out"))}
+
+    def attention(params, constants, x):
+        scores_BTS = jnp.einsum("btd,bsd->bts", project(x, params["query"]), x)
+        values = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores_BTS), project(x, params["value"]))
+        return x + project(values, params["out"]), None, None
+
+    dots = jax.checkpoint(attention, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
+    cut = phases(dots, params, (), x)
+    y, _, _, kept_input, kept_weight = cut.forward(params, (), x)
+    dx, held = cut.backward(params, (), kept_input, kept_weight, y)
+    assert max(h.size for h in (*kept_weight, *held)) == x.size
+    expected, dx_expected = jax.grad(lambda p, x: jnp.square(attention(p, (), x)[0]).sum() / 2, (0, 1))(params, x)
+    np.testing.assert_allclose(dx, dx_expected, rtol=1e-4, atol=1e-4)
+    dparams = cut.weight(params, (), kept_weight, held)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), dparams, expected)
