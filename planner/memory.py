@@ -96,7 +96,6 @@ def layer_values(
         "dots": queries * (2 if kept_core else 1) + keys + stream + opened,
     }[remat]
     again = 0.0 if remat == "none" else inputs  # computed again in B
-    again += opened if remat == "dots" and platform == "cpu" else 0.0  # other compilers see that W needs none of it
     held = queries + keys + opened + 2 * c.width + again
     left = 0.35 * kept if remat == "none" else (1.2 * queries + 0.3 * hidden) * (platform == "cpu")
     if fused or context > 1:  # for context see `ring`
