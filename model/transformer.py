@@ -151,7 +151,9 @@ class Transformer(nnx.Module):
 
         def layer(carry, its):
             (x_BTD, turn), (parameters, row, cache) = carry, its
-            if not c.scan_layers:
+            if not c.scan_layers and remat != "none":
+                # gradients wait in the compute dtype, as matmuls give them
+                parameters = in_compute_dtype(graphdef, parameters, dtype)
                 parameters, x_BTD, turn = take_turn(parameters, x_BTD, turn)
             x_BTD, cache, sums = block(parameters, x_BTD, row, info, cache)
             return (x_BTD, turn), (cache, sums)

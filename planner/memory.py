@@ -28,7 +28,7 @@ GATHERED = {"cpu": 9.0, "gpu": 6.0, "tpu": 0.0}
 # The share of the smaller of two phases, the loss and a layer that is differentiated, that lies where the larger one
 # has been.
 REUSED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.65}
-UNROLLED_REUSED = 0.7  # the same share where layers are unrolled
+UNROLLED_REUSED = 0.6  # the same share where layers are unrolled
 # Of unrolled layers, others that are differentiated beside one (model.in_turn).
 UNDER_WAY, UNDER_WAY_IN_PIPELINES = {"cpu": 1.3, "gpu": 0.0, "tpu": 1.0}, 1.5
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS

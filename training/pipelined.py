@@ -49,9 +49,9 @@ def program(description: Description, config: TrainConfig, loss_of: Callable) ->
 
     scanned = description.config.scan_layers
     specs = map_specs(lambda spec: stored_over_stages(spec.axes), _shared(description.specs))
-    return pipeline.Program(
-        prepare, embed, rematerialised(layer, config.remat, scanned=scanned), loss, specs, unroll=not scanned
-    )
+    layer = rematerialised(layer, config.remat, scanned=scanned)
+    in_turn = not scanned and config.remat != "none"
+    return pipeline.Program(prepare, embed, layer, loss, specs, unroll=not scanned, in_turn=in_turn)
 
 
 def _shared(tree: dict) -> dict:

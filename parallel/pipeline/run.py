@@ -52,6 +52,7 @@ class Program:
     shared_specs: Any  # PartitionSpecs, a prefix of the pytree of shared parameters
     fixed_specs: Any = None  # the same of the fixed ones
     unroll: bool = False  # the layers of a stage, instead of a scan
+    in_turn: bool = False  # these compute their gradients one after the other, see model.in_turn
 
 
 def slots(layers: int, schedule: PipelineSchedule) -> tuple[int, ...]:
@@ -200,13 +201,13 @@ class _Layers:
             if "held" in pools:
                 return dx, pools | {"held": _put(pools["held"], held, row.held, i)}
             dparams = self.phases.weight(params, (meta, info), kept_weight, held)
-            if self.program.unroll:
+            if self.program.in_turn:
                 dx = dx + pools["turn"].astype(dx.dtype)
                 dparams, turn = jax.lax.optimization_barrier((dparams, nothing))
                 pools = pools | {"turn": turn}
             return dx, pools | {"gradients": _add(pools["gradients"], dparams, row.chunk, i)}
 
-        # unrolled layers take turns as in model.in_turn: a zero comes with one's gradients, and the next dx needs it
+        # a zero comes with the gradients of a layer, and the next dx needs it
         nothing = vary(jnp.zeros((), jnp.float32), MANUAL)
         dx, pools = self._each(work, row.chunk, dy, pools | {"turn": nothing}, reverse=True)
         return dx, {name: pool for name, pool in pools.items() if name != "turn"}
