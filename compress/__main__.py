@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder and prints the table. Raises ValueError or OSError for what the user can mend."""
     began, recipe = time.perf_counter(), RECIPES[options.recipe]
     found = find_model(options.model, options.overrides, SETTINGS)
-    if found.config.adapter.kind == "qat":  # floats, trained to be rounded
+    if found.config.adapter.kind in ("qat", "freeze"):  # a whole model of floats, and so is what is made of it
         found = replace(found, forms={}, config=replace(found.config, adapter=NoAdapter()))
     if found.forms:
         raise ValueError(f"{found.path} has adapters: merge them first (python -m finetune merge {found.path} OUT)")

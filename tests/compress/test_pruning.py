@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from compress.__main__ import main
 from compress.narrowing import Sizes, fitted, narrowed
@@ -158,6 +159,21 @@ def test_a_pruned_model_has_its_zeros(run, tmp_path):
     up = np.asarray(opened.params["layers"]["ffn"]["up"]["weight"])
     assert np.all((up.reshape(2, MODEL.width // 4, 4, MODEL.ffn) != 0).sum(2) <= 2)
     assert np.any(np.asarray(opened.params["tokens"]["weight"]) != 0)
+
+
+def test_a_run_that_trained_a_part_of_its_model_is_pruned_whole(run, tmp_path):
+    """What opens is the pruned model, not the one that the run began from."""
+    frozen, out = tmp_path / "run", tmp_path / "out"
+    frozen.mkdir()
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["adapter"] = {"kind": "freeze", "train": ["final_norm/*"]}
+    settings["weights"]["path"], settings["checkpoint"]["dir"] = str(run), str(run / "checkpoints")
+    (frozen / "config.yaml").write_text(yaml.safe_dump(settings))
+    words = [frozen, out, "--recipe", "magnitude", "--share", "0.9", *FEW, *DEVICES]
+    assert main(parse([str(word) for word in words])) == 0
+    assert find_model(out).config.adapter.kind == "none"
+    up = find_model(out, ["mesh.data=8", *DEVICES]).open().params["layers"]["ffn"]["up"]["weight"]
+    assert np.mean(np.asarray(up) == 0) == pytest.approx(0.9, abs=0.01)
 
 
 @pytest.mark.parametrize(
