@@ -30,6 +30,7 @@ from config.schema import Config, identity
 from finetune.adapter_config import NoAdapter
 from finetune.adapters import peft_format
 from finetune.adapters.adaptation import adaptation, is_adapter
+from finetune.adapters.base import begun
 from finetune.adapters.merging import merge
 from finetune.opening import open_task
 from finetune.teacher import keep
@@ -42,7 +43,7 @@ from runtime.overrides import override
 from runtime.start import start
 from tracking.run_directory import RunDirectory
 from training.subject import pretraining
-from training.trainable import chosen
+from training.trainable import chosen, joined
 
 
 def main(options: argparse.Namespace) -> int:
@@ -133,9 +134,9 @@ def import_adapter(options: argparse.Namespace) -> str:
     model = found.open()  # its weights are read, so that a base that does not open is told now
     with jax.set_mesh(model.mesh):
         description = describe(config.model, forms=adapts.forms)
-        wanted = chosen(description.shapes, is_adapter)
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), wanted)
-        params = peft_format.read(published, family, config.model, adapts.forms, zeros)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), chosen(description.shapes, is_adapter))
+        first = chosen(begun(description, joined(model.params, zeros), model.mesh), is_adapter)
+        params = peft_format.read(published, family, config.model, adapts.forms, jax.device_get(first))
         params = jax.tree.map(jax.device_put, params, chosen(description.shardings(model.mesh), is_adapter))
         with folder_made(options.out) as folder:
             write_run(folder, options.out, config, base, params, 0)
