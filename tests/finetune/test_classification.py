@@ -19,11 +19,13 @@ from tuning import ENCODER, SMALL, assert_same, trace
 
 from compress.__main__ import main as compress
 from compress.options import parse as compress_options
+from config.compose import load
 from evaluation.__main__ import main as evaluation
 from evaluation.options import parse
 from evaluation.results import read_result
 from finetune.metrics import confusion_of, labels_report, matthews, multilabel_report, pearson
 from finetune.table import is_heldout, read_rows
+from inference.opening import adaptation_of, new_head
 from runtime.arguments import Parser
 from serving.app import create_app
 from serving.batch import Owner, call
@@ -242,3 +244,35 @@ def test_a_head_is_new_where_the_weights_have_another(tuned, tmp_path):
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
     assert ours["params/head_labels/weight"].shape == (32, 3)
     assert np.any(ours["params/head_labels/weight"])
+
+
+def test_a_new_head_is_trained_and_kept_where_all_else_is_frozen(tuned, tmp_path, capsys):
+    """Of a run with adapter=freeze it is in the checkpoints, so that the run goes on and is judged."""
+    run = tmp_path / "run"
+    own = [argument for argument in run_of(run) if not argument.startswith("model.")]
+    own += [f"model.from={tuned}", "adapter=freeze", "task.labels=[bad,good,neither]", "train.eval_every=0"]
+    for steps in (1, 2):
+        assert runs.run([*own, f"train.steps={steps}"], devices=1) == DONE
+    assert "new in this model: head_labels" in capsys.readouterr().out
+    before, after = (runs.checkpoint(run, step) for step in (1, 2))
+    assert {name for name in after if name.startswith("params/")} == {
+        "params/final_norm/scale",
+        "params/head_labels/bias",
+        "params/head_labels/weight",
+    }
+    assert np.any(before["params/head_labels/weight"] != after["params/head_labels/weight"])
+    with contextlib.chdir(runs.ROOT):
+        assert evaluation(parse([str(run), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
+
+
+@pytest.mark.parametrize("adapter", ["freeze", "lora", "bottleneck"])
+def test_a_new_head_for_masked_tokens_is_trained(tuned, adapter):
+    config = load(words := ["task=masked_lm", f"model.from={tuned}", f"adapter={adapter}", "train.seq_len=32"])
+    assert set(new_head(config)) == {"head_dense", "head_norm", "head_bias"}
+    trained = adaptation_of(config).trainable
+    assert all(trained(name) for name in ("head_dense/weight", "head_norm/scale", "head_bias"))
+    assert not trained("layers/ffn/up/weight")
+    if adapter == "lora":
+        config = load([*words, "adapter.base=bfloat16", "model.tied_embeddings=false"])
+        with pytest.raises(ValueError, match=r"adapter.base=bfloat16: the output table is new and trained in float32"):
+            adaptation_of(config)
