@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import closing
@@ -212,7 +213,9 @@ def first_state(job: Job, config: Config) -> TrainState:
     adapts, state, path = adaptation_of(config), job.init(config.seed), config.weights.path
     dtype, new = jnp.dtype(config.train.param_dtype), new_head(config)
     if new:
-        log.info("new in this model: %s", ", ".join(sorted(new)))
+        there = labels_at(path) if "head_labels" in new else ()
+        of = f" (that of {path} is for {_few(there)})" if there else ""
+        log.info("new in this model: %s%s", ", ".join(sorted(new)), of)
     if adapts is None or adapts.whole:
         if path is None:
             return state
@@ -254,11 +257,42 @@ def new_head(config: Config) -> tuple[str, ...]:
         return ()
     there = config_at(path)
     heads, theirs = {model.head, there.head}, parameter_specs(there)
-    if len(heads) == 1 and model.labels == there.labels:
+    if len(heads) == 1 and model.labels == there.labels and not _renamed(config):
         return ()
     kept = {"head_dense"} if heads <= {"pooler", "classes"} else set()
     kept |= {"head"} if heads <= {"vocabulary", *MASKED_LM} else set()
     return tuple(name for name in parameter_specs(model) if name in HEAD and not (name in kept and name in theirs))
+
+
+def labels_at(path: str | Path) -> tuple[str, ...]:
+    """The labels of the head that lies at a path, in its order; none where it has none, or nobody has named them.
+
+    Raises as `config_at`.
+    """
+    if RunDirectory(Path(path)).config.exists():
+        task = load_run(path).task
+        return () if task is None else task.labels
+    opened = open_pretrained(path)
+    names = _written_labels(opened.json, opened.config.labels or 0)
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _renamed(config: Config) -> bool:
+    """Whether the weights of a run tell other labels apart than its task, or have them in another order."""
+    if config.task is None or config.model.head == "span" or config.model.labels == 1:  # names of these say nothing
+        return False
+    there = labels_at(config.weights.path)
+    return bool(there) and there != config.task.labels
+
+
+def _written_labels(written: dict, count: int) -> tuple[str, ...]:
+    """The names of a published model's labels, by its config.json."""
+    names = {int(number): str(name) for number, name in (written.get("id2label") or {}).items()}
+    return tuple(names.get(number, f"LABEL_{number}") for number in range(count))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def without(description: Description, branches: Collection[str]) -> Description:
@@ -292,8 +326,7 @@ def classes_of(found: Found) -> tuple[tuple[str, ...], str] | None:
     if task is not None:
         return task.labels, task.options.get("kind", "one")
     written = open_pretrained(found.path).json
-    names = {int(number): str(name) for number, name in (written.get("id2label") or {}).items()}
-    names = tuple(names.get(number, f"LABEL_{number}") for number in range(model.labels))
+    names = _written_labels(written, model.labels)
     problem = written.get("problem_type") or ("regression" if model.labels == 1 else "")
     kinds = {"multi_label_classification": "several", "regression": "regression"}
     return names, kinds.get(problem, "one")

@@ -10,9 +10,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
+import yaml
 from every import few_of
 from sklearn import metrics as reference
 from tuning import ENCODER, SMALL, assert_same, trace
@@ -24,12 +26,15 @@ from evaluation.__main__ import main as evaluation
 from evaluation.options import parse
 from evaluation.results import read_result
 from finetune.metrics import confusion_of, labels_report, matthews, multilabel_report, pearson
+from finetune.opening import open_subject
 from finetune.table import is_heldout, read_rows
 from inference.opening import adaptation_of, new_head
+from parallel.mesh import make_mesh
 from runtime.arguments import Parser
 from serving.app import create_app
 from serving.batch import Owner, call
 from serving.opening import add_model, open_service
+from training.parity import ONE_DEVICE
 
 DONE = 0
 GOOD, BAD = ("fine", "great", "lovely"), ("dull", "awful", "weak")
@@ -276,3 +281,27 @@ def test_a_new_head_for_masked_tokens_is_trained(tuned, adapter):
         config = load([*words, "adapter.base=bfloat16", "model.tied_embeddings=false"])
         with pytest.raises(ValueError, match=r"adapter.base=bfloat16: the output table is new and trained in float32"):
             adaptation_of(config)
+
+
+def test_labels_keep_their_places_in_a_head_by_their_names(tuned, tmp_path):
+    """Of the same labels a head is taken over, in its order; of others it is new, though there are as many."""
+    others = tmp_path / "others.csv"
+    others.write_text(table("one").read_text().replace(",good\n", ",amazing\n").replace(",bad\n", ",terrible\n"))
+    turned, settings = tmp_path / "turned", runs.saved_config(tuned)
+    turned.mkdir()
+    settings["task"]["labels"], settings["checkpoint"]["dir"] = ["good", "bad"], str(tuned / "checkpoints")
+    (turned / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    def begun(base: Path, *more: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The labels of a run from these weights, and what is new in it."""
+        own = [word for word in arguments("one") if not word.startswith("model.")]
+        config = load([*own, f"model.from={base}", *more])
+        mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            config = open_subject(config, mesh).config
+        return config.task.labels, new_head(config)
+
+    assert begun(tuned) == (("bad", "good"), ())
+    assert begun(turned) == (("good", "bad"), ())
+    assert begun(tuned, "task.labels=[good,bad]") == (("good", "bad"), ("head_labels",))
+    assert begun(tuned, f"task.path={others}") == (("amazing", "terrible"), ("head_labels",))
