@@ -182,6 +182,7 @@ def test_evaluation_knows_the_task_and_writes_a_page(tuned, capsys):
         assert evaluation(parse([str(tuned), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
     result = read_result(tuned / "evaluation" / f"task-{runs.STEPS}.json").tasks["task"]
     assert result.metrics["accuracy"].value == pytest.approx(accuracies(tuned)[runs.STEPS])
+    assert result.metrics["accuracy"].stderr is not None
     page = (tuned / "evaluation" / f"task-{runs.STEPS}.html").read_text()
     for part in ("Confusion", "By label", "f1_macro", "good"):
         assert part in page

@@ -14,6 +14,7 @@ from tuning import ENCODER, assert_same, trace
 
 from config import compose
 from data.tokenizer import ByteTokenizer
+from evaluation.__main__ import with_errors
 from finetune.metrics import spans, spans_report
 from finetune.opening import open_task
 from finetune.table import LeftOut, Row
@@ -86,6 +87,15 @@ def test_a_tag_stands_at_the_first_token_of_its_word_and_cut_words_are_wrong():
     )
     assert judgement.metrics["precision"] == 1
     assert judgement.metrics["recall"] == pytest.approx(1 / 2)  # of Ada Lovelace and the place that was cut off
+
+
+def test_evaluation_tells_the_accuracy_of_tags_and_not_that_of_sentences():
+    """One that counts the judged items has a standard error over them."""
+    items = {"loss": np.zeros(4), "right": np.array([True, True, False, False])}
+    told = lambda accuracy: with_errors({"accuracy": accuracy}, {"accuracy": 1}, items)["accuracy"]
+    assert (told(0.8).value, told(0.8).stderr) == (0.8, None)
+    assert told(0.5).value == 0.5
+    assert told(0.5).stderr > 0
 
 
 def test_rows_without_a_tag_for_each_word_are_told():
