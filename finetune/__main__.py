@@ -35,7 +35,7 @@ from finetune.adapters.merging import merge
 from finetune.opening import open_task
 from finetune.teacher import keep
 from inference.adapters import family_at
-from inference.opening import Found, find_model, keep_pretrained
+from inference.opening import Found, adaptation_of, find_model, keep_pretrained
 from model.transformer import describe
 from parallel.mesh import make_mesh
 from runtime.files import folder_made
@@ -110,8 +110,11 @@ def export_run(options: argparse.Namespace) -> str:
     found = adapted_run(options)
     if found.config.adapter.kind in ("freeze", "qat"):
         raise ValueError(f"{options.run} has no adapters: adapter.kind={found.config.adapter.kind}")
-    if found.config.adapter.also:
-        raise ValueError("adapter.also trains the model's own parameters, and peft's files hold none: merge instead")
+    if own := adaptation_of(found.config).trained_of(found.config.model):  # by adapter.also, or a task's head
+        raise ValueError(
+            f"{options.run} has trained the model's own {own[0]}, and peft's files hold adapters alone: merge instead "
+            f"(python -m finetune merge {options.run} OUT)"
+        )
     family = family_at(found.path, found.config, found.reach)
     model = found.open(options.step)
     params = jax.tree.map(np.asarray, jax.device_get(chosen(model.params, is_adapter)))

@@ -43,6 +43,11 @@ class Adaptation:
         """The arguments of make_job."""
         return {"forms": self.forms, "trainable": None if self.whole else self.trainable, "rule": self.rule}
 
+    def trained_of(self, model: ModelConfig) -> list[str]:
+        """The '/'-joined names of the model's own parameters that are trained."""
+        names = ("/".join(path) for path, _ in leaves(parameter_specs(model)))
+        return [name for name in names if self.trainable(name)]
+
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its '/'-joined names, is one of an adapter."""

@@ -200,6 +200,23 @@ def test_what_cannot_be_switched_by_request_is_one_clear_line(home, tmp_path):
         reader.check("codes", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"adapter": {"kind": "lora", "rank": 2, "also": ["final_norm/*"]}}, "final_norm/scale"),
+        ({"model": {"head": "classes", "labels": 2}}, "head_labels/weight"),
+    ],
+    ids=["also", "head"],
+)
+def test_what_peft_has_no_place_for_is_not_left_out(home, tmp_path, capsys, changes, trained):
+    settings = runs.saved_config(home / "tuned")
+    settings = {**settings, **changes, "model": settings["model"] | changes.get("model", {})}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(parse(["export", str(tmp_path), "peft", *HERE])) == MISTAKE
+    assert f"has trained the model's own {trained}, and peft's files hold adapters alone" in capsys.readouterr().err
+    assert not Path("peft").exists()
+
+
 def test_a_run_with_adapters_is_no_base(home, tmp_path, capsys):
     arguments = [a for a in runs.overrides(home / "text", tmp_path / "run") if not a.startswith("model.")]
     assert runs.run([*arguments, f"model.from={home / 'tuned'}"], devices=1) == MISTAKE
