@@ -33,6 +33,7 @@ from finetune.adapters.adaptation import adaptation, is_adapter
 from finetune.adapters.base import begun
 from finetune.adapters.merging import merge
 from finetune.opening import open_task
+from finetune.reference import keep_reference
 from finetune.teacher import keep
 from inference.adapters import family_at
 from inference.opening import Found, adaptation_of, find_model, keep_pretrained
@@ -92,6 +93,7 @@ def write_run(folder: Path, out: Path, config: Config, found: Found, params: dic
         found.tokenizer.save(kept.tokenizer)
     if RunDirectory(found.path).pretrained.exists() or not RunDirectory(found.path).config.exists():
         keep_pretrained(str(found.path), kept)
+    keep_reference(found.path, folder)
     config = replace(config, run=replace(config.run, dir=str(out), id=None), checkpoint=CheckpointConfig())
     store = CheckpointStore(folder / "checkpoints", replace(config.checkpoint, asynchronous=False))
     record = {"identity": identity(config), "data": None, "progress": {}, "spent": {}}

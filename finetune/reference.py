@@ -1,5 +1,6 @@
 """What the first model says of each example, computed once and kept: what preference tuning compares with."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def is_kept(tables: dict[str, Table], folder: Path) -> bool:
         return False
     with np.load(folder / FILE) as kept:
         return all(str(kept.get(f"{name} digest", "")) == digest_of(table.examples) for name, table in tables.items())
+
+
+def keep_reference(source: Path, folder: Path) -> None:
+    """Copies the reference of a run, if it has one, to the folder of a model that is made of it."""
+    if (source / FILE).is_file():
+        shutil.copyfile(source / FILE, folder / FILE)
 
 
 def read_reference(tables: dict[str, Table], folder: Path) -> None:

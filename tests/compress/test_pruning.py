@@ -169,9 +169,11 @@ def test_a_run_that_trained_a_part_of_its_model_is_pruned_whole(run, tmp_path):
     settings["adapter"] = {"kind": "freeze", "train": ["final_norm/*"]}
     settings["weights"]["path"], settings["checkpoint"]["dir"] = str(run), str(run / "checkpoints")
     (frozen / "config.yaml").write_text(yaml.safe_dump(settings))
+    (frozen / "reference.npz").write_bytes(b"kept")
     words = [frozen, out, "--recipe", "magnitude", "--share", "0.9", *FEW, *DEVICES]
     assert main(parse([str(word) for word in words])) == 0
     assert find_model(out).config.adapter.kind == "none"
+    assert (out / "reference.npz").read_bytes() == b"kept"  # what its task is judged beside
     up = find_model(out, ["mesh.data=8", *DEVICES]).open().params["layers"]["ffn"]["up"]["weight"]
     assert np.mean(np.asarray(up) == 0) == pytest.approx(0.9, abs=0.01)
 
@@ -182,6 +184,7 @@ def test_a_run_that_trained_a_part_of_its_model_is_pruned_whole(run, tmp_path):
         (["narrow"], "--layers, --kv-heads and --ffn say what stays"),
         (["int8", "--ffn", "8"], "--layers, --kv-heads and --ffn say what stays"),
         (["wanda", "--share", "1.5"], "1.5 is no share between 0 and 1"),
+        (["wanda", "--wide", "attention/value"], "--recipe wanda keeps floats, and --wide keeps matrices in int8"),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, capsys, words, message):

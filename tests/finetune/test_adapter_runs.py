@@ -121,7 +121,9 @@ def test_another_base_is_refused(home, tmp_path, capsys):
 def test_merged_exported_and_imported_it_gives_the_same_logits(home, tmp_path, capsys):
     theirs = logits(home / "tuned")
     near = lambda path: np.testing.assert_allclose(logits(path), theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+    (home / "tuned/reference.npz").write_bytes(b"kept")  # as a run on preferences keeps it
     assert main(parse(["merge", str(home / "tuned"), "merged", *HERE])) == DONE
+    assert Path("merged/reference.npz").read_bytes() == b"kept"
     near(Path("merged"))
     assert main(parse(["export", str(home / "tuned"), "peft", *HERE])) == DONE
     assert json.loads(Path("peft/adapter_config.json").read_text())["use_dora"] is True
