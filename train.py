@@ -38,7 +38,7 @@ from finetune.adapters.adaptation import adapted
 from finetune.opening import open_subject
 from inference.ahead import Ahead
 from inference.generate import continuations
-from inference.opening import first_state, keep_pretrained, resumed_state
+from inference.opening import first_state, keep_pretrained, new_head, resumed_state
 from parallel.mesh import make_mesh
 from parallel.sharding import replicated
 from performance.fits import Room, memory_of
@@ -104,7 +104,7 @@ def train_in(run: RunDirectory, config: Config, mesh: jax.sharding.Mesh, began: 
         # at this point we have the batch of any step, the same on every mesh, and what is held out
 
         # ------------------------------------------------------------------------------------------------------- model
-        job = make_job(config, mesh, loss=subject.loss, **adapted(config))
+        job = make_job(config, mesh, loss=subject.loss, **adapted(config, new_head(config)))
         limit = memory_of(mesh.local_devices[0])
         room = Room(job.abstract, limit, t, config.optimizer, mesh.shape, job.saved["params"])
         room.check()

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from checkpoint.config import CheckpointConfig
+from checkpoint.huggingface.opened import open_pretrained
 from checkpoint.store import CheckpointStore
 from compress.cost import Cost, Side, bytes_of, bytes_on_disk, paired
 from compress.folder import write_mark
@@ -35,12 +36,13 @@ from compress.layers import quantise
 from compress.narrowing import Sizes, narrowed
 from compress.own_task import question_of, tokens_of, with_task
 from compress.pareto import draw, points_of, table
-from compress.recipes import RECIPES, Recipe
+from compress.recipes import GROUP, RECIPES, Recipe
 from compress.text import data_of, open_text, rows_of_text, rows_of_tokens
-from config.compose import to_yaml
+from config.compose import load_run, to_yaml
 from config.schema import identity
 from evaluation.scoring import Row, Scorer
-from finetune.adapter_config import NoAdapter
+from finetune.adapter_config import AdapterConfig, NoAdapter
+from finetune.reference import keep_reference
 from inference.config import SampleConfig
 from inference.generate import generate
 from inference.opening import Found, Opened, find_model, keep_pretrained
@@ -69,14 +71,15 @@ def run(options: argparse.Namespace) -> None:
     """Writes the folder and prints the table. Raises ValueError or OSError for what the user can mend."""
     began, recipe = time.perf_counter(), RECIPES[options.recipe]
     found = find_model(options.model, options.overrides, SETTINGS)
-    if found.config.adapter.kind == "qat":  # floats, trained to be rounded
+    options.group = group_of(options, recipe, found.config.adapter)
+    if found.config.adapter.kind in ("qat", "freeze"):  # a whole model of floats, and so is what is made of it
         found = replace(found, forms={}, config=replace(found.config, adapter=NoAdapter()))
     if found.forms:
         raise ValueError(f"{found.path} has adapters: merge them first (python -m finetune merge {found.path} OUT)")
     if recipe.calibrated and found.config.mesh.context != 1:
         raise ValueError(f"mesh.context={found.config.mesh.context}: calibration text is not split; use data or fsdp")
     asked = question_of(found, options.task_rows)
-    read, text = text_of(found, options.data) if recipe.calibrated or found.config.model.causal else (None, None)
+    read, text = text_of(found, options) if recipe.calibrated or found.config.model.causal else (None, None)
     model = found.open(options.step)
     with jax.set_mesh(model.mesh):
         rows = Texts(read, options, model)
@@ -89,9 +92,30 @@ def run(options: argparse.Namespace) -> None:
     tell(f"{options.out}: {options.recipe} in {time.perf_counter() - began:.0f} s")
 
 
-def text_of(found: Found, asked: str | None) -> tuple[Callable, dict[str, str]]:
-    """What reads rows of text as rows_of_text does, and where they come from: `asked`, else the run's own."""
-    directory, config = RunDirectory(found.path), found.config
+def group_of(options: argparse.Namespace, recipe: Recipe, adapter: AdapterConfig) -> int:
+    """Inputs of a step: --group, else that which a run was trained with to be rounded, else GROUP.
+
+    A run that is rounded otherwise than it was trained to be is told.
+    """
+    if adapter.kind != "qat":
+        return options.group or GROUP
+    group, grouped = options.group or adapter.group, adapter.form in ("int4", "nf4")
+    if recipe.form != adapter.form or (grouped and group != adapter.group):
+        size = f" in groups of {adapter.group}" if grouped else ""
+        tell(f"note: {options.model} was trained to be rounded to {adapter.form}{size}, and this is another rounding")
+    return group
+
+
+def text_of(found: Found, options: argparse.Namespace) -> tuple[Callable, dict[str, str]]:
+    """What reads rows of text as rows_of_text does, and where they come from: --data, else the run's own.
+
+    Raises ValueError for rows that are longer than the model has positions.
+    """
+    directory, config, asked = RunDirectory(found.path), found.config, options.data
+    if config.model.positions == "learned" and options.length > found.reach:
+        raise ValueError(
+            f"--length {options.length}: the model has {found.reach} positions; give --length {found.reach}"
+        )
     tokens = None if asked else tokens_of(found)
     if tokens is not None:
         read, text = partial(rows_of_tokens, tokens), {"source": "task", "path": config.task.path}
@@ -209,6 +233,7 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     else:
         found.tokenizer.save(kept.tokenizer)
         keep_pretrained(str(found.path), kept)
+    keep_reference(found.path, folder)
     if found.begin or not source.config.exists() or source.imported.exists():
         kept.imported.write_text(json.dumps({"path": str(found.path), "digest": small.digest}))
     run = replace(config.run, dir=str(options.out), id=None)
@@ -219,8 +244,7 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     store.close()
     if not saved:
         raise ValueError("; ".join(store.poll()) or f"{folder} could not be written")
-    checkpoints = Path(found.config.checkpoint.dir or found.path / "checkpoints")
-    before = replace(cost.before, disk=bytes_on_disk(checkpoints if source.config.exists() else found.path))
+    before = replace(cost.before, disk=bytes_of_weights(found.path, small.step))
     cost = replace(cost, before=before, after=replace(cost.after, disk=bytes_on_disk(folder / "checkpoints")))
     body = provenance(options, found, small, text)
     told = {"recipe": options.recipe, "model": str(found.path), **cost.as_json(), "provenance": body}
@@ -230,6 +254,18 @@ def write(folder: Path, options, found: Found, small: Opened, forms: Forms, cost
     if forms:  # else it is a model of floats, like any that was trained
         write_mark(folder, forms, body)
     return cost
+
+
+def bytes_of_weights(path: Path, step: int | None) -> int:
+    """Of the files that hold a model: of a run one checkpoint, and the base of which it trained some parameters."""
+    if not RunDirectory(path).config.exists():
+        return sum(map(bytes_on_disk, open_pretrained(path).source.files()))
+    config = load_run(path)
+    checkpoints = Path(config.checkpoint.dir or path / "checkpoints")
+    newest = max(checkpoints.glob("[0-9]" * 8), default=checkpoints)
+    found = bytes_on_disk(newest if step is None else checkpoints / f"{step:08d}")
+    below = config.weights.path if config.adapter.kind == "freeze" else None
+    return found + (bytes_of_weights(Path(below), None) if below else 0)
 
 
 def provenance(options, found: Found, small: Opened, text: dict[str, str] | None) -> dict:

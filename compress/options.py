@@ -30,7 +30,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         f"python -m compress {COMPARE} OUT ... puts several beside each other.",
     )
     parser.add_argument("--recipe", choices=RECIPES, required=True, help="see below")
-    parser.add_argument("--group", type=count, default=GROUP, metavar="N", help=f"inputs of a step in int4 ({GROUP})")
+    parser.add_argument(
+        "--group", type=count, metavar="N", help=f"inputs of a step in int4 and nf4 ({GROUP}; of adapter=qat the run's)"
+    )
     parser.add_argument(
         "--tables", choices=TABLES, default="int8", help="the token tables: int8 by row, or as they are"
     )
@@ -65,6 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--recipe {options.recipe}: --layers, --kv-heads and --ffn say what stays, of --recipe narrow alone"
         )
+    if options.wide and RECIPES[options.recipe].is_dense:
+        parser.error(f"--recipe {options.recipe} keeps floats, and --wide keeps matrices in int8: leave --wide out")
     check_settings(parser, options.overrides, MAY_BE_SET, "compression")
     if (options.model / "compressed").exists():
         parser.error(f"{options.model} is compressed already: give what it was made of")

@@ -14,7 +14,9 @@ if __name__ == "__main__":
     OPTIONS = parse(sys.argv[1:])  # before the slow imports: a typo is told in a fraction of a second
 
 import argparse
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,10 +135,19 @@ def answered(asked: Question, name: str, model: Opened, options: argparse.Namesp
         "loss": np.array([one.loss for one in judged]),
         "right": np.array([one.truth == one.answer for one in judged]),
     }
-    metrics = {key: Metric(value, None, better.get(key, 1) > 0) for key, value in judgement.metrics.items()}
-    if judged and "accuracy" in metrics:
-        metrics["accuracy"] = ratio(items, "right", higher_is_better=True)
+    metrics = with_errors(judgement.metrics, better, items)
     return Outcome(metrics, items if judged else {}, [one.name for one in judged], asked.digest)
+
+
+def with_errors(found: dict[str, float], better: Mapping[str, int], items: dict[str, np.ndarray]) -> dict[str, Metric]:
+    """The metrics of a task, `better` as in Task.metrics; its accuracy has a standard error where it is the share of
+    judged items that are right, and not one of tags or tokens.
+    """
+    metrics = {key: Metric(value, None, better.get(key, 1) > 0) for key, value in found.items()}
+    if "accuracy" in found and len(items["right"]):
+        of_items = ratio(items, "right", higher_is_better=True)
+        metrics |= {"accuracy": of_items} if math.isclose(of_items.value, found["accuracy"], rel_tol=1e-5) else {}
+    return metrics
 
 
 def measured(scorer: Scorer, source: Source, window: Window, found: Found, options, progress) -> Outcome:

@@ -30,11 +30,13 @@ from config.schema import Config, identity
 from finetune.adapter_config import NoAdapter
 from finetune.adapters import peft_format
 from finetune.adapters.adaptation import adaptation, is_adapter
+from finetune.adapters.base import begun
 from finetune.adapters.merging import merge
 from finetune.opening import open_task
+from finetune.reference import keep_reference
 from finetune.teacher import keep
 from inference.adapters import family_at
-from inference.opening import Found, find_model, keep_pretrained
+from inference.opening import Found, adaptation_of, find_model, keep_pretrained
 from model.transformer import describe
 from parallel.mesh import make_mesh
 from runtime.files import folder_made
@@ -42,7 +44,7 @@ from runtime.overrides import override
 from runtime.start import start
 from tracking.run_directory import RunDirectory
 from training.subject import pretraining
-from training.trainable import chosen
+from training.trainable import chosen, joined
 
 
 def main(options: argparse.Namespace) -> int:
@@ -91,6 +93,7 @@ def write_run(folder: Path, out: Path, config: Config, found: Found, params: dic
         found.tokenizer.save(kept.tokenizer)
     if RunDirectory(found.path).pretrained.exists() or not RunDirectory(found.path).config.exists():
         keep_pretrained(str(found.path), kept)
+    keep_reference(found.path, folder)
     config = replace(config, run=replace(config.run, dir=str(out), id=None), checkpoint=CheckpointConfig())
     store = CheckpointStore(folder / "checkpoints", replace(config.checkpoint, asynchronous=False))
     record = {"identity": identity(config), "data": None, "progress": {}, "spent": {}}
@@ -109,8 +112,11 @@ def export_run(options: argparse.Namespace) -> str:
     found = adapted_run(options)
     if found.config.adapter.kind in ("freeze", "qat"):
         raise ValueError(f"{options.run} has no adapters: adapter.kind={found.config.adapter.kind}")
-    if found.config.adapter.also:
-        raise ValueError("adapter.also trains the model's own parameters, and peft's files hold none: merge instead")
+    if own := adaptation_of(found.config).trained_of(found.config.model):  # by adapter.also, or a task's head
+        raise ValueError(
+            f"{options.run} has trained the model's own {own[0]}, and peft's files hold adapters alone: merge instead "
+            f"(python -m finetune merge {options.run} OUT)"
+        )
     family = family_at(found.path, found.config, found.reach)
     model = found.open(options.step)
     params = jax.tree.map(np.asarray, jax.device_get(chosen(model.params, is_adapter)))
@@ -133,9 +139,9 @@ def import_adapter(options: argparse.Namespace) -> str:
     model = found.open()  # its weights are read, so that a base that does not open is told now
     with jax.set_mesh(model.mesh):
         description = describe(config.model, forms=adapts.forms)
-        wanted = chosen(description.shapes, is_adapter)
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), wanted)
-        params = peft_format.read(published, family, config.model, adapts.forms, zeros)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), chosen(description.shapes, is_adapter))
+        first = chosen(begun(description, joined(model.params, zeros), model.mesh), is_adapter)
+        params = peft_format.read(published, family, config.model, adapts.forms, jax.device_get(first))
         params = jax.tree.map(jax.device_put, params, chosen(description.shardings(model.mesh), is_adapter))
         with folder_made(options.out) as folder:
             write_run(folder, options.out, config, base, params, 0)

@@ -20,6 +20,7 @@ from finetune.reference import make_reference
 from finetune.table import LeftOut, Row, is_heldout, read_rows
 from finetune.task import Setup, Task
 from finetune.teacher import taught
+from inference.opening import labels_at
 from runtime.agreement import require_same
 from training.feed import Feed
 from training.subject import Subject, pretraining
@@ -47,7 +48,7 @@ def finetuning(config: Config, mesh: Mesh, progress: Progress | None = None) -> 
         )
     progress("reading rows", 0, 3)
     rows, kept = read_sides(config.task, task, files := LeftOut())
-    task.labels = config.task.labels or task.find_labels(rows)
+    task.labels = config.task.labels or as_weights_have_them(config.weights.path, task.find_labels(rows))
     progress("tokenizing rows", 1, 3)
     training, heldout = encoded(task, rows, "training"), encoded(task, kept, "held-out")
     progress("tokenizing rows", 3, 3)
@@ -134,6 +135,12 @@ def read_sides(config: TaskConfig, task: Task, left_out: LeftOut | None = None) 
         )
     side = lambda wanted: [row for row, held in zip(rows, kept, strict=True) if held == wanted]
     return side(False), side(True)
+
+
+def as_weights_have_them(path: str | None, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """These labels in the order that a head of the same ones has at a path, else as they are."""
+    there = labels_at(path) if path else ()
+    return there if sorted(there) == sorted(labels) else labels
 
 
 def encoded(task: Task, rows: Sequence[Row], side: str, left_out: LeftOut | None = None) -> Table:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def is_kept(tables: dict[str, Table], folder: Path, run: dict | None = None) -> 
         if run is not None and str(kept.get("run digest", "")) != _digest(run):
             return False
         return all(str(kept.get(f"{name} digest", "")) == digest_of(table.examples) for name, table in tables.items())
+
+
+def keep_reference(source: Path, folder: Path) -> None:
+    """Copies the reference of a run, if it has one, to the folder of a model that is made of it."""
+    if (source / FILE).is_file():
+        shutil.copyfile(source / FILE, folder / FILE)
 
 
 def read_reference(tables: dict[str, Table], folder: Path) -> None:

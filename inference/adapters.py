@@ -202,7 +202,7 @@ def _check_kind(name: str, path: Path, config: Config, adapts: Adaptation | None
     kind = config.adapter.kind
     if kind == "none":
         raise ValueError(f"{path} has no adapters: adapter.kind=none")
-    specs, model = parameter_specs(config.model), config.model
+    specs = parameter_specs(config.model)
     for path_in, form in adapts.forms.items():
         if not isinstance(form, Lora | Frozen) and path_in not in adapts.base_forms:
             raise ValueError(f"{name}: adapters of kind {kind} are not switched by request; {SWITCHED} are")
@@ -211,8 +211,7 @@ def _check_kind(name: str, path: Path, config: Config, adapts: Adaptation | None
                 f"{name} has adapters of experts ({'/'.join(path_in[1:])}), which are not switched by request: "
                 "serve it merged, by python -m finetune merge"
             )
-    trained = ["/".join(part) for part, _ in leaves(parameter_specs(model)) if adapts.trainable("/".join(part))]
-    if trained:
+    if trained := adapts.trained_of(config.model):
         raise ValueError(f"{name} has trained the model's own {trained[0]}: merge it (python -m finetune merge)")
 
 

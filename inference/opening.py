@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import logging
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ def read_weights(
         opened = open_pretrained(path)
         return Weights(load_pretrained(opened, description, mesh, dtype), None, opened.fingerprint())
     config = load_run(path)
-    adapts = adaptation(config.adapter, config.model, config.train.steps)
+    adapts = adaptation_of(config)
     if adapts is not None and not adapts.whole:
         return _read_adapted(path, config, adapts, description, mesh, dtype, step)
     if read_forms(path) and not description.forms:
@@ -194,7 +195,7 @@ def read_base(config: Config, adapts: Adaptation, mesh: Mesh, dtype: jnp.dtype) 
         draw = lambda: jax.tree.map(lambda p: p.astype(dtype), description.init(init_key(config.seed)))
         read = Weights(jax.jit(draw, out_shardings=description.shardings(mesh))(), None, f"seed {config.seed}")
     else:
-        description = without_new_head(description, config_at(path))  # a new one is among what was trained
+        description = without(description, new_head(config))  # which is among what was trained
         read = read_weights(Path(path), description, mesh, dtype)
         asked = config.weights.digest or read.digest
         if not read.digest.startswith(asked):
@@ -206,39 +207,39 @@ def read_base(config: Config, adapts: Adaptation, mesh: Mesh, dtype: jnp.dtype) 
 
 
 def first_state(job: Job, config: Config) -> TrainState:
-    """The state that a run begins with. Raises as `read_weights`."""
-    adapts = adaptation(config.adapter, config.model, config.train.steps)
-    state = job.init(config.seed)
+    """The state that a run begins with: its weights where it has some, and what they lack as it was drawn. Raises as
+    `read_weights`.
+    """
+    adapts, state, path = adaptation_of(config), job.init(config.seed), config.weights.path
+    dtype, new = jnp.dtype(config.train.param_dtype), new_head(config)
+    if new:
+        there = labels_at(path) if "head_labels" in new else ()
+        of = f" (that of {path} is for {_few(there)})" if there else ""
+        log.info("new in this model: %s%s", ", ".join(sorted(new)), of)
     if adapts is None or adapts.whole:
-        return with_weights(state, job, config.weights.path)
-    base = job.from_stored(read_base(config, adapts, job.mesh, jnp.dtype(config.train.param_dtype)).params)
+        if path is None:
+            return state
+        read = read_weights(Path(path), without(job.stored_description, new), job.mesh, dtype).params
+        return replace(state, params=job.from_stored(joined(job.to_stored(state.params), read) if new else read))
+    base = job.from_stored(read_base(config, adapts, job.mesh, dtype).params)
     return replace(state, params=begun(job.description, joined(state.params, base), job.mesh))
 
 
 def resumed_state(job: Job, config: Config, saved: dict) -> TrainState:
     """The state of a run's checkpoint. Raises as `read_weights`."""
-    adapts = adaptation(config.adapter, config.model, config.train.steps)
+    adapts = adaptation_of(config)
     if adapts is None or adapts.whole:
         return job.from_saved(saved, {})
     base = job.from_stored(read_base(config, adapts, job.mesh, jnp.dtype(config.train.param_dtype)).params)
     return job.from_saved(saved, base)
 
 
-def with_weights(state: TrainState, job: Job, path: str | None) -> TrainState:
-    """The first state of a run with the weights that lie at a path, if one is given. Raises as `read_weights`.
-
-    Where the model there has another head, that of the run stays as it was drawn.
+def adaptation_of(config: Config) -> Adaptation | None:
+    """What a run trains, the head that its weights lack included; None where it has no adapter. Raises as
+    `config_at`.
     """
-    if path is None:
-        return state
-    dtype = jax.tree.leaves(job.stored.params)[0].dtype
-    shared = without_new_head(job.stored_description, config_at(path))
-    read = read_weights(Path(path), shared, job.mesh, dtype).params
-    if shared is not job.stored_description:
-        if new := sorted(job.description.specs.keys() - shared.specs.keys()):
-            log.info("new in this model: %s", ", ".join(new))
-        read = joined(job.to_stored(state.params), read)
-    return replace(state, params=job.from_stored(read))
+    new = () if config.adapter.kind in ("none", "qat") else new_head(config)
+    return adaptation(config.adapter, config.model, config.train.steps, new)
 
 
 def config_at(path: str | Path) -> ModelConfig:
@@ -246,18 +247,57 @@ def config_at(path: str | Path) -> ModelConfig:
     return load_run(path).model if RunDirectory(Path(path)).config.exists() else open_pretrained(path).config
 
 
-def without_new_head(description: Description, there: ModelConfig) -> Description:
-    """The description without the parts of its head that a model like `there` does not have.
+def new_head(config: Config) -> tuple[str, ...]:
+    """The branches of a run's head that its weights lack, or have for other labels. Raises as `config_at`.
 
     A pooler is what a head of classes begins with.
     """
-    heads, theirs = {description.config.head, there.head}, parameter_specs(there)
-    if len(heads) == 1 and description.config.labels == there.labels:
-        return description
+    path, model = config.weights.path, config.model
+    if path is None:
+        return ()
+    there = config_at(path)
+    heads, theirs = {model.head, there.head}, parameter_specs(there)
+    if len(heads) == 1 and model.labels == there.labels and not _renamed(config):
+        return ()
     kept = {"head_dense"} if heads <= {"pooler", "classes"} else set()
     kept |= {"head"} if heads <= {"vocabulary", *MASKED_LM} else set()
-    old = lambda name: name not in HEAD or (name in kept and name in theirs)
-    return replace(description, specs={name: branch for name, branch in description.specs.items() if old(name)})
+    return tuple(name for name in parameter_specs(model) if name in HEAD and not (name in kept and name in theirs))
+
+
+def labels_at(path: str | Path) -> tuple[str, ...]:
+    """The labels of the head that lies at a path, in its order; none where it has none, or nobody has named them.
+
+    Raises as `config_at`.
+    """
+    if RunDirectory(Path(path)).config.exists():
+        task = load_run(path).task
+        return () if task is None else task.labels
+    opened = open_pretrained(path)
+    names = _written_labels(opened.json, opened.config.labels or 0)
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _renamed(config: Config) -> bool:
+    """Whether the weights of a run tell other labels apart than its task, or have them in another order."""
+    if config.task is None or config.model.head == "span" or config.model.labels == 1:  # names of these say nothing
+        return False
+    there = labels_at(config.weights.path)
+    return bool(there) and there != config.task.labels
+
+
+def _written_labels(written: dict, count: int) -> tuple[str, ...]:
+    """The names of a published model's labels, by its config.json."""
+    names = {int(number): str(name) for number, name in (written.get("id2label") or {}).items()}
+    return tuple(names.get(number, f"LABEL_{number}") for number in range(count))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def without(description: Description, branches: Collection[str]) -> Description:
+    """The description without these branches of its parameters."""
+    return replace(description, specs={name: at for name, at in description.specs.items() if name not in branches})
 
 
 def keep_pretrained(path: str | None, run: RunDirectory) -> None:
@@ -286,8 +326,7 @@ def classes_of(found: Found) -> tuple[tuple[str, ...], str] | None:
     if task is not None:
         return task.labels, task.options.get("kind", "one")
     written = open_pretrained(found.path).json
-    names = {int(number): str(name) for number, name in (written.get("id2label") or {}).items()}
-    names = tuple(names.get(number, f"LABEL_{number}") for number in range(model.labels))
+    names = _written_labels(written, model.labels)
     problem = written.get("problem_type") or ("regression" if model.labels == 1 else "")
     kinds = {"multi_label_classification": "several", "regression": "regression"}
     return names, kinds.get(problem, "one")

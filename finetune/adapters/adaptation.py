@@ -1,5 +1,6 @@
 """From a run's adapter settings to what a job is made of: forms of parts, what is trained, a rule for its updates."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -42,21 +43,28 @@ class Adaptation:
         """The arguments of make_job."""
         return {"forms": self.forms, "trainable": None if self.whole else self.trainable, "rule": self.rule}
 
+    def trained_of(self, model: ModelConfig) -> list[str]:
+        """The '/'-joined names of the model's own parameters that are trained."""
+        names = ("/".join(path) for path, _ in leaves(parameter_specs(model)))
+        return [name for name in names if self.trainable(name)]
+
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter, by its '/'-joined names, is one of an adapter."""
     return f"/{ADAPTER}/" in name
 
 
-def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptation | None:
+def adaptation(config: AdapterConfig, model: ModelConfig, steps: int, new: Collection[str] = ()) -> Adaptation | None:
     """What a run of `steps` steps with these settings trains; None where it has no adapter.
 
+    `new` are branches of the parameters that the base does not have: they are trained whatever the settings say.
     Raises ValueError for targets that the model has not, and matrices that cannot be cut into groups.
     """
     if isinstance(config, NoAdapter):
         return None
     if isinstance(config, FreezeConfig):
-        return Adaptation({}, {}, matching(config.train, parameter_specs(model)))
+        own = matching(config.train, parameter_specs(model))
+        return Adaptation({}, {}, lambda name: own(name) or name.partition("/")[0] in new)
     if isinstance(config, QatConfig):
         made = {"int8": Int8(), "fp8": Fp8(), "int4": Int4(config.group), "nf4": Nf4(config.group)}
         forms = {path: Rehearsed(made[config.form]) for path in targets(config.targets, model)}
@@ -66,6 +74,10 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
     base = {path: form for path in matrices(model) if (form := _base(config))}
     specs = parameter_specs(model)
     if config.base == "bfloat16":  # the tables, too
+        if "head" in new:
+            raise ValueError(
+                "adapter.base=bfloat16: the output table is new and trained in float32; set adapter.base=float"
+            )
         base |= {(name,): Narrow() for name in ("tokens", "head") if name in specs}
     for path, form in base.items():
         form.specs(branch(specs, path))  # it raises where groups do not fit
@@ -77,17 +89,17 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int) -> Adaptat
             f"adapter.also: {coded[0]} is kept as codes, which are not trained: name others, or set adapter.base=float "
             "or bfloat16"
         )
-    # the head of a task is new, and has nothing to stand on
-    new = () if model.head in ("vocabulary", *MASKED_LM) else HEAD
-    trained = lambda name: is_adapter(name) or also(name) or name.partition("/")[0] in new
+    # the head of a task is trained even where the base has one
+    heads = (*new, *(() if model.head in ("vocabulary", *MASKED_LM) else HEAD))
+    trained = lambda name: is_adapter(name) or also(name) or name.partition("/")[0] in heads
     if not trained("tokens/weight"):
         forms = {**forms, TOKENS: Frozen(base.get(TOKENS))}
     return Adaptation(forms, base, trained, rule)
 
 
-def adapted(config) -> dict:
+def adapted(config, new: Collection[str] = ()) -> dict:
     """The arguments of make_job, of a run's whole config; none where it has no adapter. Raises as `adaptation`."""
-    found = adaptation(config.adapter, config.model, config.train.steps)
+    found = adaptation(config.adapter, config.model, config.train.steps, new)
     return {} if found is None else found.for_job()
 
 

@@ -27,8 +27,12 @@ from model.specs import ParameterSpec, parameter_specs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What an adapter_config.json may say without changing what is computed with the weights, or what we know of it.
-UNUSED = ("bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias")
+# What an adapter_config.json may ask for that changes the base or what is computed with it, and is refused.
+UNKNOWN = ("bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias")
+UNKNOWN += ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
+# Beginnings of an adapter that leave the base as it is. Others (pissa, olora, corda, loftq, lora_ga) take what the
+# adapter begins as from the base's weights, each time that peft opens it.
+BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -163,9 +167,14 @@ def open_published(folder: Path) -> Published:
         raise ValueError(f"{folder / CONFIG} is no adapter's config ({type(error).__name__})") from None
     if kind not in ("LORA", "IA3"):
         raise ValueError(f"{folder}: peft_type={kind} is not known here; LORA and IA3 are")
-    for name in UNUSED:
+    for name in UNKNOWN:
         if config.get(name) not in (None, False, "none", [], {}):
             raise ValueError(f"{folder}: {name}={config[name]!r} is not known here")
+    if (begun := config.get("init_lora_weights")) not in BEGINNINGS:
+        raise ValueError(
+            f"{folder}: init_lora_weights={begun!r} changes the base: convert the adapter to an ordinary one (peft: "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}; pickled adapters are not read")
     return Published(folder, config, Safetensors(folder / WEIGHTS))
@@ -215,7 +224,7 @@ def _has(published: Published, matrix: Matrix) -> bool:
 def read(published: Published, family: Family, model: ModelConfig, forms: Forms, params: dict) -> dict:
     """The adapters in the places of ours: `params` is a nested dict of arrays like them, on the host, as they begin.
 
-    Raises ValueError for shapes that do not fit.
+    Layers without an adapter keep the magnitude that they begin with. Raises ValueError for shapes that do not fit.
     """
     paths = [path for path, form in forms.items() if isinstance(form, Lora | Scaled)]
     for matrix in found_in(family, model, paths):
@@ -255,10 +264,16 @@ def _lora_in(published: Published, form: Lora, matrix: Matrix, module: str, adap
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """What the product is multiplied by; patterns are regular expressions of a name's end, and the first one counts."""
     alpha = float(config.get("lora_alpha", rank))
     for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise ValueError(f"alpha_pattern {pattern!r} is no regular expression: {error}") from None
+        if fits:
             alpha = float(own)
+            break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

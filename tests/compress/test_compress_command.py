@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from checkpoint.huggingface.options import parse as parse_transfer
-from compress.__main__ import main
+from compress.__main__ import bytes_of_weights, main
 from compress.folder import about
 from compress.forms import Int4
 from compress.options import parse
@@ -56,17 +57,32 @@ def opened(small):
     return found(small, "mesh.fsdp=2", "mesh.data=4").open()
 
 
-def test_what_it_cost_is_told(small):
+def test_what_it_cost_is_told(run, small):
     cost = json.loads((small / "cost.json").read_text())
     assert cost["after"]["memory"] < 0.25 * cost["before"]["memory"]
     assert abs(cost["change"]) < 0.05
     assert cost["change"] == cost["after"]["loss"] / cost["before"]["loss"] - 1
     assert cost["tokens"] == 8 * 32
     assert all(cost[side][speed] > 0 for side in ("before", "after") for speed in ("reads", "writes"))
-    disk = sum(file.stat().st_size for file in (small / "checkpoints").rglob("*") if file.is_file())
-    assert cost["after"]["disk"] == disk
+    size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert cost["after"]["disk"] == size(small / "checkpoints")
+    assert cost["before"]["disk"] == size(run / "checkpoints/00000007")
     table = (small / "cost.md").read_text()
     assert f"| {cost['before']['loss']:.5f} | {cost['after']['loss']:.5f} |" in table
+
+
+def test_the_disk_of_a_run_is_that_of_one_checkpoint(run, tmp_path):
+    """And of one that trained a part of its model that of the base, too."""
+    one = bytes_of_weights(run, 7)
+    shutil.copytree(run, several := tmp_path / "several")
+    shutil.copytree(several / "checkpoints/00000007", several / "checkpoints/00000003")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["adapter"] = {"kind": "freeze", "train": ["final_norm/*"]}
+    (several / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert bytes_of_weights(several, 7) == one
+    settings["weights"]["path"] = str(run)
+    (several / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert bytes_of_weights(several, 7) == 2 * one
 
 
 def test_provenance(run, small):
@@ -147,6 +163,14 @@ def test_damage_is_named(small, tmp_path, file):
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_rows_longer_than_the_positions_that_a_model_has_are_refused(run, tmp_path, capsys):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"] |= {"positions": "learned", "max_positions": 32}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert compress(tmp_path, tmp_path / "out", "--recipe", "int4-awq", "--length", "64", "mesh.data=8") == 2
+    assert "--length 64: the model has 32 positions; give --length 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from compress.__main__ import main
 from compress.narrowing import Sizes, fitted, narrowed
@@ -160,12 +161,30 @@ def test_a_pruned_model_has_its_zeros(run, tmp_path):
     assert np.any(np.asarray(opened.params["tokens"]["weight"]) != 0)
 
 
+def test_a_run_that_trained_a_part_of_its_model_is_pruned_whole(run, tmp_path):
+    """What opens is the pruned model, not the one that the run began from."""
+    frozen, out = tmp_path / "run", tmp_path / "out"
+    frozen.mkdir()
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["adapter"] = {"kind": "freeze", "train": ["final_norm/*"]}
+    settings["weights"]["path"], settings["checkpoint"]["dir"] = str(run), str(run / "checkpoints")
+    (frozen / "config.yaml").write_text(yaml.safe_dump(settings))
+    (frozen / "reference.npz").write_bytes(b"kept")
+    words = [frozen, out, "--recipe", "magnitude", "--share", "0.9", *FEW, *DEVICES]
+    assert main(parse([str(word) for word in words])) == 0
+    assert find_model(out).config.adapter.kind == "none"
+    assert (out / "reference.npz").read_bytes() == b"kept"  # what its task is judged beside
+    up = find_model(out, ["mesh.data=8", *DEVICES]).open().params["layers"]["ffn"]["up"]["weight"]
+    assert np.mean(np.asarray(up) == 0) == pytest.approx(0.9, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["narrow"], "--layers, --kv-heads and --ffn say what stays"),
         (["int8", "--ffn", "8"], "--layers, --kv-heads and --ffn say what stays"),
         (["wanda", "--share", "1.5"], "1.5 is no share between 0 and 1"),
+        (["wanda", "--wide", "attention/value"], "--recipe wanda keeps floats, and --wide keeps matrices in int8"),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, capsys, words, message):

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from meshes import MODELS
 
-from compress.__main__ import losses_of, main
+from compress.__main__ import group_of, losses_of, main
 from compress.forms import Fp8, Int4, Int8, Nf4
 from compress.options import parse
+from compress.recipes import GROUP, RECIPES
 from compress.rehearsal import through
 from config import compose
 from evaluation.scoring import Scorer
+from finetune.adapter_config import NoAdapter, QatConfig
 from inference.opening import find_model
 from training import parity
 
@@ -29,8 +31,8 @@ def test_the_gradient_is_that_of_the_rounded_matrix(form):
     np.testing.assert_array_equal(through(w[1], form, 2, 0), kept[1])  # each expert for itself
 
 
-def test_what_is_trained_with_is_what_is_kept(run, tmp_path):
-    """A run that rehearsed int4 has, as int4, the loss that it was trained to have."""
+def test_what_is_trained_with_is_what_is_kept(run, tmp_path, capsys):
+    """A run that rehearsed int4 has, as int4, the loss that it was trained to have: in groups of its own."""
     text = (run / "config.yaml").read_text()
     rehearsed = tmp_path / "run"
     rehearsed.mkdir()
@@ -41,8 +43,9 @@ def test_what_is_trained_with_is_what_is_kept(run, tmp_path):
     )
     (rehearsed / "config.yaml").write_text(lines)
     devices = ["mesh.data=8", "runtime.platform=cpu", "runtime.cpu_devices=8"]
-    words = [rehearsed, tmp_path / "out", "--recipe", "int4", "--group", "16", "--tables", "keep", "--length", "32"]
+    words = [rehearsed, tmp_path / "out", "--recipe", "int4", "--tables", "keep", "--length", "32"]
     assert main(parse([*map(str, words), "--heldout", "8", "--generate", "0", *devices])) == 0
+    assert "trained to be rounded" not in capsys.readouterr().err
     rows = np.random.default_rng(1).integers(0, 256, (8, 33)).astype(np.int32)
     losses = []
     for path in (rehearsed, tmp_path / "out", run):
@@ -64,3 +67,21 @@ def test_the_mesh_changes_nothing():
     np.testing.assert_allclose(ours.losses, one.losses, rtol=1e-3)
     errors = parity.relative_errors(ours.gradients, one.gradients)
     assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "group", "told"),
+    [
+        (["int4"], 16, False),
+        (["int4-gptq", "--group", "16"], 16, False),
+        (["int4", "--group", "32"], 32, True),
+        (["int8"], 16, True),
+    ],
+    ids=str,
+)
+def test_another_rounding_than_that_of_the_training_is_told(run, tmp_path, capsys, words, group, told):
+    options = parse([str(run), str(tmp_path / "out"), "--recipe", *words])
+    adapter = QatConfig(form="int4", group=16)
+    assert group_of(options, RECIPES[options.recipe], adapter) == group
+    assert ("was trained to be rounded to int4 in groups of 16" in capsys.readouterr().err) is told
+    assert group_of(parse([str(run), "out", "--recipe", "int4"]), RECIPES["int4"], NoAdapter()) == GROUP

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import runs
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from checkpoint.digests import read_manifest
 from finetune.__main__ import main
+from finetune.adapters import peft_format
 from finetune.options import parse
 from inference.adapters import AdapterReader
-from inference.opening import find_model
+from inference.opening import Opened, find_model
 
 DONE, MISTAKE = 0, 2
 STEPS = 8
@@ -47,7 +50,10 @@ def tune(home: Path, directory: Path, *more: str, devices: int = 1) -> int:
 
 
 def logits(path: Path) -> np.ndarray:
-    opened = find_model(path, HERE).open()
+    return logits_of(find_model(path, HERE).open())
+
+
+def logits_of(opened: Opened) -> np.ndarray:
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 16)).astype(np.int32))
     with jax.set_mesh(opened.mesh):
         model = lambda params: opened.description.bind(params)
@@ -115,7 +121,9 @@ def test_another_base_is_refused(home, tmp_path, capsys):
 def test_merged_exported_and_imported_it_gives_the_same_logits(home, tmp_path, capsys):
     theirs = logits(home / "tuned")
     near = lambda path: np.testing.assert_allclose(logits(path), theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+    (home / "tuned/reference.npz").write_bytes(b"kept")  # as a run on preferences keeps it
     assert main(parse(["merge", str(home / "tuned"), "merged", *HERE])) == DONE
+    assert Path("merged/reference.npz").read_bytes() == b"kept"
     near(Path("merged"))
     assert main(parse(["export", str(home / "tuned"), "peft", *HERE])) == DONE
     assert json.loads(Path("peft/adapter_config.json").read_text())["use_dora"] is True
@@ -133,6 +141,34 @@ def test_merged_exported_and_imported_it_gives_the_same_logits(home, tmp_path, c
     Path("peft/adapter_config.json").write_text(json.dumps(settings))
     assert main(parse(["import", "peft", "none", "--base", str(home / "base"), *HERE])) == MISTAKE
     assert "bias='all' is not known here" in capsys.readouterr().err
+
+
+def test_layers_without_an_adapter_compute_as_the_base(home, capsys):
+    """An adapter of DoRA in the second of two layers: imported, the first is that of the base."""
+    assert main(parse(["merge", str(home / "tuned"), "merged", *HERE])) == DONE
+    assert main(parse(["export", str(home / "tuned"), "peft", *HERE])) == DONE
+    tensors = load_file("peft/adapter_model.safetensors")
+    save_file({name: x for name, x in tensors.items() if ".layers.0." not in name}, "peft/adapter_model.safetensors")
+    assert main(parse(["import", "peft", "again", "--base", str(home / "base"), *HERE])) == DONE
+    merged, base = (find_model(path, HERE).open() for path in ("merged", home / "base"))
+    first_of = lambda base, ours: jnp.concatenate([base[:1], ours[1:]])
+    layers = jax.tree.map(first_of, base.params["layers"], merged.params["layers"])
+    theirs = logits_of(replace(base, params=base.params | {"layers": layers}))
+    np.testing.assert_allclose(logits(Path("again")), theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+
+
+def test_scales_and_beginnings_are_read_as_peft_reads_them(tmp_path):
+    """Patterns are regular expressions, of which the first that fits counts; what changes the base is refused."""
+    scale = lambda **patterns: peft_format._scale({"lora_alpha": 8, "alpha_pattern": patterns}, "model.layers.0.q", 4)
+    assert scale(**{r"layers\.0\..*q": 64}) == 16
+    assert scale(**{"q": 12, "layers.0.q": 64}) == 3
+    assert scale(**{"yers.0.q": 64}) == 2
+    with pytest.raises(ValueError, match=r"alpha_pattern '\(q' is no regular expression"):
+        scale(**{"(q": 1})
+    for name, value in {"init_lora_weights": "pissa_niter_4", "use_qalora": True}.items():
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", name: value}))
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            peft_format.open_published(tmp_path)
 
 
 def test_what_cannot_be_switched_by_request_is_one_clear_line(home, tmp_path):
@@ -164,6 +200,23 @@ def test_what_cannot_be_switched_by_request_is_one_clear_line(home, tmp_path):
     reader.check("tuned", home / "tuned")
     with pytest.raises(ValueError, match=r"codes was trained on a base in nf4, and tuned on one in float: serve them"):
         reader.check("codes", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"adapter": {"kind": "lora", "rank": 2, "also": ["final_norm/*"]}}, "final_norm/scale"),
+        ({"model": {"head": "classes", "labels": 2}}, "head_labels/weight"),
+    ],
+    ids=["also", "head"],
+)
+def test_what_peft_has_no_place_for_is_not_left_out(home, tmp_path, capsys, changes, trained):
+    settings = runs.saved_config(home / "tuned")
+    settings = {**settings, **changes, "model": settings["model"] | changes.get("model", {})}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(parse(["export", str(tmp_path), "peft", *HERE])) == MISTAKE
+    assert f"has trained the model's own {trained}, and peft's files hold adapters alone" in capsys.readouterr().err
+    assert not Path("peft").exists()
 
 
 def test_a_run_with_adapters_is_no_base(home, tmp_path, capsys):

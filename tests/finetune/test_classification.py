@@ -10,24 +10,31 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import runs
+import yaml
 from every import few_of
 from sklearn import metrics as reference
 from tuning import ENCODER, SMALL, assert_same, trace
 
 from compress.__main__ import main as compress
 from compress.options import parse as compress_options
+from config.compose import load
 from evaluation.__main__ import main as evaluation
 from evaluation.options import parse
 from evaluation.results import read_result
 from finetune.metrics import confusion_of, labels_report, matthews, multilabel_report, pearson
+from finetune.opening import open_subject
 from finetune.table import is_heldout, read_rows
+from inference.opening import adaptation_of, new_head
+from parallel.mesh import make_mesh
 from runtime.arguments import Parser
 from serving.app import create_app
 from serving.batch import Owner, call
 from serving.opening import add_model, open_service
+from training.parity import ONE_DEVICE
 
 DONE = 0
 GOOD, BAD = ("fine", "great", "lovely"), ("dull", "awful", "weak")
@@ -175,6 +182,7 @@ def test_evaluation_knows_the_task_and_writes_a_page(tuned, capsys):
         assert evaluation(parse([str(tuned), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
     result = read_result(tuned / "evaluation" / f"task-{runs.STEPS}.json").tasks["task"]
     assert result.metrics["accuracy"].value == pytest.approx(accuracies(tuned)[runs.STEPS])
+    assert result.metrics["accuracy"].stderr is not None
     page = (tuned / "evaluation" / f"task-{runs.STEPS}.html").read_text()
     for part in ("Confusion", "By label", "f1_macro", "good"):
         assert part in page
@@ -242,3 +250,59 @@ def test_a_head_is_new_where_the_weights_have_another(tuned, tmp_path):
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
     assert ours["params/head_labels/weight"].shape == (32, 3)
     assert np.any(ours["params/head_labels/weight"])
+
+
+def test_a_new_head_is_trained_and_kept_where_all_else_is_frozen(tuned, tmp_path, capsys):
+    """Of a run with adapter=freeze it is in the checkpoints, so that the run goes on and is judged."""
+    run = tmp_path / "run"
+    own = [argument for argument in run_of(run) if not argument.startswith("model.")]
+    own += [f"model.from={tuned}", "adapter=freeze", "task.labels=[bad,good,neither]", "train.eval_every=0"]
+    for steps in (1, 2):
+        assert runs.run([*own, f"train.steps={steps}"], devices=1) == DONE
+    assert "new in this model: head_labels" in capsys.readouterr().out
+    before, after = (runs.checkpoint(run, step) for step in (1, 2))
+    assert {name for name in after if name.startswith("params/")} == {
+        "params/final_norm/scale",
+        "params/head_labels/bias",
+        "params/head_labels/weight",
+    }
+    assert np.any(before["params/head_labels/weight"] != after["params/head_labels/weight"])
+    with contextlib.chdir(runs.ROOT):
+        assert evaluation(parse([str(run), "wandb.mode=disabled", "runtime.cpu_devices=8", "mesh.data=2"])) == DONE
+
+
+@pytest.mark.parametrize("adapter", ["freeze", "lora", "bottleneck"])
+def test_a_new_head_for_masked_tokens_is_trained(tuned, adapter):
+    config = load(words := ["task=masked_lm", f"model.from={tuned}", f"adapter={adapter}", "train.seq_len=32"])
+    assert set(new_head(config)) == {"head_dense", "head_norm", "head_bias"}
+    trained = adaptation_of(config).trainable
+    assert all(trained(name) for name in ("head_dense/weight", "head_norm/scale", "head_bias"))
+    assert not trained("layers/ffn/up/weight")
+    if adapter == "lora":
+        config = load([*words, "adapter.base=bfloat16", "model.tied_embeddings=false"])
+        with pytest.raises(ValueError, match=r"adapter.base=bfloat16: the output table is new and trained in float32"):
+            adaptation_of(config)
+
+
+def test_labels_keep_their_places_in_a_head_by_their_names(tuned, tmp_path):
+    """Of the same labels a head is taken over, in its order; of others it is new, though there are as many."""
+    others = tmp_path / "others.csv"
+    others.write_text(table("one").read_text().replace(",good\n", ",amazing\n").replace(",bad\n", ",terrible\n"))
+    turned, settings = tmp_path / "turned", runs.saved_config(tuned)
+    turned.mkdir()
+    settings["task"]["labels"], settings["checkpoint"]["dir"] = ["good", "bad"], str(tuned / "checkpoints")
+    (turned / "config.yaml").write_text(yaml.safe_dump(settings))
+
+    def begun(base: Path, *more: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The labels of a run from these weights, and what is new in it."""
+        own = [word for word in arguments("one") if not word.startswith("model.")]
+        config = load([*own, f"model.from={base}", *more])
+        mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            config = open_subject(config, mesh).config
+        return config.task.labels, new_head(config)
+
+    assert begun(tuned) == (("bad", "good"), ())
+    assert begun(turned) == (("good", "bad"), ())
+    assert begun(tuned, "task.labels=[good,bad]") == (("good", "bad"), ("head_labels",))
+    assert begun(tuned, f"task.path={others}") == (("amazing", "terrible"), ("head_labels",))

@@ -14,6 +14,7 @@ from tuning import ENCODER, assert_same, trace
 
 from config import compose
 from data.tokenizer import ByteTokenizer
+from evaluation.__main__ import with_errors
 from finetune.metrics import spans, spans_report
 from finetune.opening import open_task
 from finetune.table import LeftOut, Row
@@ -102,6 +103,15 @@ def test_rows_of_which_no_word_is_read_are_left_out_and_told():
     row, no_tokens = Row("a:3", {"words": ["\u200b"], "tags": ["O"]}), [np.zeros(0, np.int32)]
     assert task._example(0, row, ["\u200b"], no_tokens, left_out) == []
     assert "1 none of whose words has a token: left out (first: a:3)" in left_out.told()
+
+
+def test_evaluation_tells_the_accuracy_of_tags_and_not_that_of_sentences():
+    """One that counts the judged items has a standard error over them."""
+    items = {"loss": np.zeros(4), "right": np.array([True, True, False, False])}
+    told = lambda accuracy: with_errors({"accuracy": accuracy}, {"accuracy": 1}, items)["accuracy"]
+    assert (told(0.8).value, told(0.8).stderr) == (0.8, None)
+    assert told(0.5).value == 0.5
+    assert told(0.5).stderr > 0
 
 
 def test_rows_without_a_tag_for_each_word_are_told():

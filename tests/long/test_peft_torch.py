@@ -28,6 +28,14 @@ CASES = {
         peft.LoraConfig(r=4, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3}, target_modules=LLAMA),
     ),
     "some layers": ("llama", peft.LoraConfig(r=2, target_modules=LLAMA, layers_to_transform=[1])),
+    "dora in some layers": (
+        "llama",
+        peft.LoraConfig(r=2, use_dora=True, target_modules=LLAMA, layers_to_transform=[1]),
+    ),
+    "alphas by pattern": (
+        "llama",
+        peft.LoraConfig(r=4, alpha_pattern={r"layers\.0\..*q_proj": 24, "q_proj": 3}, target_modules=LLAMA),
+    ),
     "fused": ("gpt2", peft.LoraConfig(r=4, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
     "ia3": (
         "llama",
