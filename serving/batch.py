@@ -22,6 +22,7 @@ from serving.body import MOST_BYTES
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify")
 LONGEST_ID = 512  # characters of a custom_id
+BEGINS = b'{"id": "batch_req_'  # each line of an output
 RETRIES = 5  # of a request for which there was no room
 
 
@@ -63,10 +64,11 @@ class Output:
         self._file.seek(0)
         whole = 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
+            torn = not line.endswith(b"\n")
+            if torn and (whole or BEGINS.startswith(line) or line.startswith(BEGINS)):
                 break  # what a killed batch has left of its last line
             try:
-                told = json.loads(line)
+                told = {} if torn else json.loads(line)
                 self.done[told["line"]] = told["custom_id"]
             except (ValueError, KeyError, TypeError):
                 self._file.close()

@@ -82,6 +82,15 @@ def test_the_output_of_another_input_is_refused(tmp_path):
         batch(tmp_path / "in", tmp_path / "other")
 
 
+@pytest.mark.parametrize("text", ['{"precious": 1}', line("a"), '{"line": 1, "custom_id": "a"}'])
+def test_a_file_of_one_line_that_is_no_output_stays_as_it_is(tmp_path, text):
+    (tmp_path / "in").write_text(line("a"))
+    (tmp_path / "out").write_text(text)
+    with pytest.raises(ValueError, match="line 1 is not of a batch"):
+        batch(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == text
+
+
 def test_two_batches_do_not_write_one_output(tmp_path):
     with Output(tmp_path / "out"), pytest.raises(ValueError, match="another batch"), Output(tmp_path / "out"):
         pass

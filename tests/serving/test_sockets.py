@@ -18,6 +18,7 @@ from doubles import EngineDouble, OpenGate, listening, served, until
 
 import serving.body
 from inference.requests import Piece
+from serving.lifecycle import bound_to
 
 ROOT = Path(__file__).parents[2]
 
@@ -305,3 +306,12 @@ def test_what_outlives_the_grace_is_told_so(process):
     assert b"overloaded_error" in rest
     assert b"[DONE]" not in rest
     assert running.wait(10) == 0
+
+
+def test_a_socket_takes_the_place_of_an_older_one_and_of_nothing_else(tmp_path):
+    for _ in range(2):
+        bound_to(tmp_path / "socket").close()
+    (tmp_path / "notes.txt").write_text("important")
+    with pytest.raises(OSError, match=r"cannot listen at .*notes.txt: it is there, and no socket"):
+        bound_to(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "important"
