@@ -171,18 +171,20 @@ class Door:
         if permission in policy.ADMIN or self._strict:
             await self._record_first(identity, permission, request)
         elif permission in BRIEF:
-            room = await self.admit(identity, request, permission=permission, model="", prompt_tokens=0, new_tokens=0)
+            room = await self.admit(identity, request, permission=permission, model=None, prompt_tokens=0, new_tokens=0)
             await room.settle(200)
         elif permission not in (*COUNTED, *UNSEEN):
             await self._record(identity, permission, request, decision="allow")
 
     async def admit(
-        self, identity: Identity, request: Request, *, permission: str, model: str, prompt_tokens: int, new_tokens: int
-    ) -> "Room":
-        """Raises ApiError: 403 for the model, 400 for more tokens than any request may have, 429 beyond the limits."""
-        record = {"model": model or None, "prompt_tokens": prompt_tokens}
+        self, identity: Identity, request: Request, *,
+        permission: str, model: str | None, prompt_tokens: int, new_tokens: int,
+    ) -> "Room":  # fmt: skip
+        """As serving.access.gate.Gate. Raises ApiError 403, 400 or 429."""
+        record = {"model": model, "prompt_tokens": prompt_tokens}
         try:
-            self._check_model(identity, permission, model)
+            if model is not None:
+                self._check_model(identity, permission, model)
             own = self._own_limits(identity)
             _check_size(own, prompt_tokens, new_tokens)
             subjects = {f"holder:{identity.holder}": own, f"role:{identity.role}": self.roles.total(identity.role)}
@@ -213,8 +215,7 @@ class Door:
             self._unsettled.append((taking.result(), 0, False))
 
     def _check_model(self, identity: Identity, permission: str, model: str) -> None:
-        named = not model or policy.allows(identity.models, model)
-        if not (named and self.roles.may(identity.role, permission, model)):
+        if not (policy.allows(identity.models, model) and self.roles.may(identity.role, permission, model)):
             raise ApiError(403, f"no access to model {model[:100]!r}", param="model", code="permission_denied")
 
     def _own_limits(self, identity: Identity) -> Limits:
@@ -224,7 +225,7 @@ class Door:
         """Gives back and writes down; whatever fails, neither raises."""
         text = getattr(room.request.state, "audited_text", None) if self.texts else None
         counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "status": status, "text": text}
-        told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model or None, **counts)
+        told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model, **counts)
         ran = status < 500 or new_tokens > 0  # else the server had no room for it, or failed: it costs nothing
         used = prompt_tokens + new_tokens if ran else 0
         held = room.taken.leased and not self._at_once(
@@ -364,7 +365,7 @@ class Room:
     identity: Identity
     request: Request
     permission: str
-    model: str
+    model: str | None
     taken: Taken
     settled: bool = False
 

@@ -152,6 +152,13 @@ def test_models(server, keys):
     assert server.complete(server.key(models=("x*", "dou*"))).status == 200
 
 
+def test_a_model_without_a_name_is_not_every_model(server, keys, monkeypatch):
+    monkeypatch.setattr(server.app.state.service, "name", "")
+    assert server.complete(server.key(models=("other", "x*"))).status == 403
+    assert server.complete(keys["small"]).status == 403
+    assert server.ask(server.key(models=("other",)), "POST", "/tokenize", {"prompt": "x"}).status == 200
+
+
 def test_limits_of_a_key(server):
     key = server.key(limits={"requests_a_minute": 2})
     assert [server.complete(key).status for _ in range(3)] == [200, 200, 429]
