@@ -271,6 +271,16 @@ def test_nobody_makes_a_key_that_may_do_more(server, keys):
     assert server.ask(keys["user"], "POST", "/v1/keys", {"role": "user"}).status == 403
 
 
+def test_who_is_no_admin_makes_no_key_of_another_tenant_nor_leaves_their_limits(server, keys):
+    helper = server.key("helper", tenant="ours")
+    makes = lambda key, **more: server.ask(key, "POST", "/v1/keys", {"role": "helper", **more})
+    assert makes(helper, tenant="ours").json["tenant"] == "ours"
+    assert makes(helper).json["tenant"] not in ("ours", "acme")
+    assert (makes(helper, tenant="acme").status, makes(keys["admin"], tenant="acme").status) == (403, 200)
+    answer = makes(server.key("helper", limits={"concurrent": 3}))
+    assert (answer.status, answer.json["error"]["code"]) == (403, "permission_denied")
+
+
 def test_a_full_disk_under_the_audit(tmp_path, monkeypatch):
     """An admin's action is refused; users are served, and written down once there is room."""
     with guarded(tmp_path / "full") as server:
