@@ -138,6 +138,12 @@ class Service:
             there = "/v1/embeddings" if self.labels is None else "/v1/classify"
             raise ApiError(400, f"{self.name} writes no text, as an encoder: it answers {there}", param="model")
 
+    def require_base(self) -> None:
+        """Raises ApiError where this is an adapter's service: texts are encoded by the base alone."""
+        if self.adapter:
+            told = f"the adapter {self.name!r} only writes text: {self.parent!r} answers here"
+            raise ApiError(400, told, param="model", code="invalid_value")
+
     def sees(self, identity: Identity) -> bool:
         """Whether somebody may know of the model."""
         return any(fnmatchcase(self.name, pattern) for pattern in identity.models)
