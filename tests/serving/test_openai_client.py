@@ -114,6 +114,7 @@ def test_many_at_once(address):
         ({"max_tokens": 5000}, openai.BadRequestError, "prompt", "context_length_exceeded"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"extra_body": {"max_token": 1}}, openai.BadRequestError, "max_token", "unknown_parameter"),
+        ({"extra_body": {"stop_token_ids": [1, 10**6]}}, openai.BadRequestError, "stop_token_ids", "invalid_value"),
         ({"suffix": "x"}, openai.BadRequestError, "suffix", "unsupported_parameter"),
         ({"best_of": 3}, openai.BadRequestError, "best_of", "unsupported_parameter"),
     ],
