@@ -460,8 +460,8 @@ class Engine:
     def _choices(self, request: Request, listener: Listener) -> list[Choice]:
         """The choices of a request. Raises ValueError for what cannot be answered."""
         check(self._opened.config.model, [list(request.prompt)], 0)
-        if not 1 <= request.n <= self.options.max_running:
-            raise ValueError(f"n={request.n} must be 1 to {self.options.max_running}")
+        if not 1 <= request.n <= (most := min(self.options.max_running, self.options.max_waiting)):
+            raise ValueError(f"n={request.n} must be 1 to {most}")
         if (tokens := len(request.prompt)) >= self.reach:
             raise ValueError(f"a prompt of {tokens} tokens leaves no room in the {self.reach} that the model reaches")
         seed = next(self._seeds) if request.sampling.seed is None else request.sampling.seed

@@ -186,8 +186,10 @@ class Door:
             if model is not None:
                 self._check_model(identity, permission, model)
             own = self._own_limits(identity)
-            _check_size(own, prompt_tokens, new_tokens)
-            subjects = {f"holder:{identity.holder}": own, f"role:{identity.role}": self.roles.total(identity.role)}
+            total = self.roles.total(identity.role)
+            _check_size(own, "this key", prompt_tokens, new_tokens)
+            _check_size(total, f"all with role {identity.role!r} together", prompt_tokens, new_tokens)
+            subjects = {f"holder:{identity.holder}": own, f"role:{identity.role}": total}
             id = secrets.token_hex(12)
             taken = Taken(id)
             if any(limit.counted for limit in subjects.values()):
@@ -376,12 +378,12 @@ class Room:
             await self.door.settle(self, status, prompt_tokens, new_tokens)
 
 
-def _check_size(limits: Limits, prompt_tokens: int, new_tokens: int) -> None:
+def _check_size(limits: Limits, who: str, prompt_tokens: int, new_tokens: int) -> None:
     asked = prompt_tokens + new_tokens
     for most, what in ((limits.context, "in one request"), (limits.most_tokens, "in its window")):
         if most is not None and asked > most:
             summed = f"{prompt_tokens} tokens of prompt + {new_tokens} new ones = {asked}"
-            raise ApiError(400, f"{summed}, but this key may use {most} {what}", code=TOO_LONG)
+            raise ApiError(400, f"{summed}, but {who} may use {most} {what}", code=TOO_LONG)
 
 
 def _too_many(refused: Refused) -> ApiError:

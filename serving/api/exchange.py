@@ -81,6 +81,10 @@ class Exchange:
         service, record, caller = self.service, self.record, self._caller
         record.model, record.prompt_tokens = service.name, self.prompt_tokens
         service.lifecycle.require_open()
+        choices, most = len(self._work.prompts) * self._work.n, service.engine.options.max_waiting
+        if choices > most:
+            told = f"{choices} inputs or choices are more than the {most} that may wait (--max-waiting)"
+            raise ApiError(400, told, code="invalid_value")
         self._admission = await caller.admit(service.name, self.prompt_tokens, self._work.new_tokens)
         parts = self._work.parts(record.id)
         if caller.request.scope.get(LOW_PRIORITY):

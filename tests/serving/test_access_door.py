@@ -18,6 +18,8 @@ p, small, completions, small*
 p, small, models, *
 p, two, completions, *
 total, two, requests_a_minute, 2
+p, few, completions, *
+total, few, tokens_a_minute, 100
 p, helper, keys, *
 p, helper, completions, *
 limit, user, context, 200
@@ -157,6 +159,13 @@ def test_a_model_without_a_name_is_not_every_model(server, keys, monkeypatch):
     assert server.complete(server.key(models=("other", "x*"))).status == 403
     assert server.complete(keys["small"]).status == 403
     assert server.ask(server.key(models=("other",)), "POST", "/tokenize", {"prompt": "x"}).status == 200
+
+
+def test_what_no_minute_of_a_role_can_hold_is_refused_for_good(server, keys):
+    assert server.complete(keys["few"], max_tokens=9).status == 200
+    answer = server.complete(keys["few"], max_tokens=100)
+    assert (answer.status, answer.json["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer.message.endswith("but all with role 'few' together may use 100 in its window")
 
 
 def test_limits_of_a_key(server):
