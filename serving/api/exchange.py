@@ -103,6 +103,8 @@ class Exchange:
                 raise ApiError(503, f"{busy}", code="overloaded", retry_after=busy.retry_after) from None
             except ValueError as error:
                 raise ApiError(400, f"{error}", code="invalid_value") from None
+            if self._entry.ended:  # while a grammar was compiled: the engine did not know of the part then
+                raise self._aborted()
 
     async def _submit(self, part: Request | EncodeRequest, number: int) -> None:
         """Gives a part to the engine; in a thread where it has a grammar, which may take seconds to compile."""

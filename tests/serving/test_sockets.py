@@ -244,6 +244,23 @@ def test_a_request_is_seen_and_ended_by_its_own_tenant_only(address, engine):
     assert engine.state().running == 0
 
 
+def test_a_request_is_ended_while_its_grammar_is_compiled(address, engine, monkeypatch):
+    deleted, submit = [], engine.submit
+
+    def slow(request, listener):
+        ask = lambda method, path: answered(
+            address, f"{method} /v1/requests{path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+        )
+        (entry,) = json.loads(ask("GET", "")[2])["data"]
+        deleted.append(json.loads(ask("DELETE", f"/{entry['id']}")[2])["ended"])
+        submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    status, _, body = answered(address, post({"prompt": "a", "max_tokens": 3000, "guided_regex": "a+"}))
+    assert (status, json.loads(body)["error"]["code"], deleted) == (409, "request_ended", [True])
+    assert until(lambda: engine.state().running == 0)
+
+
 def test_a_silent_step_loop_is_not_ready(address, app, engine):
     app.state.service.beat_seconds = 0.2
     engine.paused.set()
