@@ -110,13 +110,18 @@ class Exchange:
         """Gives a part to the engine; in a thread where it has a grammar, which may take seconds to compile."""
         engine, listener = self.service.engine, self._answers.listener(number)
         if isinstance(part, EncodeRequest) or part.sampling.grammar is None:
-            return engine.submit(part, listener)
+            engine.submit(part, listener)
+            self.record.parts += 1
+            return
         submitted = self.service.threads.submit(engine.submit, part, listener)
         try:
             await asyncio.wrap_future(submitted)
-        except asyncio.CancelledError:  # the client is gone, but the thread may still submit
-            submitted.add_done_callback(lambda _: engine.abort(part.id))
+        except asyncio.CancelledError:  # the client is gone, but the thread submits if it has begun
+            if not submitted.cancel():
+                (ended,), _ = await asyncio.wait((asyncio.wrap_future(submitted),))
+                self.record.parts += ended.exception() is None
             raise
+        self.record.parts += 1
 
     async def next(self) -> tuple[int, Piece | Encoded] | None:
         """The next piece, with the number of its prompt; None after the last. Raises ApiError for one that failed."""

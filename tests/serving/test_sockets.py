@@ -18,6 +18,7 @@ from doubles import EngineDouble, OpenGate, listening, served, until
 
 import serving.body
 from inference.requests import Piece
+from serving.api import completions
 from serving.lifecycle import bound_to
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,24 @@ def test_a_fault_in_mid_stream_is_an_event_and_no_done(address, engine):
     assert status == 200
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in body.decode()
+
+
+def test_a_fault_of_the_server_in_mid_stream_is_recorded_as_500(address, app, gate, monkeypatch):
+    records, choice = [], completions.Teller._choice
+
+    def broken(self, *pieces):
+        if self._exchange.new_tokens > 1:
+            raise RuntimeError("a fault of the server")
+        return choice(self, *pieces)
+
+    monkeypatch.setattr(completions.Teller, "_choice", broken)
+    app.state.service.told.append(records.append)
+    _, _, body = answered(address, post({"prompt": "a", "max_tokens": 4, "stream": True}))
+    assert b"internal_error" in body
+    assert until(lambda: any(record.fault == "RuntimeError" for record in records))
+    app.state.service.told.remove(records.append)
+    assert (records[-1].status, records[-1].parts) == (500, 1)
+    assert gate.admissions[-1].settled[0][0] == 500
 
 
 @pytest.mark.parametrize(
@@ -259,6 +278,24 @@ def test_a_request_is_ended_while_its_grammar_is_compiled(address, engine, monke
     status, _, body = answered(address, post({"prompt": "a", "max_tokens": 3000, "guided_regex": "a+"}))
     assert (status, json.loads(body)["error"]["code"], deleted) == (409, "request_ended", [True])
     assert until(lambda: engine.state().running == 0)
+
+
+def test_a_client_that_goes_away_while_its_grammar_is_compiled_leaves_nothing(address, engine, gate, monkeypatch):
+    compiles, goes_on, submit = threading.Event(), threading.Event(), engine.submit
+
+    def slow(request, listener):
+        compiles.set()
+        assert goes_on.wait(10)
+        submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    with connected(address) as connection:
+        connection.sendall(post({"prompt": "a", "max_tokens": 3000, "guided_regex": "a+"}))
+        assert compiles.wait(10)
+    goes_on.set()
+    assert until(lambda: bool(gate.admissions[-1].settled))
+    assert gate.admissions[-1].settled[0][0] == 499
+    assert until(lambda: engine.state().running == engine.state().waiting == 0)
 
 
 def test_a_silent_step_loop_is_not_ready(address, app, engine):
