@@ -33,7 +33,7 @@ from inference.priority import make_way
 from inference.proposals import Proposals
 from inference.reader import Reader
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
-from inference.room import cache_tokens
+from inference.room import cache_tokens, check_room
 from inference.scheduler import Batch, Row, Scheduler
 from inference.speculation import accepted
 from inference.step import InFlight, Programs
@@ -70,6 +70,7 @@ class Engine:
                 f"raise it, or set max_length={self.cache_tokens} or less"
             )
         self._places = places_for(config, adapters, options)
+        check_room(options, self.cache_tokens, models, self._places)
         self.adapters = AdapterBooks.over(self._places)
         self._starts_with = [self.adapters.take(adapter) for adapter in adapters]
         self.observer = Observer()
