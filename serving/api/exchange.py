@@ -113,14 +113,15 @@ class Exchange:
             engine.submit(part, listener)
             self.record.parts += 1
             return
-        submitted = self.service.threads.submit(engine.submit, part, listener)
-        try:
-            await asyncio.wrap_future(submitted)
-        except asyncio.CancelledError:  # the client is gone, but the thread submits if it has begun
-            if not submitted.cancel():
-                (ended,), _ = await asyncio.wait((asyncio.wrap_future(submitted),))
-                self.record.parts += ended.exception() is None
-            raise
+        tenant = self._caller.identity.tenant
+        async with self.service.compiling(tenant, lambda: engine.submit(part, listener)) as submitted:
+            try:
+                await asyncio.wrap_future(submitted)
+            except asyncio.CancelledError:  # the client is gone, but the thread submits if it has begun
+                if not submitted.cancel():
+                    (ended,), _ = await asyncio.wait((asyncio.wrap_future(submitted),))
+                    self.record.parts += ended.exception() is None
+                raise
         self.record.parts += 1
 
     async def next(self) -> tuple[int, Piece | Encoded] | None:

@@ -298,6 +298,40 @@ def test_a_client_that_goes_away_while_its_grammar_is_compiled_leaves_nothing(ad
     assert until(lambda: engine.state().running == engine.state().waiting == 0)
 
 
+def test_who_sends_grammars_that_take_long_holds_up_nobody_else(address, engine, monkeypatch):
+    compiled, goes_on, submit = [], threading.Event(), engine.submit
+
+    def slow(request, listener):
+        compiled.append(request.sampling.grammar)
+        assert "slow" not in request.sampling.grammar or goes_on.wait(10)
+        submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    asked = {"prompt": "a", "max_tokens": 1}
+    with contextlib.ExitStack() as connections:
+        many = [connections.enter_context(connected(address)) for _ in range(6)]
+        for connection in many:
+            connection.sendall(post(asked | {"guided_regex": "slow"}, x_tenant="one"))
+        assert until(lambda: bool(compiled))
+        assert answered(address, post({"prompt": "x" * 5000}, "/tokenize"))[0] == 200
+        assert answered(address, post(asked | {"guided_regex": "quick"}, x_tenant="two"))[0] == 200
+        assert len(compiled) == 2
+        goes_on.set()
+        for connection in many:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    assert len(compiled) == 7
+
+
+def test_a_long_list_of_tokens_is_spelled_in_a_thread(address, app, monkeypatch):
+    spelling, names = app.state.service.spelling, set()
+    spelled = spelling.text
+    monkeypatch.setattr(spelling, "text", lambda t: names.add(threading.current_thread().name) or spelled(t))
+    _, _, body = answered(address, post({"prompt": "ab" * 5000, "return_token_strs": True}, "/tokenize"))
+    told = json.loads(body)
+    assert (told["count"], told["tokens"], told["token_strs"]) == (10_000, [97, 98] * 5000, ["a", "b"] * 5000)
+    assert all(name.startswith("tokenize") for name in names)
+
+
 def test_a_silent_step_loop_is_not_ready(address, app, engine):
     app.state.service.beat_seconds = 0.2
     engine.paused.set()
