@@ -39,10 +39,10 @@ def sequence(setup: Setup, parts: list[np.ndarray], name: str, left_out: LeftOut
     if lengths.sum() > room:
         left_out.add(f"longer than train.seq_len={setup.seq_len} tokens: cut", name)
         lengths = shortened(lengths, room)
-    tokens, types = list(begin), [0] * len(begin)
+    tokens, types, last = list(begin), [0] * len(begin), max(0, setup.model.token_types - 1)
     for number, (part, length) in enumerate(zip(parts, lengths.tolist(), strict=True)):
         tokens += [*part[:length].tolist(), *end]
-        types += [min(number, 1)] * (length + len(end))
+        types += [min(number, 1, last)] * (length + len(end))
     arrays = {"tokens_T": np.array(tokens, np.int32)}
     return arrays | ({"types_T": np.array(types, np.int32)} if setup.model.token_types else {})
 

@@ -52,6 +52,7 @@ class Place:
     number: int
     adapter: Adapter
     open: bool = False  # requests may name it
+    closing: bool = False  # no more; it is free when those that run have ended
     used: int = 0  # by so many choices that have not ended
 
 
@@ -112,11 +113,11 @@ class AdapterBooks:
         if adapter.stretched and not self.stretched:
             raise ValueError(f"{adapter.name} is a DoRA, and there is no room for lengths: start with one")
         with self._lock:
-            if any(p.adapter.name == adapter.name and p.open for p in self._places.values()):
+            if any(p.adapter.name == adapter.name and not p.closing for p in self._places.values()):
                 raise ValueError(f"there is an adapter {adapter.name!r} already: unload it first")
             free = [number for number in range(1, self.count + 1) if number not in self._places]
             if not free:
-                taken = ", ".join(f"{p.adapter.name}{'' if p.open else ' (ends)'}" for p in self._places.values())
+                taken = ", ".join(f"{p.adapter.name}{' (ends)' if p.closing else ''}" for p in self._places.values())
                 raise ValueError(f"all {self.count} places of adapters are taken: {taken}")
             place = self._places[free[0]] = Place(free[0], adapter)
             return place
@@ -156,7 +157,7 @@ class AdapterBooks:
             if place is None:
                 there = _told(adapter.name for adapter in self.open())
                 raise ValueError(f"the adapter {name[:100]!r} is not here; there are: {there}")
-            place.open = False
+            place.open, place.closing = False, True
             self._ended.pop(name, None)
             self._drop_unused(place)
             return place.adapter

@@ -83,7 +83,7 @@ class Encoder:
         """
         _refuse_unread_classes(opened.path, opened.config.model)
         self.opened, self.pooling = opened, asked_pooling(pooling, opened.path)
-        self.typed = opened.config.model.token_types > 0
+        self.types = opened.config.model.token_types  # kinds of tokens that it tells apart; 0: no such table
         with jax.set_mesh(opened.mesh):
             self.rows, even = [splits("batch")], splits("residual")
         while self.rows[-1] < rows:
@@ -103,7 +103,7 @@ class Encoder:
             for rows in self.rows:
                 for length in self.lengths:
                     tokens_BT = np.zeros((rows, length), np.int32)
-                    batch = tokens_BT, np.zeros(rows, np.int32), tokens_BT if self.typed else None
+                    batch = tokens_BT, np.zeros(rows, np.int32), tokens_BT if self.types else None
                     self.compiled[rows, length] = encode.lower(model, *batch).compile()
         self._model = model
 
@@ -116,12 +116,12 @@ class Encoder:
         rows = next(rows for rows in self.rows if rows >= len(requests))
         T = self.bucket(max(len(request.tokens) for request in requests))
         tokens_BT, lengths_B = np.zeros((rows, T), np.int32), np.zeros(rows, np.int32)
-        types_BT = np.zeros((rows, T), np.int32) if self.typed else None
+        types_BT = np.zeros((rows, T), np.int32) if self.types else None
         for row, request in enumerate(requests):
             tokens_BT[row, : len(request.tokens)] = request.tokens
             lengths_B[row] = len(request.tokens)
-            if self.typed and request.types:
-                types_BT[row, : len(request.types)] = request.types
+            if self.types and request.types:  # one type is that of both texts of a pair (RoBERTa)
+                types_BT[row, : len(request.types)] = np.minimum(request.types, self.types - 1)
         return np.asarray(self.compiled[rows, T](self._model, tokens_BT, lengths_B, types_BT))[: len(requests)]
 
 

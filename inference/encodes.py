@@ -128,7 +128,9 @@ class Whole:
 
 
 def done(one: tuple[EncodeRequest, Listener], vector: np.ndarray) -> Answered:
-    """A request with its vector."""
+    """A request with its vector, or with an error where that is none."""
+    if not np.isfinite(vector).all():
+        return Answered(*one, "error", Encoded(error="the model's numbers are not finite"))
     return Answered(*one, "stop", Encoded(tuple(vector.tolist())))
 
 

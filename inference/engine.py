@@ -33,7 +33,7 @@ from inference.priority import make_way
 from inference.proposals import Proposals
 from inference.reader import Reader
 from inference.requests import Busy, Encoded, EncodeRequest, EngineState, Listener, Request
-from inference.room import cache_tokens
+from inference.room import cache_tokens, check_room
 from inference.scheduler import Batch, Row, Scheduler
 from inference.speculation import accepted
 from inference.step import InFlight, Programs
@@ -70,6 +70,7 @@ class Engine:
                 f"raise it, or set max_length={self.cache_tokens} or less"
             )
         self._places = places_for(config, adapters, options)
+        check_room(options, self.cache_tokens, models, self._places)
         self.adapters = AdapterBooks.over(self._places)
         self._starts_with = [self.adapters.take(adapter) for adapter in adapters]
         self.observer = Observer()
@@ -460,8 +461,8 @@ class Engine:
     def _choices(self, request: Request, listener: Listener) -> list[Choice]:
         """The choices of a request. Raises ValueError for what cannot be answered."""
         check(self._opened.config.model, [list(request.prompt)], 0)
-        if not 1 <= request.n <= self.options.max_running:
-            raise ValueError(f"n={request.n} must be 1 to {self.options.max_running}")
+        if not 1 <= request.n <= (most := min(self.options.max_running, self.options.max_waiting)):
+            raise ValueError(f"n={request.n} must be 1 to {most}")
         if (tokens := len(request.prompt)) >= self.reach:
             raise ValueError(f"a prompt of {tokens} tokens leaves no room in the {self.reach} that the model reaches")
         seed = next(self._seeds) if request.sampling.seed is None else request.sampling.seed

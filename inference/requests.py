@@ -72,7 +72,7 @@ class EncodeRequest:
 
     id: str
     tokens: tuple[int, ...]
-    types: tuple[int, ...] = ()  # of each token, where the model has types; () all 0
+    types: tuple[int, ...] = ()  # of each token, where the model has types: its last at most; () all 0
     low: bool = False  # as in Request
 
 

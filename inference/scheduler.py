@@ -186,7 +186,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence.blocks)
         self._slots.append(sequence.slot)
-        sequence.blocks, sequence.slot = [], -1
+        sequence.blocks, sequence.draft, sequence.slot = [], [], -1
         sequence.computed = sequence.pending = sequence.named = 0
         sequence.epoch += 1
 

@@ -22,7 +22,7 @@ from serving.body import MOST_BYTES
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/classify")
 LONGEST_ID = 512  # characters of a custom_id
-RETRIES = 5  # of a request for which there was no room
+BEGINS = b'{"id": "batch_req_'  # each line of an output
 
 
 class Owner:
@@ -63,10 +63,11 @@ class Output:
         self._file.seek(0)
         whole = 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
+            torn = not line.endswith(b"\n")
+            if torn and (whole or BEGINS.startswith(line) or line.startswith(BEGINS)):
                 break  # what a killed batch has left of its last line
             try:
-                told = json.loads(line)
+                told = {} if torn else json.loads(line)
                 self.done[told["line"]] = told["custom_id"]
             except (ValueError, KeyError, TypeError):
                 self._file.close()
@@ -139,12 +140,12 @@ async def run(
 ) -> int:
     """Answers all lines of a file that are not done yet, `width` at a time; returns how many were added.
 
-    progress: called with that number after each. ask: how a line is answered, by default by the application at once;
-    goes_on: asked before each line, and where it says no the rest is left. Raises ValueError where the output is that
-    of another input.
+    progress: called with that number after each. ask: how a line is answered, by default by the application as soon as
+    there is room; goes_on: asked before each line, and where it says no the rest is left.
+    Raises ValueError where the output is that of another input.
     """
     added, room, tasks, writing = 0, asyncio.Semaphore(width), set(), asyncio.Lock()
-    ask = ask or (lambda path, body: _answered(app, path, body))
+    ask = ask or (lambda path, body: _answered(app, path, body, goes_on))
 
     async def write(line: dict) -> None:
         nonlocal added
@@ -199,14 +200,14 @@ def _heads(number: int, name: str | None) -> dict:
     return {"id": f"batch_req_{number}", "custom_id": name, "line": number}
 
 
-async def _answered(app: ASGIApp, path: str, body: bytes) -> dict:
-    """The answer to a request, which waits where there is no room."""
-    for wait in range(RETRIES):
+async def _answered(app: ASGIApp, path: str, body: bytes, goes_on: Callable[[], bool]) -> dict | None:
+    """The answer to a request, which waits as long as there is no room; None where the rest is left."""
+    while goes_on():
         status, headers, answer = await call(app, path, body)
-        if status not in (429, 503) or wait + 1 == RETRIES:
-            break
+        if status not in (429, 503):
+            return {"status_code": status, "request_id": headers.get("x-request-id"), "body": json.loads(answer)}
         await asyncio.sleep(float(headers.get("retry-after", 1)))
-    return {"status_code": status, "request_id": headers.get("x-request-id"), "body": json.loads(answer)}
+    return None
 
 
 async def call(app: ASGIApp, path: str, body: bytes, **more: Any) -> tuple[int, dict[str, str], bytes]:

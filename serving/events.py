@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serving.body import Gone
 from serving.errors import ApiError
-from serving.watch import FAULT
+from serving.watch import FAULT, GONE
 
 SEND_SECONDS = 60.0  # a client that takes nothing for so long is gone
 HEADERS = (
@@ -63,13 +63,16 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends all; ends early when the client goes away."""
         pump, gone = asyncio.ensure_future(self._pump(send)), asyncio.ensure_future(_until_gone(receive))
-        status = 499
+        status = GONE
         try:
             await asyncio.wait((pump, gone), return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
                 status = pump.result()
         except TimeoutError:
             pass  # it took nothing for too long
+        except Exception as error:
+            status = GONE if isinstance(error, OSError) else FAULT.status
+            raise
         finally:
             gone.cancel()
             pump.cancel()

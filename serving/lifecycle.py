@@ -82,10 +82,16 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def bound_to(path: Path) -> socket.socket:
-    """A unix socket at a path, not yet listening; who may enter its folder may use it. Raises OSError."""
+    """A unix socket at a path, not yet listening; who may enter its folder may use it. Raises OSError.
+
+    A socket that is there is replaced, as one that a killed server has left; anything else stays.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        path.unlink(missing_ok=True)
+        if path.is_socket():
+            path.unlink()
+        elif path.exists():
+            raise OSError("it is there, and no socket")
         listener.bind(str(path))
     except OSError as error:
         raise OSError(f"cannot listen at {path}: {error.strerror or error}") from None

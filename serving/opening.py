@@ -1,6 +1,7 @@
 """The model that a command serves, as its options name it. JAX is not imported before it is opened."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,14 @@ def adapter(text: str) -> str:
     return text
 
 
+def name_of(model: Path) -> str:
+    """What clients call a model that was given no name. Raises ValueError where its path ends in none."""
+    name = os.path.basename(os.path.abspath(model)).removesuffix(".gguf")
+    if not name:
+        raise ValueError(f"{model} has no name that clients could use: give one with --name")
+    return name
+
+
 def open_service(options: argparse.Namespace) -> "Service":
     """The service of the model that the options name, its engine warm and running."""
     from inference.adapters import AdapterReader
@@ -76,7 +85,7 @@ def open_service(options: argparse.Namespace) -> "Service":
     given = {name: value for name in ENGINE if (value := getattr(options, name)) is not None}
     if options.draft and "speculation" not in given:
         given["speculation"] = "draft"
-    cut, name = EngineOptions(**given), options.name or found.path.stem
+    cut, name = EngineOptions(**given), options.name or name_of(options.model)
     beside = [(name, Path(folder)) for name, _, folder in (text.partition("=") for text in options.adapter)]
     reader = AdapterReader(found) if beside or cut.max_adapters else None
     called = [name, *(one for one, _ in beside)]

@@ -51,7 +51,7 @@ class Seen:
         timings = service.engine.observer = Timings(metrics.first, metrics.gap, metrics.step)
 
         def told(record: Record) -> None:
-            parts = timings.take(record.id)
+            parts = timings.take(record.id, record.parts)
             metrics.request(record, parts)
             if self._traces is not None:
                 self._traces.request(record, parts)

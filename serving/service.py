@@ -1,15 +1,17 @@
 """What the endpoints share: the engine, how its model is called, its tokenizer and chat template, and what runs."""
 
 import asyncio
+import contextlib
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from data.chat import ChatTemplate
 from data.tokenizer import Tokenizer
@@ -95,6 +97,8 @@ class Service:
         self.spelling = Spelling(self.engine.tokenizer)
         # few: a text is tokenized on one core, and what waits here must not take the interpreter from the event loop
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._grammar_threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._compiling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by tenant
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -138,6 +142,12 @@ class Service:
             there = "/v1/embeddings" if self.labels is None else "/v1/classify"
             raise ApiError(400, f"{self.name} writes no text, as an encoder: it answers {there}", param="model")
 
+    def require_base(self) -> None:
+        """Raises ApiError where this is an adapter's service: texts are encoded by the base alone."""
+        if self.adapter:
+            told = f"the adapter {self.name!r} only writes text: {self.parent!r} answers here"
+            raise ApiError(400, told, param="model", code="invalid_value")
+
     def sees(self, identity: Identity) -> bool:
         """Whether somebody may know of the model."""
         return any(fnmatchcase(self.name, pattern) for pattern in identity.models)
@@ -158,3 +168,12 @@ class Service:
         if size <= INLINE_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    @contextlib.asynccontextmanager
+    async def compiling(self, tenant: str, work: Callable[[], T]) -> AsyncIterator[Future[T]]:
+        """Begins work that compiles a grammar, in a thread; inside, the tenant's next one waits.
+
+        A bad grammar takes seconds, and all are tried in one process: who sends many delays nobody but themselves.
+        """
+        async with self._compiling.setdefault(tenant, asyncio.Lock()):
+            yield self._grammar_threads.submit(work)

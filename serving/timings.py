@@ -3,7 +3,6 @@
 The engine's thread alone writes here; the event loop reads what is known of a request once its answer is complete.
 """
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +34,7 @@ class Timings:
         self._first, self._gap, self._step, self._clock = first, gap, step, clock
         self._open: dict[str, Timing] = {}
         self._taken: deque[str] = deque()  # ids that nobody asks for any more
+        self._late: set[str] = set()  # of these, those that the engine has yet to find in its inbox
         self._rows = 0  # choices that the next decode step brings tokens to
         self._left = 0  # of these, how many have ended since the last one
         self._fresh: list[float] = []  # when choices got their first token, since the last decode step
@@ -45,7 +45,10 @@ class Timings:
     def queued(self, id: str) -> None:
         """As inference.choice.Observer."""
         self._forget()
-        self._open[id] = Timing(self._clock())
+        if id in self._late:
+            self._late.remove(id)
+        else:
+            self._open[id] = Timing(self._clock())
 
     def began(self, id: str, cached_tokens: int) -> None:
         """As inference.choice.Observer."""
@@ -89,18 +92,20 @@ class Timings:
 
     def _forget(self) -> None:
         while self._taken:
-            timing = self._open.pop(self._taken.popleft(), None)
-            if timing is not None:
+            timing = self._open.pop(id := self._taken.popleft(), None)
+            if timing is None:
+                self._late.add(id)
+            else:
                 self._left += timing.decoding  # ended by its client, which has not waited for the engine
 
     # --------------------------------------------------------------------------------------------- in the event loop
 
-    def take(self, id: str) -> list[Timing]:
-        """The parts of an HTTP request, whose answer is complete; each is asked for once."""
-        found = []
-        for number in itertools.count():
-            part = f"{id}-{number}"
-            if (timing := self._open.get(part)) is None:
-                return found
-            self._taken.append(part)
-            found.append(timing)
+    def take(self, id: str, parts: int) -> list[Timing]:
+        """Of an HTTP request, whose answer is complete and of which the engine has taken so many parts; once.
+
+        A part that is still in the engine's inbox has none, as of a request that was ended at once.
+        """
+        names = [f"{id}-{number}" for number in range(parts)]
+        found = [timing for name in names if (timing := self._open.get(name)) is not None]
+        self._taken.extend(names)
+        return found

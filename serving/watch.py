@@ -48,6 +48,7 @@ class Record:
     cached_tokens: int = 0
     new_tokens: int = 0
     stream: bool = False
+    parts: int = 0  # requests that the engine has taken for it
     finishes: tuple[str, ...] = ()  # of its choices
     fault: str = ""  # of the server
 

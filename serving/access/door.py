@@ -171,21 +171,25 @@ class Door:
         if permission in policy.ADMIN or self._strict:
             await self._record_first(identity, permission, request)
         elif permission in BRIEF:
-            room = await self.admit(identity, request, permission=permission, model="", prompt_tokens=0, new_tokens=0)
+            room = await self.admit(identity, request, permission=permission, model=None, prompt_tokens=0, new_tokens=0)
             await room.settle(200)
         elif permission not in (*COUNTED, *UNSEEN):
             await self._record(identity, permission, request, decision="allow")
 
     async def admit(
-        self, identity: Identity, request: Request, *, permission: str, model: str, prompt_tokens: int, new_tokens: int
-    ) -> "Room":
-        """Raises ApiError: 403 for the model, 400 for more tokens than any request may have, 429 beyond the limits."""
-        record = {"model": model or None, "prompt_tokens": prompt_tokens}
+        self, identity: Identity, request: Request, *,
+        permission: str, model: str | None, prompt_tokens: int, new_tokens: int,
+    ) -> "Room":  # fmt: skip
+        """As serving.access.gate.Gate. Raises ApiError 403, 400 or 429."""
+        record = {"model": model, "prompt_tokens": prompt_tokens}
         try:
-            self._check_model(identity, permission, model)
+            if model is not None:
+                self._check_model(identity, permission, model)
             own = self._own_limits(identity)
-            _check_size(own, prompt_tokens, new_tokens)
-            subjects = {f"holder:{identity.holder}": own, f"role:{identity.role}": self.roles.total(identity.role)}
+            total = self.roles.total(identity.role)
+            _check_size(own, "this key", prompt_tokens, new_tokens)
+            _check_size(total, f"all with role {identity.role!r} together", prompt_tokens, new_tokens)
+            subjects = {f"holder:{identity.holder}": own, f"role:{identity.role}": total}
             id = secrets.token_hex(12)
             taken = Taken(id)
             if any(limit.counted for limit in subjects.values()):
@@ -213,8 +217,7 @@ class Door:
             self._unsettled.append((taking.result(), 0, False))
 
     def _check_model(self, identity: Identity, permission: str, model: str) -> None:
-        named = not model or policy.allows(identity.models, model)
-        if not (named and self.roles.may(identity.role, permission, model)):
+        if not (policy.allows(identity.models, model) and self.roles.may(identity.role, permission, model)):
             raise ApiError(403, f"no access to model {model[:100]!r}", param="model", code="permission_denied")
 
     def _own_limits(self, identity: Identity) -> Limits:
@@ -224,7 +227,7 @@ class Door:
         """Gives back and writes down; whatever fails, neither raises."""
         text = getattr(room.request.state, "audited_text", None) if self.texts else None
         counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "status": status, "text": text}
-        told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model or None, **counts)
+        told = _told(room.identity, room.permission, room.request, decision="allow", model=room.model, **counts)
         ran = status < 500 or new_tokens > 0  # else the server had no room for it, or failed: it costs nothing
         used = prompt_tokens + new_tokens if ran else 0
         held = room.taken.leased and not self._at_once(
@@ -364,7 +367,7 @@ class Room:
     identity: Identity
     request: Request
     permission: str
-    model: str
+    model: str | None
     taken: Taken
     settled: bool = False
 
@@ -375,12 +378,12 @@ class Room:
             await self.door.settle(self, status, prompt_tokens, new_tokens)
 
 
-def _check_size(limits: Limits, prompt_tokens: int, new_tokens: int) -> None:
+def _check_size(limits: Limits, who: str, prompt_tokens: int, new_tokens: int) -> None:
     asked = prompt_tokens + new_tokens
     for most, what in ((limits.context, "in one request"), (limits.most_tokens, "in its window")):
         if most is not None and asked > most:
             summed = f"{prompt_tokens} tokens of prompt + {new_tokens} new ones = {asked}"
-            raise ApiError(400, f"{summed}, but this key may use {most} {what}", code=TOO_LONG)
+            raise ApiError(400, f"{summed}, but {who} may use {most} {what}", code=TOO_LONG)
 
 
 def _too_many(refused: Refused) -> ApiError:

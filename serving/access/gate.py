@@ -47,9 +47,13 @@ class Gate(Protocol):
         """403 where the role may not."""
 
     async def admit(
-        self, identity: Identity, request: Request, *, permission: str, model: str, prompt_tokens: int, new_tokens: int
-    ) -> Admission:
-        """403 for a model that the role may not use, 400 for more tokens than it may ask for, 429 beyond its limits."""
+        self, identity: Identity, request: Request, *,
+        permission: str, model: str | None, prompt_tokens: int, new_tokens: int,
+    ) -> Admission:  # fmt: skip
+        """403 for a model that the role may not use, 400 for more tokens than it may ask for, 429 beyond its limits.
+
+        model: None for work that asks none.
+        """
 
     async def add(self, identity: Identity, action: str, request: Request, **told) -> None:
         """Notes what came of an admin's action, whose permission is in the audit already."""

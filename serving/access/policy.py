@@ -102,9 +102,9 @@ class Policy:
             if role not in self.roles:
                 raise ValueError(f"{source}: no role {role!r}: {', '.join(self.roles)}")
 
-    def _may(self, role: str, permission: str, model: str = "") -> bool:
-        """Whether a role may do something with a model; without one: with any at all."""
-        return role in self.roles and self._enforcer.enforce(role, permission, model)
+    def _may(self, role: str, permission: str, model: str | None = None) -> bool:
+        """Whether a role may do something with a model; None: with any at all."""
+        return role in self.roles and model != "" and self._enforcer.enforce(role, permission, model or "")
 
     def limits(self, role: str) -> Limits:
         """Of each holder of a key with this role."""

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from serving.access.door import Door
+from serving.access.door import Door, Known
 from serving.access.gate import Caller, needs
 from serving.access.keys import Key
 from serving.access.limits import LIMITS
@@ -76,13 +76,14 @@ async def keys(request: Request, caller: Caller = Depends(needs("keys"))):  # no
 
 @router.post("/v1/keys", response_model=MadeKey, responses=ends(*READS, 408, 413, 415))
 async def create(request: Request, caller: Caller = Depends(needs("keys")), body: NewKey = Depends(body_of(NewKey))):  # noqa: B008
-    """Makes a key of a role that may do no more than the caller's own."""
+    """Makes a key of a role that may do no more than the caller's own. Another's tenant is for admins to name."""
     door: Door = request.app.state.gate
     identity = caller.identity
     if body.role not in door.roles.roles:
         raise ApiError(400, f"no role {body.role!r}: {', '.join(door.roles.roles)}", param="role")
     if not door.roles.covers(identity.role, body.role) or identity.models != ("*",):
         raise ApiError(403, f"{body.role!r} may do more than you", param="role", code="permission_denied")
+    _check_reach(identity, body)
     given = {"name": body.name, "tenant": body.tenant, "models": tuple(body.models), "limits": body.limits}
     try:
         door.roles.limits(body.role).changed(body.limits)
@@ -92,6 +93,18 @@ async def create(request: Request, caller: Caller = Depends(needs("keys")), body
         raise ApiError(400, f"{error}", code="invalid_value") from None
     await door.add(identity, "keys create", request, subject=key.id, for_role=key.role)
     return _answer(_shown(key, MadeKey, key=text))
+
+
+def _check_reach(identity: Known, body: NewKey) -> None:
+    """Raises ApiError 403 for a key that reads what another tenant keeps, or leaves the limits of the caller's own."""
+    if identity.role == "admin":
+        return
+    if body.tenant not in (None, identity.tenant):
+        told = f"tenant={body.tenant!r} is not yours, {identity.tenant!r}; without one the key gets a tenant of its own"
+        raise ApiError(403, told, param="tenant", code="permission_denied")
+    if identity.limits:
+        told = f"your key has limits of its own, {', '.join(identity.limits)}: only admins may make others then"
+        raise ApiError(403, told, code="permission_denied")
 
 
 @router.delete("/v1/keys/{id}", response_model=OneKey, responses=ends(*READS, 404))

@@ -35,6 +35,7 @@ async def classify(
     if service.labels is None:
         there = "/v1/embeddings" if service.engine.encoder else "/v1/completions"
         raise ApiError(400, f"{service.name} has no head of classes: it answers {there}", param="model")
+    service.require_base()
     ids, types = await _read(service, body)
     fits(service, ids, 0, "input")
     exchange = Exchange(service, caller, Encode(ids, types))

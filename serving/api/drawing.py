@@ -37,7 +37,7 @@ def sampling_of(
             logit_bias=_bias(service, body.logit_bias or {}),
             seed=body.seed,
             stop=tuple(text for text in stop if text),  # clients send "" for none
-            stop_ids=(*stop_ids, *given("stop_token_ids", ())),
+            stop_ids=(*stop_ids, *_ends(service, given("stop_token_ids", ()))),
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -45,6 +45,13 @@ def sampling_of(
         )
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_value") from None
+
+
+def _ends(service: Service, given: Sequence[int]) -> Sequence[int]:
+    if strange := next((token for token in given if token >= service.engine.vocabulary), None):
+        message = f"stop_token_ids: {strange} is no token; they are 0 to {service.engine.vocabulary - 1}"
+        raise ApiError(400, message, param="stop_token_ids", code="invalid_value")
+    return given
 
 
 def _bias(service: Service, given: dict[str, float]) -> dict[int, float]:

@@ -31,6 +31,7 @@ async def embed(
     if not service.engine.embeds:
         there = "/v1/completions" if service.labels is None else "/v1/classify"
         raise ApiError(400, f"{service.name} gives no vectors: it answers {there}", param="model")
+    service.require_base()
     width = service.engine.width
     if body.dimensions is not None and body.dimensions > width:
         message = f"dimensions={body.dimensions} are more than the {width} that the vectors of {service.name} have"

@@ -81,6 +81,10 @@ class Exchange:
         service, record, caller = self.service, self.record, self._caller
         record.model, record.prompt_tokens = service.name, self.prompt_tokens
         service.lifecycle.require_open()
+        choices, most = len(self._work.prompts) * self._work.n, service.engine.options.max_waiting
+        if choices > most:
+            told = f"{choices} inputs or choices are more than the {most} that may wait (--max-waiting)"
+            raise ApiError(400, told, code="invalid_value")
         self._admission = await caller.admit(service.name, self.prompt_tokens, self._work.new_tokens)
         parts = self._work.parts(record.id)
         if caller.request.scope.get(LOW_PRIORITY):
@@ -99,18 +103,26 @@ class Exchange:
                 raise ApiError(503, f"{busy}", code="overloaded", retry_after=busy.retry_after) from None
             except ValueError as error:
                 raise ApiError(400, f"{error}", code="invalid_value") from None
+            if self._entry.ended:  # while a grammar was compiled: the engine did not know of the part then
+                raise self._aborted()
 
     async def _submit(self, part: Request | EncodeRequest, number: int) -> None:
         """Gives a part to the engine; in a thread where it has a grammar, which may take seconds to compile."""
         engine, listener = self.service.engine, self._answers.listener(number)
         if isinstance(part, EncodeRequest) or part.sampling.grammar is None:
-            return engine.submit(part, listener)
-        submitted = self.service.threads.submit(engine.submit, part, listener)
-        try:
-            await asyncio.wrap_future(submitted)
-        except asyncio.CancelledError:  # the client is gone, but the thread may still submit
-            submitted.add_done_callback(lambda _: engine.abort(part.id))
-            raise
+            engine.submit(part, listener)
+            self.record.parts += 1
+            return
+        tenant = self._caller.identity.tenant
+        async with self.service.compiling(tenant, lambda: engine.submit(part, listener)) as submitted:
+            try:
+                await asyncio.wrap_future(submitted)
+            except asyncio.CancelledError:  # the client is gone, but the thread submits if it has begun
+                if not submitted.cancel():
+                    (ended,), _ = await asyncio.wait((asyncio.wrap_future(submitted),))
+                    self.record.parts += ended.exception() is None
+                raise
+        self.record.parts += 1
 
     async def next(self) -> tuple[int, Piece | Encoded] | None:
         """The next piece, with the number of its prompt; None after the last. Raises ApiError for one that failed."""

@@ -1,6 +1,7 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info: as vLLM has them, for clients that count or cut tokens."""
 
 from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
 from serving.access.gate import Caller, needs
 from serving.api.answers import Text, TokenizerInfo, Tokens
@@ -30,8 +31,13 @@ async def tokenize(
         ids = await service.in_thread(len(body.prompt), lambda: service.tokenizer.encode(body.prompt).tolist())
         if body.add_special_tokens is not False:
             ids = [*service.begin, *ids, *service.end]
-    strings = [service.spelling.text(token) for token in ids] if body.return_token_strs else None
-    return answer(Tokens(count=len(ids), max_model_len=service.engine.reach, tokens=ids, token_strs=strings))
+
+    def told() -> Response:
+        strings = [service.spelling.text(token) for token in ids] if body.return_token_strs else None
+        about = {"count": len(ids), "max_model_len": service.engine.reach}
+        return answer(Tokens.model_construct(**about, tokens=ids, token_strs=strings))  # millions are not checked again
+
+    return await service.in_thread(len(ids), told)
 
 
 @router.post("/detokenize", response_model=Text, responses=ends(*SENDS))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from runtime.arguments import Parser
-from runtime.exit_codes import DONE
+from runtime.exit_codes import DONE, FAULT
 from serving.opening import add_model, open_service
 
 
@@ -37,9 +37,13 @@ def batch(options: argparse.Namespace) -> int:
             width = 2 * (options.max_running or service.engine.options.max_running)  # the next are ready when some end
             tell = lambda added: print(f"\r{before + added} lines", end="", file=sys.stderr, flush=True)
             told = tell if sys.stderr.isatty() else lambda added: None
-            added = asyncio.run(run(create_app(service, Owner()), options.source, output, width, told))
+            app, works = create_app(service, Owner()), lambda: not service.engine.state().draining
+            added = asyncio.run(run(app, options.source, output, width, told, goes_on=works))
+            worked = works()
         finally:
             service.engine.stop(0.0)
     end = "\r" if sys.stderr.isatty() else ""
     print(f"{end}{options.output}: {added} lines added to {before}", file=sys.stderr)
-    return DONE
+    if not worked:
+        print("error: the engine has failed; the same command goes on with the lines that are left", file=sys.stderr)
+    return DONE if worked else FAULT

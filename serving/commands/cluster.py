@@ -25,7 +25,7 @@ from serving.cluster.replica import Replica, Watching, shares
 from serving.cluster.supervisor import Supervisor
 from serving.commands.serve import add_serve, seconds
 from serving.lifecycle import bound
-from serving.opening import count
+from serving.opening import count, name_of
 
 PLACE = "cluster"  # of its sockets, in the state folder
 LONGEST_SOCKET = 107  # bytes of a path that the system takes
@@ -155,7 +155,7 @@ def command_of(options: argparse.Namespace, number: int) -> Callable[[str, Path]
     The first has its metrics at --metrics-port, each other one at the port behind.
     """
     serve = [sys.executable, "-m", "serving", "serve"]
-    name = ["--name", options.name or Path(options.model).stem, "--state", str(options.state)]
+    name = ["--name", options.name or name_of(options.model), "--state", str(options.state)]
     seen = ["--metrics-port", str(options.metrics_port + number - 1)] if options.metrics_port else []
     given = [*options.settings, *name, *words(options), *seen]
     return lambda model, socket: [*serve, model, *given, "--socket", str(socket)]

@@ -148,6 +148,8 @@ def test_what_does_not_fit_is_one_clear_line():
     with pytest.raises(ValueError, match="2 adapters are more than max_adapters=1"):
         Engine(opened("grouped"), EngineOptions(**ROOM, max_adapters=1), adapters=two)
     failing = books.take(adapter("a"))
+    with pytest.raises(ValueError, match="there is an adapter 'a' already"):
+        books.take(adapter("a"))
     with pytest.raises(RuntimeError):
         books.fill(failing, lambda number, values: (_ for _ in ()).throw(RuntimeError("no memory")))
     assert not books.open()

@@ -47,9 +47,25 @@ def test_an_engine_minds_the_memory(monkeypatch):
     token = room.bytes_a_token(model, "")
     monkeypatch.setattr(room, "free_bytes", lambda: 2 * token * (REACH + 9))
     assert Engine(model).cache_tokens == REACH + 9
-    assert Engine(model, EngineOptions(cache_tokens=4096)).cache_tokens == 4096  # as it was asked for
+    assert Engine(model, EngineOptions(cache_tokens=REACH + 29)).cache_tokens == REACH + 29  # as it was asked for
     drafted = EngineOptions(speculation="draft", max_length=REACH // 2)
     assert Engine(model, drafted, draft=model).cache_tokens == (REACH + 9) // 2  # two caches of the same blocks
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"cache_tokens": 10**12},
+        {"max_running": 10**8},
+        {"chunk": 10**10},
+        {"max_adapters": 2, "max_adapter_rank": 10**9},
+    ],
+    ids=str,
+)
+def test_sizes_beyond_the_memory_are_told_by_their_option(sizes, monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda: 2.0**34)
+    with pytest.raises(ValueError, match=rf"{' x '.join(sizes)}=\d+ takes .* GiB at least, and 16 GiB are free"):
+        Engine(opened("grouped"), EngineOptions(**sizes))
 
 
 def test_free_memory_is_that_of_the_machine_and_of_the_container(tmp_path, monkeypatch):

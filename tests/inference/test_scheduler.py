@@ -147,6 +147,18 @@ def test_the_last_come_gives_way():
     assert (first.tokens, last.tokens) == (expected([1] * 8, 24), expected([2] * 8, 20))
 
 
+def test_what_was_proposed_to_a_sequence_is_void_when_it_loses_its_place():
+    scheduler = Scheduler(Blocks(10, SIZE), 1, 64)
+    machine, sequence = Machine(scheduler), Sequence([1] * 6, 12)
+    scheduler.add(sequence)
+    machine.step()
+    sequence.draft = [3, 4]
+    scheduler.preempt(sequence)
+    rows = [row for batch in run_to_end(machine) for row in batch.rows]
+    assert not any(row.drafted for row in rows)
+    assert sequence.tokens == expected([1] * 6, 12)
+
+
 @pytest.mark.parametrize("where", ["waiting", "running"])
 def test_what_ends_gives_back_all_it_had(where):
     scheduler = Scheduler(Blocks(10, SIZE), 1, 64)

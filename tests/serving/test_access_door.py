@@ -18,6 +18,8 @@ p, small, completions, small*
 p, small, models, *
 p, two, completions, *
 total, two, requests_a_minute, 2
+p, few, completions, *
+total, few, tokens_a_minute, 100
 p, helper, keys, *
 p, helper, completions, *
 limit, user, context, 200
@@ -152,6 +154,20 @@ def test_models(server, keys):
     assert server.complete(server.key(models=("x*", "dou*"))).status == 200
 
 
+def test_a_model_without_a_name_is_not_every_model(server, keys, monkeypatch):
+    monkeypatch.setattr(server.app.state.service, "name", "")
+    assert server.complete(server.key(models=("other", "x*"))).status == 403
+    assert server.complete(keys["small"]).status == 403
+    assert server.ask(server.key(models=("other",)), "POST", "/tokenize", {"prompt": "x"}).status == 200
+
+
+def test_what_no_minute_of_a_role_can_hold_is_refused_for_good(server, keys):
+    assert server.complete(keys["few"], max_tokens=9).status == 200
+    answer = server.complete(keys["few"], max_tokens=100)
+    assert (answer.status, answer.json["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer.message.endswith("but all with role 'few' together may use 100 in its window")
+
+
 def test_limits_of_a_key(server):
     key = server.key(limits={"requests_a_minute": 2})
     assert [server.complete(key).status for _ in range(3)] == [200, 200, 429]
@@ -262,6 +278,16 @@ def test_nobody_makes_a_key_that_may_do_more(server, keys):
     assert server.ask(keys["helper"], "POST", "/v1/keys", {"role": "helper"}).status == 200
     assert server.ask(keys["helper"], "DELETE", f"/v1/keys/{keys['admin'][:13]}").status == 403
     assert server.ask(keys["user"], "POST", "/v1/keys", {"role": "user"}).status == 403
+
+
+def test_who_is_no_admin_makes_no_key_of_another_tenant_nor_leaves_their_limits(server, keys):
+    helper = server.key("helper", tenant="ours")
+    makes = lambda key, **more: server.ask(key, "POST", "/v1/keys", {"role": "helper", **more})
+    assert makes(helper, tenant="ours").json["tenant"] == "ours"
+    assert makes(helper).json["tenant"] not in ("ours", "acme")
+    assert (makes(helper, tenant="acme").status, makes(keys["admin"], tenant="acme").status) == (403, 200)
+    answer = makes(server.key("helper", limits={"concurrent": 3}))
+    assert (answer.status, answer.json["error"]["code"]) == (403, "permission_denied")
 
 
 def test_a_full_disk_under_the_audit(tmp_path, monkeypatch):

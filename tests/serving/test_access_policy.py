@@ -70,6 +70,7 @@ def test_an_operators_own_role():
     assert roles.may("analyst", "embeddings", "small-2")
     assert roles.may("analyst", "embeddings")
     assert not roles.may("analyst", "embeddings", "large")
+    assert not roles.may("analyst", "embeddings", "")
     assert roles.may("analyst", "chat", "small-chat")
     assert not roles.may("analyst", "chat", "small-2")
     assert roles.may("analyst", "metrics")

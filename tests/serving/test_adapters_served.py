@@ -74,6 +74,16 @@ def test_roles_and_keys_are_for_adapters_by_name(server):
     assert used[-3:] == ["laws", "poems", "double"]
 
 
+def test_vectors_are_of_the_base_alone(server, monkeypatch):
+    monkeypatch.setattr(server.engine, "embeds", True)
+    embed = lambda key, model: server.ask(key, "POST", "/v1/embeddings", {"model": model, "input": "hello"})
+    key, submitted = server.key(models=("poems",)), len(server.engine.submitted)
+    assert (embed(key, "double").status, embed(key, "poems").status) == (403, 400)
+    assert embed(server.key(), "poems").message == "the adapter 'poems' only writes text: 'double' answers here"
+    assert len(server.engine.submitted) == submitted
+    assert embed(server.key(), "double").status == 200
+
+
 def test_adapters_come_and_go_by_who_may(server, monkeypatch):
     service, admin, user = server.app.state.service, server.key("admin"), server.key()
     body = {"lora_name": "songs", "lora_path": "runs/songs"}

@@ -61,6 +61,23 @@ def test_every_line_is_answered_and_bad_ones_do_not_end_it(tmp_path):
     assert batch(tmp_path / "in", tmp_path / "out") == 0
 
 
+def test_a_line_waits_for_room_however_often_it_is_refused(tmp_path):
+    (tmp_path / "in").write_text("\n".join(line(str(number)) for number in range(3)))
+    refused = []
+
+    async def app(scope, receive, send):
+        full = len(refused) < 20
+        refused.extend([True] * full)
+        headers = [(b"retry-after", b"0")]
+        await send({"type": "http.response.start", "status": 503 if full else 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    with Output(tmp_path / "out") as output:
+        assert asyncio.run(run(app, tmp_path / "in", output, 2)) == 3
+        assert asyncio.run(run(app, tmp_path / "in", output, 2, goes_on=lambda: False)) == 0
+    assert [one["response"]["status_code"] for one in told(tmp_path / "out")] == [200] * 3
+
+
 @pytest.mark.parametrize("cut", [0, 1, 40])
 def test_a_torn_last_line_is_done_again(tmp_path, cut):
     (tmp_path / "in").write_text("\n".join(line(str(number)) for number in range(6)))
@@ -80,6 +97,15 @@ def test_the_output_of_another_input_is_refused(tmp_path):
     (tmp_path / "other").write_text("what?\n")
     with pytest.raises(ValueError, match="line 1 is not of a batch"):
         batch(tmp_path / "in", tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ['{"precious": 1}', line("a"), '{"line": 1, "custom_id": "a"}'])
+def test_a_file_of_one_line_that_is_no_output_stays_as_it_is(tmp_path, text):
+    (tmp_path / "in").write_text(line("a"))
+    (tmp_path / "out").write_text(text)
+    with pytest.raises(ValueError, match="line 1 is not of a batch"):
+        batch(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == text
 
 
 def test_two_batches_do_not_write_one_output(tmp_path):

@@ -14,6 +14,7 @@ from runtime.commands import parser
 from serving.__main__ import COMMANDS, main
 from serving.cluster import control
 from serving.commands import cluster
+from serving.opening import name_of
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -45,6 +46,18 @@ def test_replicas_get_the_options_of_the_server(tmp_path):
     assert (read.max_running, read.cache_dtype, read.audit_strict, read.grace) == (3, "int8", True, 7.0)
     assert (read.host, read.tls_cert, read.insecure) == ("127.0.0.1", None, False)
     assert (read.state, read.metrics_port) == (tmp_path, 9102)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(".", "run-1.5"), ("../run-1.5", "run-1.5"), ("small-0.5b.gguf", "small-0.5b"), ("a/b.v2", "b.v2")],
+)
+def test_a_model_is_called_as_its_folder_or_file(path, name, tmp_path, monkeypatch):
+    (tmp_path / "run-1.5").mkdir()
+    monkeypatch.chdir(tmp_path / "run-1.5")
+    assert name_of(Path(path)) == name
+    with pytest.raises(ValueError, match="give one with --name"):
+        name_of(Path("/"))
 
 
 def test_balancer_gets_the_rest(tmp_path):

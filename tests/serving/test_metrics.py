@@ -175,7 +175,7 @@ def test_gaps_are_the_times_between_tokens_of_a_text():
     timings.stepped("decode", 0.5, 1)
     assert firsts == [2.0, 1.5]
     assert gaps == [(0.5, 1), (2.0, 1), (0.5, 1), (0.5, 1)]
-    (a,) = timings.take("a")
+    (a,) = timings.take("a", 1)
     assert (a.queued, a.began, a.first, a.ended, a.cached_tokens) == (0.0, 1.0, 2.0, 4.5, 3)
 
 
@@ -194,7 +194,7 @@ def test_whoever_goes_away_is_forgotten():
         for part in range(2):
             timings.queued(f"{number}-{part}")
             timings.first_token(f"{number}-{part}")
-        assert len(timings.take(str(number))) == 2
+        assert len(timings.take(str(number), 2)) == 2
         timings.finished(f"{number}-0", "aborted")  # the engine's word comes later, or never
     timings.queued("last-0")
     timings.stepped("decode", 1.0, 0)
@@ -202,7 +202,19 @@ def test_whoever_goes_away_is_forgotten():
     gaps.clear()
     timings.stepped("decode", 1.0, 0)
     assert gaps == []
-    assert timings.take("nobody") == []
+    assert timings.take("nobody", 0) == []
+
+
+def test_what_is_over_before_the_engine_has_seen_it_is_forgotten():
+    timings, _clock, _, _ = timed()
+    for number in range(10):
+        timings.queued(f"{number}-0")
+        assert len(timings.take(str(number), 3)) == 1
+        for part in (1, 2):  # they were in the inbox
+            timings.queued(f"{number}-{part}")
+            timings.finished(f"{number}-{part}", "aborted")
+    timings.queued("last-0")
+    assert (set(timings._open), timings._late) == ({"last-0"}, set())
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -8,6 +8,7 @@ import openai
 import pytest
 from doubles import EngineDouble, OpenGate, chat_template, listening, saying, served
 
+from inference.engine_options import EngineOptions
 from inference.grammar import written
 from inference.requests import Piece
 
@@ -114,6 +115,7 @@ def test_many_at_once(address):
         ({"max_tokens": 5000}, openai.BadRequestError, "prompt", "context_length_exceeded"),
         ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"extra_body": {"max_token": 1}}, openai.BadRequestError, "max_token", "unknown_parameter"),
+        ({"extra_body": {"stop_token_ids": [1, 10**6]}}, openai.BadRequestError, "stop_token_ids", "invalid_value"),
         ({"suffix": "x"}, openai.BadRequestError, "suffix", "unsupported_parameter"),
         ({"best_of": 3}, openai.BadRequestError, "best_of", "unsupported_parameter"),
     ],
@@ -162,6 +164,14 @@ def test_the_client_tries_again_where_there_was_no_room(address, client, engine)
     with openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=1, http_client=hooks) as client:
         assert client.completions.create(model="double", prompt="a", max_tokens=1).choices[0].text == "a"
     assert len(tried) == 2
+
+
+def test_more_than_may_ever_wait_is_refused_for_good(client, engine, monkeypatch):
+    monkeypatch.setattr(engine, "options", EngineOptions(max_waiting=3))
+    asked = {"model": "double", "prompt": ["a", "b"], "max_tokens": 1}
+    assert len(client.completions.create(**asked).choices) == 2
+    with pytest.raises(openai.BadRequestError, match=r"4 .* are more than the 3 that may wait"):
+        client.completions.create(**asked, n=2)
 
 
 def test_models(client):

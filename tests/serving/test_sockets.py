@@ -18,6 +18,8 @@ from doubles import EngineDouble, OpenGate, listening, served, until
 
 import serving.body
 from inference.requests import Piece
+from serving.api import completions
+from serving.lifecycle import bound_to
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +118,24 @@ def test_a_fault_in_mid_stream_is_an_event_and_no_done(address, engine):
     assert status == 200
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in body.decode()
+
+
+def test_a_fault_of_the_server_in_mid_stream_is_recorded_as_500(address, app, gate, monkeypatch):
+    records, choice = [], completions.Teller._choice
+
+    def broken(self, *pieces):
+        if self._exchange.new_tokens > 1:
+            raise RuntimeError("a fault of the server")
+        return choice(self, *pieces)
+
+    monkeypatch.setattr(completions.Teller, "_choice", broken)
+    app.state.service.told.append(records.append)
+    _, _, body = answered(address, post({"prompt": "a", "max_tokens": 4, "stream": True}))
+    assert b"internal_error" in body
+    assert until(lambda: any(record.fault == "RuntimeError" for record in records))
+    app.state.service.told.remove(records.append)
+    assert (records[-1].status, records[-1].parts) == (500, 1)
+    assert gate.admissions[-1].settled[0][0] == 500
 
 
 @pytest.mark.parametrize(
@@ -243,6 +263,75 @@ def test_a_request_is_seen_and_ended_by_its_own_tenant_only(address, engine):
     assert engine.state().running == 0
 
 
+def test_a_request_is_ended_while_its_grammar_is_compiled(address, engine, monkeypatch):
+    deleted, submit = [], engine.submit
+
+    def slow(request, listener):
+        ask = lambda method, path: answered(
+            address, f"{method} /v1/requests{path} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+        )
+        (entry,) = json.loads(ask("GET", "")[2])["data"]
+        deleted.append(json.loads(ask("DELETE", f"/{entry['id']}")[2])["ended"])
+        submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    status, _, body = answered(address, post({"prompt": "a", "max_tokens": 3000, "guided_regex": "a+"}))
+    assert (status, json.loads(body)["error"]["code"], deleted) == (409, "request_ended", [True])
+    assert until(lambda: engine.state().running == 0)
+
+
+def test_a_client_that_goes_away_while_its_grammar_is_compiled_leaves_nothing(address, engine, gate, monkeypatch):
+    compiles, goes_on, submit = threading.Event(), threading.Event(), engine.submit
+
+    def slow(request, listener):
+        compiles.set()
+        assert goes_on.wait(10)
+        submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    with connected(address) as connection:
+        connection.sendall(post({"prompt": "a", "max_tokens": 3000, "guided_regex": "a+"}))
+        assert compiles.wait(10)
+    goes_on.set()
+    assert until(lambda: bool(gate.admissions[-1].settled))
+    assert gate.admissions[-1].settled[0][0] == 499
+    assert until(lambda: engine.state().running == engine.state().waiting == 0)
+
+
+def test_who_sends_grammars_that_take_long_holds_up_nobody_else(address, engine, monkeypatch):
+    compiled, goes_on, submit = [], threading.Event(), engine.submit
+
+    def slow(request, listener):
+        compiled.append(request.sampling.grammar)
+        assert "slow" not in request.sampling.grammar or goes_on.wait(10)
+        submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    asked = {"prompt": "a", "max_tokens": 1}
+    with contextlib.ExitStack() as connections:
+        many = [connections.enter_context(connected(address)) for _ in range(6)]
+        for connection in many:
+            connection.sendall(post(asked | {"guided_regex": "slow"}, x_tenant="one"))
+        assert until(lambda: bool(compiled))
+        assert answered(address, post({"prompt": "x" * 5000}, "/tokenize"))[0] == 200
+        assert answered(address, post(asked | {"guided_regex": "quick"}, x_tenant="two"))[0] == 200
+        assert len(compiled) == 2
+        goes_on.set()
+        for connection in many:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    assert len(compiled) == 7
+
+
+def test_a_long_list_of_tokens_is_spelled_in_a_thread(address, app, monkeypatch):
+    spelling, names = app.state.service.spelling, set()
+    spelled = spelling.text
+    monkeypatch.setattr(spelling, "text", lambda t: names.add(threading.current_thread().name) or spelled(t))
+    _, _, body = answered(address, post({"prompt": "ab" * 5000, "return_token_strs": True}, "/tokenize"))
+    told = json.loads(body)
+    assert (told["count"], told["tokens"], told["token_strs"]) == (10_000, [97, 98] * 5000, ["a", "b"] * 5000)
+    assert all(name.startswith("tokenize") for name in names)
+
+
 def test_a_silent_step_loop_is_not_ready(address, app, engine):
     app.state.service.beat_seconds = 0.2
     engine.paused.set()
@@ -305,3 +394,12 @@ def test_what_outlives_the_grace_is_told_so(process):
     assert b"overloaded_error" in rest
     assert b"[DONE]" not in rest
     assert running.wait(10) == 0
+
+
+def test_a_socket_takes_the_place_of_an_older_one_and_of_nothing_else(tmp_path):
+    for _ in range(2):
+        bound_to(tmp_path / "socket").close()
+    (tmp_path / "notes.txt").write_text("important")
+    with pytest.raises(OSError, match=r"cannot listen at .*notes.txt: it is there, and no socket"):
+        bound_to(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "important"
