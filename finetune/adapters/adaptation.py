@@ -18,7 +18,7 @@ from finetune.adapter_config import (
     QatConfig,
 )
 from finetune.adapters.adalora import AdaLoraRule
-from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled, is_coded
+from finetune.adapters.matrices import ADAPTER, Lora, Narrow, Scaled
 from finetune.adapters.parts import Bottleneck, Prefix
 from finetune.adapters.tables import Frozen
 from model.config import MASKED_LM, ModelConfig
@@ -84,10 +84,10 @@ def adaptation(config: AdapterConfig, model: ModelConfig, steps: int, new: Colle
     forms = _FORMS[type(config)](config, model, base)
     rule = AdaLoraRule(config, model.layers, steps) if isinstance(config, AdaLoraConfig) else None
     also = matching(config.also, specs) if config.also else lambda name: False
-    if coded := [name for path, form in base.items() if is_coded(form) and also(name := "/".join((*path, "weight")))]:
+    if kept := [name for path in base if also(name := "/".join((*path, "weight")))]:
         raise ValueError(
-            f"adapter.also: {coded[0]} is kept as codes, which are not trained: name others, or set adapter.base=float "
-            "or bfloat16"
+            f"adapter.also: {kept[0]} is kept in {config.base}, in which nothing is trained: name others, or set "
+            "adapter.base=float"
         )
     # the head of a task is trained even where the base has one
     heads = (*new, *(() if model.head in ("vocabulary", *MASKED_LM) else HEAD))

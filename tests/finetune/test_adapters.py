@@ -167,8 +167,9 @@ def test_what_does_not_fit_is_one_clear_line():
         adaptation(FreezeConfig(train=("lora/*",)), DENSE, 10)
     with pytest.raises(ValueError, match=r"adapter.initial_rank=4 must be at least adapter.rank=8"):
         AdaLoraConfig(initial_rank=4)
-    with pytest.raises(ValueError, match=r"layers/ffn/up/weight is kept as codes, .* adapter.base=float or bfloat16"):
-        adaptation(replace(KINDS["qlora"], also=("final_norm/*", "layers/ffn/up/*")), DENSE, 10)
+    for base in ("nf4", "bfloat16"):
+        with pytest.raises(ValueError, match=rf"layers/ffn/up/weight is kept in {base}, .* adapter.base=float"):
+            adaptation(LoraConfig(base=base, group=8, also=("final_norm/*", "layers/ffn/up/*")), DENSE, 10)
     with pytest.raises(ValueError, match=r"has no groups of 64"):
         adaptation(LoraConfig(base="nf4"), replace(DENSE, head_dim=6), 10)
 
