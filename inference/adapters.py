@@ -5,6 +5,7 @@ A run's adapters fit the weights that they were trained on, in the form that the
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from inference.opening import Found, Opened, find_model, read_trained
 from model.config import ModelConfig
 from model.forms import Path as Names
 from model.forms import branch
-from model.specs import leaves, parameter_specs
+from model.specs import leaves, map_specs, parameter_specs
 from model.transformer import describe
 from tracking.run_directory import RunDirectory
 from training.trainable import chosen
@@ -138,6 +139,19 @@ class AdapterReader:
         if config.kind != "lora":
             raise ValueError(f"{path}: adapters of kind {config.kind} are not switched by request; {SWITCHED} are")
         return published, family, config
+
+
+def sizes_of(places: Places | None, opened: Opened) -> dict[str, tuple[int, float]]:
+    """What places take, as room.check_room counts: ranks of all adapters, and bytes of one beside all its matrices on
+    each device.
+    """
+    if places is None:
+        return {}
+    one = replace(places, count=1, rank=1, stretched=False)
+    specs = [one.specs(weight) for weight in one.matrices(opened.config.model).values()]
+    entries = sum(jax.tree.leaves([map_specs(lambda spec: math.prod(spec.shape), each) for each in specs]))
+    each = entries * opened.config.model.layers * opened.dtype.itemsize / opened.mesh.size
+    return {"max_adapters x max_adapter_rank": (places.count * places.rank, each)}
 
 
 def places_for(model: ModelConfig, adapters: Sequence[Adapter], options: EngineOptions) -> Places | None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from inference.adapter_books import Adapter, AdapterBooks
-from inference.adapters import places_for
+from inference.adapters import places_for, sizes_of
 from inference.cache import Blocks
 from inference.choice import Choice, Observer, choices_of
 from inference.compilations import Compilations
@@ -70,7 +70,7 @@ class Engine:
                 f"raise it, or set max_length={self.cache_tokens} or less"
             )
         self._places = places_for(config, adapters, options)
-        check_room(options, self.cache_tokens, models, self._places)
+        check_room(options, self.cache_tokens, models, sizes_of(self._places, models[0]))
         self.adapters = AdapterBooks.over(self._places)
         self._starts_with = [self.adapters.take(adapter) for adapter in adapters]
         self.observer = Observer()

@@ -1,17 +1,15 @@
 """What an engine has memory for: how many tokens its cache holds where nobody said it, and whether its sizes fit."""
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 
-from finetune.adapters.switched import Places
 from inference.encoder import SHORTEST
 from inference.engine_options import EngineOptions
 from inference.opening import Opened
 from model.block_cache import make_pool
-from model.specs import map_specs
 from parallel.sharding import splits
 from runtime.memory import free_bytes
 
@@ -49,11 +47,13 @@ def cache_tokens(reach: int, models: list[Opened], cache_dtype: str) -> int:
     return room_for(reach, sum(bytes_a_token(model, cache_dtype) for model in models), free_bytes())
 
 
-def check_room(options: EngineOptions, cache_tokens: int, models: list[Opened], places: Places | None) -> None:
+def check_room(
+    options: EngineOptions, cache_tokens: int, models: list[Opened], others: Mapping[str, tuple[int, float]]
+) -> None:
     """Raises ValueError for a size that alone takes more than the memory that is free.
 
     models: the served one, then a smaller one that proposes, if there is one. What they hold already is not free. What
-    is counted here is the least: programs take more.
+    is counted here is the least: programs take more. others: further sizes, by option: how many, and bytes of each.
     """
     config = models[0].config.model
     activation = models[0].dtype.itemsize * config.width / models[0].mesh.size  # of a token, split as far as can be
@@ -64,18 +64,8 @@ def check_room(options: EngineOptions, cache_tokens: int, models: list[Opened], 
         sizes["max_running"] = options.max_running, float(seen)
         sizes["chunk"] = options.chunk, activation
         sizes["cache_tokens"] = cache_tokens, sum(bytes_a_token(model, options.cache_dtype) for model in models)
-    if places is not None:
-        sizes["max_adapters x max_adapter_rank"] = places.count * places.rank, _bytes_a_rank(places, models[0])
     free = free_bytes()
-    for name, (number, each) in sizes.items():
+    for name, (number, each) in {**sizes, **others}.items():
         if number * each > free:
             told = f"takes {number * each / 2**30:.3g} GiB at least, and {free / 2**30:.3g} GiB are free"
             raise ValueError(f"{name}={number} {told}: set it to {math.floor(free / each)} or less")
-
-
-def _bytes_a_rank(places: Places, opened: Opened) -> float:
-    """Of one more rank of one adapter beside all its matrices, on each device."""
-    one = replace(places, count=1, rank=1, stretched=False)
-    specs = [one.specs(weight) for weight in one.matrices(opened.config.model).values()]
-    entries = sum(jax.tree.leaves([map_specs(lambda spec: math.prod(spec.shape), each) for each in specs]))
-    return entries * opened.config.model.layers * opened.dtype.itemsize / opened.mesh.size
