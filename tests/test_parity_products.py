@@ -35,6 +35,7 @@ SIXTEEN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "mesh", "how"), few_of(SIXTEEN, SIXTEEN[1:2]))
 def test_sixteen_devices(model, mesh, how):
     out = parity(model, 16, mesh, *how)
@@ -42,6 +43,7 @@ def test_sixteen_devices(model, mesh, how):
         assert float(re.search(rf"{kind} +(\S+)", out, re.MULTILINE)[1]) <= tolerance
 
 
+@pytest.mark.long
 def test_four_processes_of_two_devices():
     parity("llama", 8, "pipe=2 data=2 fsdp=1 tensor=2", "pipeline.schedule=zero_bubble", processes=4)
 

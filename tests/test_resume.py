@@ -197,6 +197,7 @@ def test_other_meshes_restore_bitwise_and_go_on(text, undisturbed, tmp_path):
 OPTIMIZERS = [("optimizer=adamw",), ("optimizer=adafactor", "model.width=128")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "optimizer", few_of([(one,) for one in OPTIMIZERS], [(OPTIMIZERS[1],)]), ids=["adamw", "adafactor"]
 )
@@ -224,6 +225,7 @@ def test_padding_of_the_vocabulary_follows_the_mesh(optimizer, text, tmp_path):
     runs.assert_near(runs.losses(moved), runs.losses(whole))
 
 
+@pytest.mark.long
 def test_checkpoints_do_not_know_the_pipeline(text, tmp_path):
     """Five layers on four stages, then shards, then two stages in a V, then one device: one run, evaluations too."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"

@@ -204,6 +204,7 @@ def test_mistakes_are_one_line(run, small, capsys, tmp_path, words, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_kill_leaves_nothing_that_opens(run, tmp_path):
     """Killed while the folder is being filled."""
     out = tmp_path / "out"

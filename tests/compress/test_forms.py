@@ -91,6 +91,7 @@ def test_a_mesh_changes_nothing(axes):
     np.testing.assert_allclose(logits(mesh, description, codes), theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.long
 def test_calibration_on_a_mesh():
     """What is summed in another order turns a code here or there at most; the result is better than plain rounding."""
     _, _, (_, codes) = made(DENSE, "int4-gptq", (("fsdp", 2), ("tensor", 2)))

@@ -57,6 +57,7 @@ def test_what_is_trained_with_is_what_is_kept(run, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "cost.json").read_text())["after"]["memory"] > 0
 
 
+@pytest.mark.long
 def test_the_mesh_changes_nothing():
     """The first step: later ones may turn a code where rounding of sums differs."""
     words = [*MODELS["llama"], "optimizer=adamw", "adapter=qat", "adapter.form=int8"]

@@ -190,6 +190,7 @@ def test_evaluation_knows_the_task_and_writes_a_page(tuned, capsys):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["int4", "int4-gptq"])
 def test_made_small_it_is_told_what_that_costs_the_task(tuned, tmp_path, recipe, capsys):
     """The metrics before are those of the run, those after what python -m evaluation finds of the folder."""

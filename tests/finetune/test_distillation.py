@@ -57,6 +57,7 @@ def one_device():
     return trace(arguments())
 
 
+@pytest.mark.long
 def test_the_mesh_changes_nothing():
     """Nor do microbatches, and a vocabulary in parts; with hidden vectors, too."""
     alike = ["model.width=48"]

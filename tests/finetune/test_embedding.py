@@ -44,6 +44,7 @@ one_device = functools.cache(lambda *more: trace(arguments(*more)))
 NEGATIVES = "task.columns.negative=wrong"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mesh", "more"), [({"data": 2, "context": 2, "tensor": 2}, (NEGATIVES,))], ids=str)
 def test_the_mesh_changes_nothing(mesh, more):
     assert_same(trace(arguments(*more), **mesh), one_device(*more))

@@ -42,6 +42,7 @@ one_device = functools.cache(lambda: trace(arguments(FAST), steps=STEPS))
 MESHES = [{"data": 2, "context": 2, "tensor": 2}, {"fsdp": 4, "context": 2}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", few_of(MESHES, MESHES[1:]), ids=str)
 def test_the_mesh_changes_nothing(mesh):
     assert_same(trace(arguments(FAST), steps=STEPS, **mesh), one_device())
@@ -118,6 +119,7 @@ def test_the_foreign_answer_of_a_dialogue_is_the_last_message_of_another():
             assert "".join(filter(str.isdigit, said)) == digits
 
 
+@pytest.mark.long
 def test_the_step_asks_the_model_for_each_answer_alone():
     """The loss of a batch is that of log-probabilities of prompts and answers that are read one by one."""
     with jax.set_mesh(mesh := make_mesh(ONE_DEVICE, jax.devices()[:1])):

@@ -23,6 +23,7 @@ def arguments(*more: str) -> list[str]:
     return ["task=masked_lm", *data, *ENCODER, "model.token_types=0", "train.eval_batches=2", *more]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "context": 2}], ids=str)
 def test_the_mesh_changes_nothing(mesh):
     assert_same(trace(arguments("data.segments=true"), **mesh), one_device())

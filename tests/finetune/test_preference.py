@@ -41,6 +41,7 @@ one_device = functools.cache(lambda: trace(arguments("optimizer.lr=1e-3")))
 MESHES = [{"data": 2, "context": 2, "tensor": 2}, {"pipe": 2}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", few_of(MESHES, MESHES[:1]), ids=str)
 def test_the_mesh_changes_nothing(mesh):
     assert_same(trace(arguments("optimizer.lr=1e-3"), **mesh), one_device())

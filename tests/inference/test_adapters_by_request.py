@@ -93,6 +93,7 @@ def test_blocks_are_shared_by_requests_of_one_adapter_alone(beside):
     assert found == [0, 0, 28, 28, 0]
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing():
     mesh, prompts = (("tensor", 2),), [PROMPT, PROMPT[:7]]
     engine = Engine(opened("grouped", mesh), EngineOptions(**ROOM), adapters=(adapted("lora", mesh=mesh)[2],))

@@ -110,6 +110,7 @@ def test_updates_are_those_of_the_base_model_times_a_factor(name, share):
 MESHES = [("llama", "tensor", MUP), ("moe", "pipe", COMPLETE_P)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "axis", "rule"), few_of(MESHES, MESHES[1:]))
 def test_the_mesh_changes_nothing(model, axis, rule):
     assert_changes_nothing(model, {axis: 2}, extra=rule)

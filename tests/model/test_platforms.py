@@ -54,6 +54,7 @@ def test_every_row_computes_the_same(model, dtype, bound, monkeypatch):
         assert optax.tree.norm(difference) <= bound * optax.tree.norm(gradients), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", few_of(MESHES, ["split"]))
 def test_rows_of_accelerators_are_mesh_invariant_too(case, monkeypatch):
     monkeypatch.setitem(platforms.CHOICES, "cpu", platforms.CHOICES["gpu"])

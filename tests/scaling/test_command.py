@@ -112,6 +112,7 @@ def test_mistakes(tmp_path, arguments, message, capsys, monkeypatch):
     assert said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_somebodys_table_and_a_prediction(tmp_path):
     """Expressions, a filter, a law of one's own with a fixed parameter, two files of which one is packed: the JSON and
     the terminal agree, and the interval holds the law's loss."""

@@ -286,6 +286,7 @@ def asked(server, key, *lines, endpoint="/v1/completions"):
     return lambda: server.ask(key, "GET", f"/v1/batches/{id}").json
 
 
+@pytest.mark.long
 def test_lines_are_charged_and_refused_as_live_requests_of_their_owner(tmp_path):
     """Tokens of both count together; a role without a route has no batch of it, nor of a key that was revoked."""
     with guarded(

@@ -54,6 +54,7 @@ def changes(run) -> dict[str, np.ndarray]:
     return {name: end[name] - x for name, x in flat(start).items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lr", few_of([1e-3, 3e-4], [1e-3]))
 def test_the_loss_follows_that_of_float32(lr):
     """Over the last 30 steps the mean loss is that of float32 to 1%, after a fall of a seventh and more."""

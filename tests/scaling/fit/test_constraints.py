@@ -11,6 +11,8 @@ from scaling.fit.own_law import own_law
 from scaling.fit.solver import Objective
 from scaling.fit.uncertainty import bootstrap
 
+pytestmark = pytest.mark.long
+
 TRUTH = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 
 

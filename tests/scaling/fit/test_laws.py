@@ -68,6 +68,7 @@ def test_annealing_areas_by_definition():
     assert s2[-1] == pytest.approx(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_noiseless_surface_is_found(law):
     sizes = sizes_of(law)

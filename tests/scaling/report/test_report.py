@@ -151,6 +151,7 @@ def test_headline_is_the_analysis(faulty):
     assert sorted(said) == pytest.approx(sorted(expected), rel=1e-12)
 
 
+@pytest.mark.long
 def test_the_same_table_gives_the_same_bytes(faulty, tmp_path):
     before = {path.relative_to(faulty): path.read_bytes() for path in faulty.rglob("*") if path.is_file()}
     assert main(["report", str(faulty), "--bootstrap", "100", "--seed", "3", "--out", str(tmp_path)]) == 0
@@ -194,6 +195,7 @@ def test_the_largest_budget_is_held_out(tmp_path):
     assert seeds["residuals_over_spread"] == pytest.approx(1, abs=0.5)
 
 
+@pytest.mark.long
 def test_the_bands_hold_the_truth(tmp_path):
     """At the budget and along the curve; by chance each 80% band misses the truth once in five."""
     inside, wide = [], []

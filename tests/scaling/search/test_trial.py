@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_never_run(checkout):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pruner", ["median", "halving"])
 def test_bad_trials_are_stopped_while_they_run(pruner, checkout):
     start = tuple({"x": x} for x in (1, 2, 3, 4, 6))

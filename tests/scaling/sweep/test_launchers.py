@@ -100,6 +100,7 @@ def submit_and_die(sweep, *settings):
     launcher.wait()
 
 
+@pytest.mark.long
 def test_hydra_multirun_on_joblib_trains_and_returns_the_worst_code(tmp_path):
     """Two processes at once: one trains two steps, the other asks for a checkpoint that is not there."""
     words = runs.overrides(runs.corpus(tmp_path / "text"), tmp_path / "unused", "train.steps=2", "train.eval_every=2")

@@ -145,6 +145,7 @@ def wait_until(true, seconds=20.0):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_the_tool_goes_on_after_its_own_end(sweep, number):
     checkout, root, planned = sweep

@@ -12,6 +12,8 @@ from scaling.transfer.activations import at_width, measure
 from scaling.transfer.coordinates import Check, judge
 from training.job import make_job
 
+pytestmark = pytest.mark.long
+
 SMALL = ["model.heads=2", "model.kv_heads=1", "model.head_dim=16", "model.width=32", "model.ffn=64", "model.layers=1"]
 SMALL += ["model.vocab_size=256", "train.batch_size=4", "train.seq_len=16", "optimizer.schedule=constant"]
 SMALL += ["optimizer.warmup_steps=0", "model.base_width=32", "model.scan_layers=true"]
