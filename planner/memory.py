@@ -163,62 +163,74 @@ class MemoryModel:
 
     def __init__(self, planner: "Planner", layout: Layout, held: Held, sequences: float, rows: int):
         """`sequences` in a microbatch of a device, `rows` layers of a stage."""
-        c, train, software = planner.model, planner.config.train, planner.software
-        self.copies = layout.data * layout.context if software.moments_over_data else 1
-        self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / self.copies
-        self.masters = held.stored * software.master_bytes / self.copies
-        self.state_bytes = software.state_bytes or planner.param_bytes
         on = planner.machine.platform
         self.fragmentation = FRAGMENTATION[on]
-        tokens, element = sequences * train.seq_len / layout.context, planner.element
+        # of layers that are not scanned, compilers order the work otherwise
+        self.unrolled = planner.software.name == "isomesh" and not planner.model.scan_layers
+        self._state(planner, layout, held)
+        self._layers(planner, layout, sequences, rows)
+        self._weights_and_logits(planner, layout, held, sequences, rows)
+        if planner.software.name == "isomesh":
+            apart = self.unrolled and layout.pipe == 1
+            reused = UNROLLED_REUSED if apart else 1.0 if layout.context > 1 else REUSED[on]
+            saved = reused * min(self.working + self.weights, self.logits)
+            self.weights -= max(saved - self.working, 0.0)
+            self.working = max(self.working - saved, 0.0)
+
+    def _state(self, planner: "Planner", layout: Layout, held: Held) -> None:
+        """Parameters, moments, gradients and their sums."""
+        software, param_bytes, replicas = planner.software, planner.param_bytes, layout.data * layout.context
+        copies = replicas if software.moments_over_data else 1
+        self.stored, self.moments = held.stored, held.stored * MOMENTS[planner.config.optimizer.name] / copies
+        self.masters = held.stored * software.master_bytes / copies
+        self.state_bytes = software.state_bytes or param_bytes
+        self.gradients = held.stored * (software.held_gradient_bytes or param_bytes)
+        self.gradients /= replicas if software.gradients_over_data else 1
+        self.lasting = self.gradients if software.in_place else 0.0  # of what is not kept from step to step elsewhere
+        of_layers = (held.stored - held.tables / layout.fsdp) * param_bytes
+        self.a_stage = of_layers * software.lockstep
+        again = layout.microbatches > 1 and layout.pipe == 1
+        self.added = held.stored * 4 * again * (not software.in_place)  # the sum over microbatches, beside one's
+        self.sums = of_layers * (replicas * layout.expert > 1) * (not software.in_place)
+        self.sums = max(self.sums - self.added, 0.0)
+
+    def _layers(self, planner: "Planner", layout: Layout, sequences: float, rows: int) -> None:
+        """What layers keep and hold in a slot, and what one works with."""
+        c, train, software, on = planner.model, planner.config.train, planner.software, planner.machine.platform
+        ours, element = software.name == "isomesh", planner.element
+        tokens = sequences * train.seq_len / layout.context
         fused = planner.work.fused_on(layout)
         kept_core = fused and planner.work.keeps_core
         v = layer_values(c, train.seq_len, layout, software, on, fused=fused, kept_core=kept_core)
-        kept_share = 1 - software.dots_again if layout.remat == "dots" else 1.0
-        r = routed(c, tokens, layout, on, ours=software.name == "isomesh")
+        r = routed(c, tokens, layout, on, ours=ours)
+        kept = v.kept * (1 - software.dots_again if layout.remat == "dots" else 1.0)
+        left = v.left * (self.unrolled and layout.pipe == 1 and on != "gpu")
         of_experts = r.kept if layout.remat == "none" else 0.0
-        self.a_slot = rows * (
-            tokens * (element * (v.stream + v.kept * kept_share) + 4 * v.scores) + element * of_experts
-        )
-        unrolled = software.name == "isomesh" and not c.scan_layers
-        under_way = unrolled * (UNDER_WAY_IN_PIPELINES if layout.pipe > 1 else UNDER_WAY[on])
-        unrolled = unrolled and layout.pipe == 1
-        self.a_slot += (unrolled and on != "gpu") * rows * tokens * element * v.left
+        self.a_slot = rows * (tokens * (element * (v.stream + kept + left) + 4 * v.scores) + element * of_experts)
         self.a_held = rows * element * (tokens * v.held + (r.kept if layout.remat != "none" else r.kept / 2))
-        self.a_held *= HELD[on] if software.name == "isomesh" else 1.0
-        self.a_stage = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * software.lockstep
+        self.a_held *= HELD[on] if ours else 1.0
         self.a_message = tokens * v.stream * element
-        gathered = GATHERED[on] * c.width * (layout.tensor > 1 and software.name == "isomesh")
-        now = element * v.everything * (1 + under_way) + max(4 * v.scores_now, element * gathered)
+        others = self.unrolled * (UNDER_WAY_IN_PIPELINES if layout.pipe > 1 else UNDER_WAY[on])
+        gathered = GATHERED[on] * c.width * (layout.tensor > 1 and ours)
+        now = element * v.everything * (1 + others) + max(4 * v.scores_now, element * gathered)
         self.working = tokens * now + element * r.now
         if layout.context > 1 and not fused:
             self.working += ring(c, sequences, train.seq_len, layout, on)
+
+    def _weights_and_logits(self, planner: "Planner", layout: Layout, held: Held, sequences: float, rows: int) -> None:
+        """In the compute dtype, and what a loss makes of one part of the logits."""
+        c, software, element = planner.model, planner.software, planner.element
         spread = layout.pipe if software.ends_on_all_stages else 1
         vocabulary, parts = c.vocab_size / layout.tensor / spread, planner.logit_parts(layout)
         # with their gradient, in float32, but for GPUs (model.platforms.narrow_logits); TPUs' compiler narrows it
         by_platform = {"cpu": 8, "gpu": 2 * element, "tpu": 4 + element}
-        logit_bytes = software.logit_bytes or by_platform[on]
-        self.logits = tokens * vocabulary / parts * logit_bytes
+        logit_bytes = software.logit_bytes or by_platform[planner.machine.platform]
+        self.logits = sequences * planner.config.train.seq_len / layout.context * vocabulary / parts * logit_bytes
         one_layer, split = held.layer + held.experts, planner.splitting(layout).fsdp > 1
         if layout.pipe > 1 and not software.gathers_every_microbatch and split:  # whole for all microbatches (ZeRO-2)
             self.weights = rows * one_layer * (element + 4)
         else:
-            table = vocabulary * c.width * element
-            self.weights = table + one_layer * element if split else 0.0
-        self.gradients = held.stored * (software.held_gradient_bytes or planner.param_bytes)
-        self.gradients /= layout.data * layout.context if software.gradients_over_data else 1
-        self.lasting = self.gradients if software.in_place else 0.0  # of what is not kept from step to step elsewhere
-        summed = layout.data * layout.expert * layout.context > 1
-        again = layout.microbatches > 1 and layout.pipe == 1
-        self.sums = (held.stored - held.tables / layout.fsdp) * planner.param_bytes * summed
-        self.sums *= not software.in_place
-        self.added = held.stored * 4 * again * (not software.in_place)  # the sum over microbatches, beside one's
-        self.sums = max(self.sums - self.added, 0.0)
-        if software.name == "isomesh":
-            reused = UNROLLED_REUSED if unrolled else 1.0 if layout.context > 1 else REUSED[on]
-            saved = reused * min(self.working + self.weights, self.logits)
-            self.weights -= max(saved - self.working, 0.0)
-            self.working = max(self.working - saved, 0.0)
+            self.weights = (vocabulary * c.width + one_layer) * element * split
 
     def of(self, slots: Slots, moment_bytes: int) -> Memory:
         """With a schedule's slots, and moments of so many bytes."""
