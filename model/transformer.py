@@ -149,12 +149,15 @@ class Transformer(nnx.Module):
         if c.scan_layers and cache is None:
             block = stackable(block)
 
+        in_turn = not c.scan_layers and remat != "none"
+        if in_turn:
+            computed = jax.eval_shape(lambda params: in_compute_dtype(graphdef, params, dtype), parameters)
+            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(computed))
+
         def layer(carry, its):
             (x_BTD, turn), (parameters, row, cache) = carry, its
-            if not c.scan_layers and remat != "none":
-                # gradients wait in the compute dtype, as matmuls give them
-                parameters = in_compute_dtype(graphdef, parameters, dtype)
-                parameters, x_BTD, turn = take_turn(parameters, x_BTD, turn)
+            if in_turn:
+                parameters, x_BTD, turn = take_turn(dtypes, parameters, x_BTD, turn)
             x_BTD, cache, sums = block(parameters, x_BTD, row, info, cache)
             return (x_BTD, turn), (cache, sums)
 
