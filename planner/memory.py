@@ -24,13 +24,13 @@ SCORES = 1.7  # arrays as large as scores, while unfused attention is differenti
 RING_TILES = {"cpu": 3.4, "gpu": 3.7, "tpu": 0.7}
 RING_SUMS = {"cpu": 0.0, "gpu": 17.0, "tpu": 6.5}
 # Vectors of whole width that tensor parallelism gathers, and makes in float32 to be scattered, in the compute dtype.
-GATHERED = {"cpu": 9.0, "gpu": 6.0, "tpu": 0.0}
+GATHERED = {"cpu": 8.0, "gpu": 6.0, "tpu": 0.0}
 # The share of the smaller of two phases, the loss and a layer that is differentiated, that lies where the larger one
 # has been.
 REUSED = {"cpu": 0.0, "gpu": 0.0, "tpu": 0.65}
 UNROLLED_REUSED = 0.6  # the same share where layers are unrolled
 # Of unrolled layers, others that are differentiated beside one (model.in_turn).
-UNDER_WAY, UNDER_WAY_IN_PIPELINES = {"cpu": 1.3, "gpu": 0.0, "tpu": 1.0}, 1.5
+UNDER_WAY, UNDER_WAY_IN_PIPELINES = {"cpu": 1.0, "gpu": 0.0, "tpu": 1.0}, 1.5
 BLOCK_ROWS = {"cpu": 64, "gpu": 128}  # parallel.experts.BLOCKS
 QUERY_CHUNK = 1024  # model.attention.QUERY_CHUNK
 MOST_SCORES, SMALLEST_CHUNK = 2**28, 128  # parallel.context

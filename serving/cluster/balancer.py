@@ -88,7 +88,7 @@ class Balancer:
                 (self.folder / link).unlink(missing_ok=True)
                 (self.folder / link).symlink_to(Path(target).resolve(strict=True))
         self.file.write_text(self.text())
-        checked = subprocess.run([program(), "-c", "-q", "-f", self.file], capture_output=True, text=True)
+        checked = subprocess.run([program(), "-c", "-f", self.file], capture_output=True, text=True)
         if checked.returncode:
             alerts = [line for line in checked.stderr.splitlines() if "ALERT" in line] or [checked.stderr]
             raise ValueError(f"haproxy does not take {self.file}: {alerts[0].strip()}")

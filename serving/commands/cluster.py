@@ -28,7 +28,7 @@ from serving.lifecycle import bound
 from serving.opening import count, name_of
 
 PLACE = "cluster"  # of its sockets, in the state folder
-LONGEST_SOCKET = 107  # bytes of a path that the system takes
+LONGEST_SOCKET = 97  # bytes of a path that haproxy takes, which adds some; the system takes 107
 MOST_REPLICAS = 64
 # Options of the server that the balancer takes over; a replica listens at a socket in their place.
 TAKEN_OVER = (

@@ -78,7 +78,8 @@ CASES = [
 def errors(request) -> dict[str, tuple[float, float]]:
     """Predicted over needed memory, without and with the allowance, by layout."""
     cases = CASES if request.param == "all" else CASES[1::3]
-    return {f"{model[0]} {axes} {' '.join(more)}": compared(model, axes, more) for model, axes, more in cases}
+    named = lambda number, axes, more: f"{number}: {axes} {' '.join(more)}"
+    return {named(i, axes, more): compared(model, axes, more) for i, (model, axes, more) in enumerate(cases)}
 
 
 def compared(model: tuple[str, ...], mesh_axes: dict[str, int], more: tuple[str, ...]) -> tuple[float, float]:

@@ -84,7 +84,7 @@ def test_two_replicas_and_a_run_are_scraped_and_an_alert_fires(trained, tmp_path
     replicas, trainer, port = free_port(2), free_port(), free_port()
     targets = [f"127.0.0.1:{replicas + number}" for number in range(2)]
     serve = (sys.executable, "-m", "serving", "cluster", str(run), "--replicas", "2", "--port", "0", "--name", "tiny")
-    serve += ("--metrics-port", str(replicas), "--state", str(tmp_path / "state"), "--max-running", "4")
+    serve += ("--metrics-port", str(replicas), "--state", str(tmp_path / "s"), "--max-running", "4")
     again = runs.overrides(
         text, tmp_path / "again", "train.steps=1000000", f"metrics.prometheus_port={trainer}", "runtime.cpu_devices=1"
     )
