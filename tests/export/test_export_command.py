@@ -181,6 +181,7 @@ def test_a_gguf_file_is_read_back(changed, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ narrowed
 
 
+@pytest.mark.long
 def test_a_narrowed_published_model_is_exported(changed, tmp_path):
     """Without a layer, a head and a third of ffn, in four formats: each says what the narrow model does."""
     text, narrow = tmp_path / "text.txt", tmp_path / "narrow"

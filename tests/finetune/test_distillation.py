@@ -99,6 +99,7 @@ def test_the_loss_is_its_definition():
             np.testing.assert_allclose(found.divergence(jnp.asarray(log_p, jnp.float32)), theirs, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_what_is_kept_says_what_the_teacher_said(tmp_path):
     """The same losses, on another mesh, without the teacher; other batches are refused, and damage is named."""
     out = tmp_path / "kept"

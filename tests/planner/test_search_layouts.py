@@ -109,6 +109,7 @@ def test_state_alone_is_less_than_any_layout_needs():
         assert planner.state_bytes(weighed.layout) < weighed.memory
 
 
+@pytest.mark.long
 def test_a_search_of_a_thousand_devices_takes_seconds():
     planner = planner_of(LARGE, 1024)
     began = time.process_time()

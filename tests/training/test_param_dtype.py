@@ -131,6 +131,7 @@ def test_a_number_that_is_none_stays_none():
 MESHES = [{"fsdp": 2, "tensor": 2}, {"pipe": 2}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", few_of(MESHES, MESHES[:1]), ids=str)
 def test_meshes_agree(sizes):
     """A rounding flips where a mesh changes the last bit of a float32: losses agree to 1e-3, as bfloat16's would."""

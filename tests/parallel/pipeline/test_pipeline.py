@@ -46,6 +46,7 @@ def compiled(schedule: str, microbatches: int, rows: int = 1, **mesh: int):
     return step.lower().compile(), mesh, table
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
 def test_memory_does_not_grow_with_microbatches(schedule):
     few, many = (compiled(schedule, m)[0].memory_analysis().temp_size_in_bytes for m in (8, 32))

@@ -168,6 +168,7 @@ def test_memory_is_what_the_compiled_step_needs():
     assert sizes[2]["temporary"] > 2 * sizes[0]["temporary"]
 
 
+@pytest.mark.long
 def test_the_command_on_real_runs(tmp_path):
     text = runs.corpus(tmp_path / "text")
     train = [word for word in runs.overrides(text, tmp_path / "x", "train.steps=8") if not word.startswith("run.dir")]
