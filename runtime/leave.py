@@ -30,6 +30,7 @@ BACKGROUND = "compile ahead"  # the name of threads whose work an end does not w
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar has hidden it
 
 _leaving = threading.Lock()  # taken once, and never let go
+_leaver = 0  # the thread that took it
 _cleanups: list[Callable[[], None]] = []
 _tell: Callable[[int, str, float], None] | None = None
 
@@ -58,6 +59,8 @@ def leave(code: int, line: str, *, said: bool = False) -> NoReturn:
     """
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # for the end, which another thread is about to bring
+    global _leaver
+    _leaver = threading.get_ident()
     limit = threading.Timer(SECONDS, os._exit, (code,))
     limit.daemon = True
     limit.start()
@@ -152,8 +155,15 @@ def unless_within(seconds: float, code: int, line: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_leaving(cleanup: Callable[[], None]) -> Iterator[None]:
-    """Inside, a process that leaves runs `cleanup` first, perhaps in another thread than this."""
+    """Inside, a process that leaves runs `cleanup` first, perhaps in another thread than this.
+
+    A process that leaves already goes no further: what it has waited for may have come because another one left, too.
+    """
     _cleanups.append(cleanup)
+    if _leaving.locked() and threading.get_ident() != _leaver:
+        with contextlib.suppress(Exception):
+            cleanup()
+        threading.Event().wait()  # for the end
     try:
         yield
     finally:

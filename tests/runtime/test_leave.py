@@ -97,6 +97,23 @@ def test_nothing_is_said_after_the_line_that_says_why(tmp_path):
     assert process.returncode == 75
 
 
+def test_what_is_begun_while_a_process_leaves_is_cleaned_up_too(tmp_path):
+    """As where a lock becomes free because the process that had it was stopped as well."""
+    late = (
+        "while not leave._leaving.locked(): time.sleep(0.01)\n"
+        "    Path(sys.argv[2]).touch()\n"
+        "    with leave.on_leaving(Path(sys.argv[2]).unlink):\n"
+        "        Path(sys.argv[3]).touch()"
+    )
+    code = BUSY.replace("Path(sys.argv[1]).unlink", "lambda: (time.sleep(0.5), Path(sys.argv[1]).unlink())")
+    code = code.replace('hashlib.pbkdf2_hmac("sha256", b"x", b"x", 100_000_000)', late)
+    process = ready(start(code, *(tmp_path / name for name in ("first", "second", "third"))))
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said.count("\n")) == (75, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_in_the_loop_the_second_ctrl_c_ends_a_process_whose_step_takes_long(tmp_path):
     """There the first is a flag, which Python sets when the main thread comes back to it."""
     of_the_loop = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)\nwith leave.on_leaving"

@@ -68,7 +68,7 @@ def test_balancer_gets_the_rest(tmp_path):
 
 
 def test_place_is_its_owners_and_not_too_deep(tmp_path):
-    place = cluster.open_place(tmp_path / "state", 2)
+    place = cluster.open_place(tmp_path / "s", 2)
     assert place.stat().st_mode & 0o777 == 0o700
     with pytest.raises(ValueError, match=r"has \d+ bytes, a socket's path at most 97"):
         cluster.open_place(tmp_path / ("x" * 120), 2)
