@@ -83,6 +83,19 @@ def _apart(chosen: Iterable, start: Var, eqns: Iterable) -> list:
     return [eqn for eqn in chosen if not reached.intersection(eqn.outvars)]
 
 
+def _dealt(eqns: list, dx_vars: list, dp_vars: list, done: set, dy_var: Var) -> tuple[list, list]:
+    """The equations of the backward and of the weight phase, behind a forward phase that has `done` its own."""
+    # the gradient of a vector (a norm's scale, a bias) is a sum over tokens: left for later it would hold what it sums,
+    # of a norm two streams in float32, where the sum itself is nothing to hold
+    vectors = [v for v in dp_vars if v.aval.ndim <= 1]
+    # remat may compute a matmul again that the weights alone need, as attention's last: what it multiplies, a row of
+    # probabilities for each token, would be held for it, so it is done where that is
+    computed_again = _apart(_needed(eqns, dp_vars, done), dy_var, eqns)
+    matmuls = [v for eqn in computed_again if eqn.primitive.name == "dot_general" for v in eqn.outvars]
+    backward = _needed(eqns, (*dx_vars, *vectors, *matmuls), done)
+    return backward, _needed(eqns, dp_vars, done | {v for eqn in backward for v in eqn.outvars})
+
+
 @dataclass(frozen=True)
 class Phases:
     """The three phases of a function (params, constants, x) -> (y, objective, aux).
@@ -141,17 +154,7 @@ def phases(function: Callable, params, constants, x: jax.Array) -> Phases:
         if all(isinstance(a, Literal) or a in free for a in eqn.invars) and eqn.invars:
             free.update(eqn.outvars)
     forward = _needed(eqns, y_vars, inputs)
-    done = inputs | {v for eqn in forward for v in eqn.outvars}
-    # the gradient of a vector (a norm's scale, a bias) is a sum over tokens: left for later it would hold what it sums,
-    # of a norm two streams in float32, where the sum itself is nothing to hold
-    vectors = [v for v in dp_vars if v.aval.ndim <= 1]
-    backward = _needed(eqns, (*dx_vars, *vectors), done)
-    weight = _needed(eqns, dp_vars, done | {v for eqn in backward for v in eqn.outvars})
-    # remat may compute a matmul again that the weights alone need, as attention's last: what it multiplies, a row of
-    # probabilities for each token, would be held for it, so it is done where that is
-    again = [v for eqn in _apart(weight, dy_var, eqns) if eqn.primitive.name == "dot_general" for v in eqn.outvars]
-    backward = _needed(eqns, (*dx_vars, *vectors, *again), done)
-    weight = _needed(eqns, dp_vars, done | {v for eqn in backward for v in eqn.outvars})
+    backward, weight = _dealt(eqns, dx_vars, dp_vars, inputs | {v for eqn in forward for v in eqn.outvars}, dy_var)
 
     # --------------------------------------------------------------------------------------------- what crosses phases
     before = {x_var} | {v for eqn in forward for v in eqn.outvars}
